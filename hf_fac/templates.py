@@ -1,0 +1,350 @@
+"""Conversations in; out comes the text that a chat template makes of them, and where each message's content stands.
+
+A template is rendered twice: with the messages, and with a numbered probe in place of every content, which shows where
+contents go and what is trimmed off them. Only when the second rendering, the contents filled in, is the first to the
+letter are the places known; otherwise the content cannot be located, and that is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A probe's whitespace tells what is trimmed: all of it, the newlines alone, or nothing. So many newlines, unlike on its
+# two sides, and such spaces stand in no template. Its quotation mark tells whether the content is written as JSON.
+_PROBE = "\n" * 7 + '\u2003\ue000{}"\ue001\u2002' + "\n" * 11
+_RENDERED_PROBE = re.compile(
+    r"(?:(?P<top>\n{7}|(?:\\n){7})?(?P<left>\u2003))?"
+    r'\ue000(?P<number>\d+)(?P<escape>\\?)"\ue001'
+    r"(?:(?P<right>\u2002)(?P<bottom>\n{11}|(?:\\n){11})?)?"
+)
+# What a template may look for in a content: <think>, <|im_end|>, [THINK].
+_TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{1,40}\]")
+_REMEMBERED = 1024
+
+
+class Place(NamedTuple):
+    """A stretch of content in a rendered conversation: `[start, end)` in characters, and the index of its message."""
+
+    start: int
+    end: int
+    message: int
+
+
+class _Mark(NamedTuple):
+    """What a probe stands for: `content[start:end]`. A thought, which the template may drop, is what an assistant says
+    before a closing tag."""
+
+    message: int
+    unit: int
+    content: str
+    start: int
+    end: int
+    thought: bool
+
+
+class _Slot(NamedTuple):
+    """Where a template puts a content, and how it trims and writes it."""
+
+    number: int
+    left: str | None
+    right: str | None
+    escape: bool
+
+    def trimmed(self, content: str, start: int, end: int) -> tuple[int, int]:
+        run = content[start:end]
+        kept = run.lstrip(self.left) if self.left != "" else run
+        start = end - len(kept)
+        kept = kept.rstrip(self.right) if self.right != "" else kept
+        return start, start + len(kept)
+
+
+class _Skeleton(NamedTuple):
+    """The template's own words, one more than there are slots between them."""
+
+    literals: list[str]
+    slots: list[_Slot]
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template and finds each message's content in the text.
+
+    A content counts as found when it is rendered as it is, trimmed, or written as a JSON string. Of a turn with a
+    thought (`<think>...</think>answer`) the template may drop the thought, or render both apart.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._skeletons: dict[tuple[str, str], _Skeleton | None] = {}
+        self._tags: dict[str, re.Pattern[str] | None] = {}
+
+    def __call__(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[Any] | str | None = None,
+        options: Mapping[str, Any] | None = None,
+        answer_follows: bool = False,
+    ) -> tuple[str, list[Place]]:
+        """Returns the rendered conversation and the places of content in it, in the order of the text.
+
+        Args:
+            messages: what `check_messages` returns.
+            tools: JSON schemas, or a list of them written as JSON.
+            options: further arguments of the template.
+            answer_follows: render a prompt as TRL does: the model's turn is begun, or its last message goes on.
+        Raises: ValueError when the template refuses the conversation, or a content cannot be located.
+        """
+        settings = {"tools": _read_tools(tools), **_read_options(options)}
+        if answer_follows:
+            continues = messages[-1]["role"] == "assistant"
+            settings |= {"add_generation_prompt": not continues, "continue_final_message": continues}
+        if not self.tokenizer.chat_template and not settings.get("chat_template"):
+            raise ValueError(
+                "the tokenizer has no chat template; set tokenizer.chat_template, or give the row as plain text"
+            )
+        text = self._render(messages, settings)
+        template = self.tokenizer.get_chat_template(settings.get("chat_template"), settings.get("tools"))
+        tags = self._tags_of(template)
+        tried: list[list[dict[str, Any]]] = []
+        everyone = {message["role"] for message in messages}
+        # A template may look into a content: a model's for a thought, a user's for a tool's answer, any for some text.
+        for split, keep_bare in itertools.product((set(), {"assistant"}, everyone), (False, True)):
+            marked, marks = _mark(messages, tags, split, keep_bare)
+            if marked in tried:
+                continue
+            skeleton = self._skeleton(template, marked, settings)
+            places = _fill(text, skeleton, marks) if skeleton else None
+            if places is not None:
+                return text, places
+            if not tried:
+                lost = _what_is_lost(text, skeleton, marks)
+            tried.append(marked)
+        raise ValueError(lost)
+
+    def _render(self, messages: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+        except Exception as error:
+            # A template is somebody's program, and can fail in any way that a program can.
+            reason = str(error)[:300].encode("ascii", "backslashreplace").decode()
+            raise ValueError(
+                f"the chat template refuses the row ({type(error).__name__}: {reason}); change the row to what "
+                "the template takes, or set another tokenizer.chat_template"
+            ) from error
+
+    def _tags_of(self, template: str) -> re.Pattern[str] | None:
+        if template not in self._tags:
+            tags = sorted(set(_TAG.findall(template)), key=len, reverse=True)
+            self._tags[template] = re.compile("|".join(map(re.escape, tags))) if tags else None
+        return self._tags[template]
+
+    def _skeleton(self, template: str, marked: list[dict[str, Any]], settings: dict[str, Any]) -> _Skeleton | None:
+        key = (template, repr((marked, settings, self.tokenizer.special_tokens_map)))
+        # A template that writes the time makes another text later.
+        if key not in self._skeletons or "strftime_now" in template:
+            if len(self._skeletons) >= _REMEMBERED:
+                self._skeletons.clear()
+            try:
+                self._skeletons[key] = _read_skeleton(self._render(marked, settings))
+            except ValueError:
+                self._skeletons[key] = None
+        return self._skeletons[key]
+
+
+def check_messages(value: Any, name: str) -> list[dict[str, Any]]:
+    """Returns messages as a list. Raises: ValueError where one cannot be read; `name` is what the error calls them."""
+    if not isinstance(value, Sequence) or not len(value) or not all(isinstance(m, Mapping) for m in value):
+        what = "an empty list" if isinstance(value, Sequence) and not len(value) else named(value)
+        alternative = "" if name == "messages" else "a string or "
+        raise ValueError(f"{name} is {what}; it must be {alternative}a list of {{'role', 'content'}} dicts")
+    for number, message in enumerate(value):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"{name}[{number}] has no role; each message needs 'role' and 'content'")
+        content = message.get("content")
+        if isinstance(content, list):
+            if not all(isinstance(part, Mapping) for part in content):
+                raise ValueError(
+                    f"{name}[{number}]['content'] is a list, but not of {{'type', 'text'}} dicts; give a string"
+                )
+            if any(part.get("type", "text") != "text" for part in content):
+                raise ValueError(f"{name}[{number}] holds images or sound; hf_fac reads text only, leave the row out")
+            for part in content:
+                check_string(part.get("text"), f"a text part of {name}[{number}]")
+        elif content is not None or not message.get("tool_calls"):
+            check_string(content, f"{name}[{number}]['content']")
+    return list(value)
+
+
+def check_string(value: Any, name: str) -> str:
+    """Returns a string. Raises: ValueError for anything else."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {named(value)}; it must be a string")
+    return value
+
+
+def named(value: Any) -> str:
+    """Returns what a value is, for an error message."""
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def excerpt(value: Any) -> str:
+    """Returns a value in ASCII, short enough for an error message."""
+    text = ascii(value[:200] if isinstance(value, str) else value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _read_tools(tools: Any) -> list[Any] | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tools is a string but not JSON ({error}); give a list of JSON schemas") from error
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"tools is {named(tools)}; it must be a list of JSON schemas, or one written as JSON")
+    return tools
+
+
+def _read_options(options: Any) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"chat_template_kwargs is {named(options)}; it must be a dict")
+    return dict(options or {})
+
+
+def _mark(
+    messages: list[dict[str, Any]], tags: re.Pattern[str] | None, split: set[str], keep_bare: bool
+) -> tuple[list[dict[str, Any]], list[_Mark]]:
+    """The messages with probes in place of their contents, or of what stands between the tags of a content.
+
+    split: the roles whose contents are marked between tags.
+    keep_bare: leave a content as it is that is blank, or an assistant's empty thought with no answer after it.
+    """
+    marks: list[_Mark] = []
+
+    def mark(content: str, message: int, unit: int) -> str:
+        if not content:
+            return content
+        role = messages[message]["role"]
+        inside = list(tags.finditer(content)) if tags and role in split else []
+        thought = 0
+        if role == "assistant":
+            # What comes after the last closing tag is the answer, one piece.
+            thought = max((tag.start() for tag in inside if tag.group()[1] == "/"), default=-1)
+            inside = [tag for tag in inside if tag.start() <= thought]
+        borders = [0, *(edge for tag in inside for edge in tag.span()), len(content)]
+        runs = [(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if content[a:b].strip()]
+        is_bare = not content.strip() or (role == "assistant" and inside)
+        if not runs and not (keep_bare and is_bare):
+            runs = [(0, len(content))]
+        parts, last = [], 0
+        for start, end in runs:
+            parts += content[last:start], _PROBE.format(len(marks))
+            marks.append(_Mark(message, unit, content, start, end, end <= thought))
+            last = end
+        return "".join([*parts, content[last:]])
+
+    return _each_content(messages, mark), marks
+
+
+def _each_content(messages: list[dict[str, Any]], change: Callable[[str, int, int], str]) -> list[dict[str, Any]]:
+    changed, unit = [], 0
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [{**part, "text": change(part["text"], number, unit + i)} for i, part in enumerate(content)]
+            unit += len(content)
+        elif isinstance(content, str):
+            content = change(content, number, unit)
+            unit += 1
+        changed.append({**message, "content": content})
+    return changed
+
+
+def _read_skeleton(rendered: str) -> _Skeleton:
+    literals, slots, last = [], [], 0
+    for probe in _RENDERED_PROBE.finditer(rendered):
+        literals.append(rendered[last : probe.start()])
+        last = probe.end()
+        # What is stripped off each side, as str.strip takes it: None is all whitespace, "" nothing.
+        left = None if probe["left"] is None else "\n" if probe["top"] is None else ""
+        right = None if probe["right"] is None else "\n" if probe["bottom"] is None else ""
+        slots.append(_Slot(int(probe["number"]), left, right, bool(probe["escape"])))
+    return _Skeleton([*literals, rendered[last:]], slots)
+
+
+def _what_is_lost(text: str, skeleton: _Skeleton | None, marks: list[_Mark]) -> str:
+    shown = {slot.number for slot in skeleton.slots} if skeleton else set()
+    dropped = next((mark for number, mark in enumerate(marks) if number not in shown), None)
+    lost = dropped or next((mark for mark in marks if mark.content.strip() not in text), None)
+    which = f"the content of message {lost.message}, {excerpt(lost.content)}," if lost else "the messages"
+    return (
+        f"{which} cannot be located in what the chat template makes of the conversation: the template "
+        f"{'drops or ' if dropped else ''}rewrites it; change the message (a plain string as its content, say), or set "
+        "another tokenizer.chat_template"
+    )
+
+
+class _Filled(NamedTuple):
+    """`content[inner_start:inner_end]` of a mark stands at `text[start:end]`."""
+
+    start: int
+    end: int
+    inner_start: int
+    inner_end: int
+    mark: _Mark
+
+
+def _fill(text: str, skeleton: _Skeleton, marks: list[_Mark]) -> list[Place] | None:
+    """The places of content, where all of it is shown but thoughts, and where the skeleton makes up the text."""
+    shown = {slot.number for slot in skeleton.slots}
+    # A row may spell probes of its own, in the arguments of a tool for one.
+    if not shown <= set(range(len(marks))):
+        return None
+    if any(number not in shown and not mark.thought for number, mark in enumerate(marks)):
+        return None
+    position, filled = len(skeleton.literals[0]), []
+    written = [skeleton.literals[0]]
+    for slot, literal in zip(skeleton.slots, skeleton.literals[1:], strict=True):
+        mark = marks[slot.number]
+        start, end = slot.trimmed(mark.content, mark.start, mark.end)
+        run = mark.content[start:end]
+        run = json.dumps(run, ensure_ascii=False)[1:-1] if slot.escape else run
+        written += run, literal
+        filled.append(_Filled(position, position + len(run), start, end, mark))
+        position += len(run) + len(literal)
+    if "".join(written) != text:
+        return None
+    return [Place(f.start, f.end, f.mark.message) for f in _joined(text, filled) if f.start < f.end]
+
+
+def _joined(text: str, filled: list[_Filled]) -> Iterator[_Filled]:
+    """Takes in the tags of a content that was marked in parts, where the text has them as the content has."""
+    held: _Filled | None = None
+    for part in filled:
+        floor, goes_on = 0, False
+        if held is not None:
+            goes_on = held.mark.unit == part.mark.unit and held.inner_end <= part.inner_start
+            between = held.mark.content[held.inner_end : part.inner_start]
+            if goes_on and text[held.end : part.start] == between:
+                held = held._replace(end=part.end, inner_end=part.inner_end)
+                continue
+            held = _with_end(text, held, part.start)
+            yield held
+            floor = held.end
+        before = "" if goes_on else part.mark.content[: part.inner_start].lstrip()
+        if text.endswith(before, floor, part.start):
+            part = part._replace(start=part.start - len(before), inner_start=part.inner_start - len(before))
+        held = part
+    if held is not None:
+        yield _with_end(text, held, len(text))
+
+
+def _with_end(text: str, part: _Filled, ceiling: int) -> _Filled:
+    after = part.mark.content[part.inner_end :].rstrip()
+    return part._replace(end=part.end + len(after)) if text.startswith(after, part.end, ceiling) else part
