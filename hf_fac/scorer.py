@@ -1,0 +1,90 @@
+"""The featurizer as a `datasets.map` function: data sets in, the same data sets with what each row activates out."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .featurizer import SAEFeaturizer
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+COLUMNS = ("fac_features", "fac_activations", "fac_tokens", "fac_measurement")
+
+
+class FACScorer:
+    """Scores rows; made for `map`:
+
+        dataset = dataset.map(FACScorer(featurizer), batched=True)
+
+    It adds `fac_features` (List(int32), ids in ascending order), `fac_activations` (List(float32), beside the ids),
+    `fac_tokens` (int32, content tokens) and `fac_measurement` (string, JSON: what identifies the measurement, the same
+    in every row). Each batch of `map` is sorted and packed on its own, so batches of 1,000 (the default) or more serve
+    speed.
+
+    With `num_proc`, make the featurizer by `from_pretrained`: every process loads its own, on the GPU of its rank with
+    `with_rank=True`, on the CPU with one thread. `map` starts over after a fault, and leaves a data set without rows as
+    it is.
+
+    `map` caches by a fingerprint of what is computed (`SAEFeaturizer.fingerprint`): another model, SAE or setting, or a
+    trained-on model, is computed anew; the same one in a new process is not.
+    """
+
+    def __init__(self, featurizer: SAEFeaturizer) -> None:
+        self._featurizer: SAEFeaturizer | None = featurizer
+        self._pickled: dict[str, Any] | None = None
+
+    @property
+    def featurizer(self) -> SAEFeaturizer:
+        if self._featurizer is None:
+            state = self._pickled
+            if state["featurizer"] is None:
+                raise RuntimeError(
+                    "This process cannot load the featurizer again: it was made from loaded objects. Make it with "
+                    "SAEFeaturizer.from_pretrained(...), or map with num_proc=None."
+                )
+            self._featurizer = SAEFeaturizer.restored(state["featurizer"], rank=state.get("rank"))
+        return self._featurizer
+
+    def __call__(self, batch: dict[str, list], rank: int | None = None) -> dict[str, list | np.ndarray]:
+        """Returns the new columns of a batch. Raises: RowError, its row counted from the start of the batch."""
+        if type(batch).__name__ == "LazyRow":
+            raise TypeError("FACScorer reads many rows at once: map(FACScorer(featurizer), batched=True).")
+        if self._featurizer is None:
+            self._pickled["rank"] = rank
+        featurizer = self.featurizer
+        size = len(next(iter(batch.values()))) if batch else 0
+        reading = featurizer.read({name: batch[name] for name in batch if name not in COLUMNS})
+        activations = reading.activations
+        ends = activations.indptr[1:-1]
+        return {
+            "fac_features": np.split(activations.indices.astype(np.int32), ends) if size else [],
+            "fac_activations": np.split(activations.data, ends) if size else [],
+            "fac_tokens": reading.tokens,
+            "fac_measurement": [json.dumps(featurizer.measurement, sort_keys=True)] * size,
+        }
+
+    @staticmethod
+    def features(features: Features) -> Features:
+        """Returns the features of a data set with the scorer's columns, for `map(..., features=...)`.
+
+        Raises: ValueError for None, the features of a stream that does not know its columns yet.
+        """
+        from datasets import Features, List, Value
+
+        if features is None:
+            raise ValueError("This stream does not know its features: map without features=, or name them on loading.")
+        kinds = (List(Value("int32")), List(Value("float32")), Value("int32"), Value("string"))
+        return Features({**features, **dict(zip(COLUMNS, kinds, strict=True))})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fingerprint, and names to load the featurizer by; never weights."""
+        if self._featurizer is None:
+            return self._pickled
+        return {"fingerprint": self._featurizer.fingerprint(), "featurizer": self._featurizer.source()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._featurizer, self._pickled = None, dict(state)
