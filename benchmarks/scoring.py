@@ -1,0 +1,117 @@
+"""How near scoring comes to its floor, on the embedded model.
+
+    python benchmarks/scoring.py [--rows 400] [--pairs 7] [--data FILE.jsonl]
+
+Floor of an element-wise SAE (512 columns, and relu mode): the bare forward pass to layer 15 on length-sorted batches,
+padded and masked as a plain script would, the best of several token budgets. Floor of the native TopK SAE: the same pass
+plus `sae.encode` of SAELens' weights as one product and one top-k. Each pair runs floor and featurizer one after the
+other on the same rows; the ratio of tokens a second is taken in each pair, and the median of the pairs is printed.
+The featurizer's time includes everything: rendering, tokenizing, packing, pooling and the sparse result.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+import torch
+
+from hf_fac.embedded import LAYER, load_anchor, load_embedded_sae, load_model, load_seed
+from hf_fac.featurizer import SAEFeaturizer
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", help="JSONL rows; by default the embedded anchor and seed sets")
+parser.add_argument("--rows", type=int, default=400)
+parser.add_argument("--pairs", type=int, default=7)
+parser.add_argument("--device", default="cpu")
+options = parser.parse_args()
+
+model, tokenizer = load_model(device=options.device)
+sae = load_embedded_sae(device=options.device)
+if options.data:
+    with open(options.data, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][: options.rows]
+else:
+    rows = [{"messages": row["messages"]} for row in [*load_anchor(), *load_seed()]][: options.rows]
+
+
+class Stop(Exception):
+    pass
+
+
+def floor(pieces: list, budget: int, *, encode: bool) -> None:
+    """The forward pass of a plain script, stopped at the layer: sorted, padded, masked batches."""
+    box = []
+
+    def hook(_module, _inputs, output):
+        box.append(output[0] if isinstance(output, tuple) else output)
+        raise Stop
+
+    handle = model.model.layers[LAYER - 1].register_forward_hook(hook)
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
+    with torch.no_grad():
+        while order:
+            batch = order[: max(1, budget // len(pieces[order[0]]))]
+            order = order[len(batch) :]
+            padded = tokenizer.pad({"input_ids": [pieces[i] for i in batch]}, return_tensors="pt", padding_side="right")
+            padded = padded.to(model.device)
+            try:
+                model(**padded, use_cache=False)
+            except Stop:
+                hidden = box.pop()
+            if encode:
+                x = hidden[padded["attention_mask"].bool()]
+                (x @ sae.W_enc + sae.b_enc).topk(sae.cfg.k, dim=-1)
+    handle.remove()
+    synchronize()
+
+
+def synchronize() -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(job, *arguments, **settings) -> float:
+    start = time.perf_counter()
+    job(*arguments, **settings)
+    synchronize()
+    return time.perf_counter() - start
+
+
+model.eval()
+columns = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(0))[:512].tolist()
+featurizers = {
+    "relu, 512 columns": (
+        SAEFeaturizer(model, tokenizer, sae, activation="relu", features=columns, keep_above=2),
+        False,
+    ),
+    "relu, all columns": (SAEFeaturizer(model, tokenizer, sae, activation="relu", keep_above=2), False),
+    "native TopK": (SAEFeaturizer(model, tokenizer, sae), True),
+}
+pieces = [ids.tolist() for ids in featurizers["native TopK"][0].reader(rows).ids]
+tokens = sum(map(len, pieces))
+budgets = (1024, 2048, 4096) if options.device == "cpu" else (16384, 65536, 131072)
+for budget in budgets:
+    floor(pieces[:40], budget, encode=False)
+best = {
+    encode: min(budgets, key=lambda b: min(seconds(floor, pieces, b, encode=encode) for _ in range(2)))
+    for encode in (False, True)
+}
+where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+print(f"{len(rows)} rows, {tokens} tokens, layer {LAYER} of SmolLM2-135M, {where}, load {os.getloadavg()[0]:.1f}")
+print(f"best token budget of the floor: {best[False]} bare, {best[True]} with encoder and top-k")
+for name, (featurizer, encode) in featurizers.items():
+    featurizer(rows[:40])
+    ratios, speeds = [], []
+    for number in range(options.pairs):
+        jobs = [lambda e=encode: seconds(floor, pieces, best[e], encode=e), lambda f=featurizer: seconds(f, rows)]
+        # Which goes first alternates, so that a drift of the machine cancels.
+        times = [jobs[0](), jobs[1]()] if number % 2 == 0 else [jobs[1](), jobs[0]()][::-1]
+        ratios.append(times[0] / times[1])
+        speeds.append(tokens / times[1])
+    against = "forward + encoder + top-k" if encode else "bare forward"
+    print(
+        f"{name}: {statistics.median(ratios):.3f} of {against} (median of {options.pairs} pairs, "
+        f"{min(ratios):.3f} to {max(ratios):.3f}); {statistics.median(speeds):,.0f} tokens/s"
+    )

@@ -1,0 +1,312 @@
+"""`hf-fac`: the command line. It parses arguments and prints; the work is done by the rooms below."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .coverage import FACReport
+    from .featurizer import SAEFeaturizer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What is my training data missing? Reads data sets with a model's own sparse-autoencoder features.",
+)
+console = Console(soft_wrap=False)
+
+Data = Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, a folder, or a Hub data set.")]
+Split = Annotated[str, typer.Option(help="Which split of a Hub data set or folder.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder of the model; the embedded SmolLM2-135M by default.")]
+Sae = Annotated[str | None, typer.Option(help="Its SAE: a Hub repo, release:sae_id of SAELens, a folder, a .pth file.")]
+SaeId = Annotated[str | None, typer.Option(help="Which SAE of a Hub repo that holds several.")]
+Layer = Annotated[int | None, typer.Option(help="Layer that the SAE reads, where it does not say.")]
+Activation = Annotated[str, typer.Option(help="native, or relu (top-k lifted).")]
+PoolOver = Annotated[str, typer.Option(help="Whose tokens count: all, user, assistant or completion.")]
+Side = Annotated[str, typer.Option(help="Which completion of preference pairs: chosen or rejected.")]
+MaxLength = Annotated[int | None, typer.Option(help="Most tokens of a row; longer rows are cut and counted.")]
+OnError = Annotated[str, typer.Option(help="raise, or skip rows that cannot be read.")]
+Preset = Annotated[str | None, typer.Option(help="paper: measure as the paper's released code does.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="delta, in the SAE's units; calibrated on the anchor if not given.")
+]
+Relative = Annotated[float | None, typer.Option(help="delta as a share of each feature's maximum in the anchor.")]
+Top = Annotated[int, typer.Option(help="How many missing features to show.")]
+
+
+def _featurizer(
+    model: str | None, sae: str | None, sae_id: str | None, device: str | None, **settings: Any
+) -> SAEFeaturizer:
+    if (model is None) != (sae is None):
+        raise typer.BadParameter("--model and --sae go together (neither: the embedded model).")
+    if model is None:
+        from .embedded import load_featurizer
+
+        settings.pop("layer", None)
+        return load_featurizer(device=device or "cpu", **settings)
+    from .featurizer import SAEFeaturizer
+
+    return SAEFeaturizer.from_pretrained(model, sae, sae_id=sae_id, device=device, **settings)
+
+
+def load_data(name: str, split: str = "train") -> Dataset:
+    """Returns a data set from a file, a folder (saved by `save_to_disk`, or with data files) or the Hub."""
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.is_file():
+        if path.suffix not in kinds:
+            raise typer.BadParameter(f"{name}: expected a file ending in {', '.join(kinds)}.")
+        return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        found = load_from_disk(name)
+        if isinstance(found, DatasetDict):
+            if split not in found:
+                raise typer.BadParameter(f"{name} has no split {split!r}; it has {', '.join(found)}.")
+            return found[split]
+        return found
+    if path.is_dir() and sorted(path.glob("*.parquet")):
+        return Dataset.from_parquet([str(file) for file in sorted(path.glob("*.parquet"))])
+    if path.suffix in kinds or name.startswith((".", "/")):
+        raise typer.BadParameter(f"{name} does not exist.")
+    return load_dataset(name, split=split)
+
+
+def _scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dataset:
+    from .scorer import COLUMNS, FACScorer
+
+    if set(COLUMNS) <= set(dataset.column_names):
+        return dataset
+    scorer = FACScorer(featurizer)
+    return dataset.map(scorer, batched=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}")
+
+
+@app.command()
+def demo(top: Top = 10) -> None:
+    """Score the embedded seed set against the anchor set with SmolLM2-135M-Instruct, offline."""
+    from .coverage import FeatureCoverage
+    from .embedded import load_anchor, load_featurizer, load_seed
+
+    console.print("Loading SmolLM2-135M-Instruct and its SAE (layer 15, 4,096 features) ...")
+    featurizer = load_featurizer()
+    seed, anchor = load_seed(), load_anchor()
+    console.print(
+        f"Seed set: {len(seed)} narrow instructions (Python, shell, SQL). "
+        f"Anchor set: {len(anchor)} broad instructions on {len(set(anchor['topic']))} topics."
+    )
+    seed, anchor = _scored(seed, featurizer, "seed set"), _scored(anchor, featurizer, "anchor set")
+    report = FeatureCoverage.from_dataset(seed).compare(FeatureCoverage.from_dataset(anchor))
+    print_report(report, anchor, featurizer, top)
+
+
+@app.command()
+def score(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scored rows (Parquet shards).")],
+    split: Split = "train",
+    model: Model = None,
+    sae: Sae = None,
+    sae_id: SaeId = None,
+    layer: Layer = None,
+    activation: Activation = "native",
+    keep_above: Annotated[float, typer.Option(help="Floor: activations at or below it are not kept.")] = 0.0,
+    pool_over: PoolOver = "all",
+    side: Side = "chosen",
+    max_length: MaxLength = None,
+    on_error: OnError = "raise",
+    preset: Preset = None,
+    device: Device = None,
+    shard_rows: Annotated[
+        int, typer.Option(help="Rows in a shard; a stopped run goes on at the first missing one.")
+    ] = 5000,
+) -> None:
+    """Add to each row which features it activates. Started again, it goes on where it was."""
+    from datasets import Dataset
+
+    from .coverage import FeatureCoverage
+    from .shards import score_shards
+
+    dataset = load_data(data, split)
+    featurizer = _featurizer(
+        model, sae, sae_id, device, layer=layer, activation=activation, keep_above=keep_above, pool_over=pool_over,
+        side=side, max_length=max_length, on_error=on_error, preset=preset,
+    )  # fmt: skip
+    files = score_shards(featurizer, dataset, output, shard_rows=shard_rows)
+    coverage = FeatureCoverage(featurizer.measurement)
+    for file in files:
+        coverage |= FeatureCoverage.from_dataset(Dataset.from_parquet(str(file)))
+    coverage.save(output / "coverage.safetensors")
+    live = int((coverage.maximum > 0).sum())
+    console.print(
+        f"{coverage.rows:,} rows ({coverage.rows_without_tokens:,} without tokens) activate {live:,} of "
+        f"{coverage.d_sae:,} features above {coverage.keep_above:g}. Written to {output}."
+    )
+
+
+@app.command()
+def missing(
+    data: Data,
+    anchor: Annotated[str, typer.Argument(help="The reference data set, large and diverse, in the same forms.")],
+    split: Split = "train",
+    model: Model = None,
+    sae: Sae = None,
+    sae_id: SaeId = None,
+    layer: Layer = None,
+    activation: Activation = "native",
+    pool_over: PoolOver = "all",
+    side: Side = "chosen",
+    max_length: MaxLength = None,
+    on_error: OnError = "raise",
+    preset: Preset = None,
+    device: Device = None,
+    threshold: Threshold = None,
+    relative: Relative = None,
+    top: Top = 20,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the whole report here, as JSON.")] = None,
+) -> None:
+    """Print FAC of a data set against an anchor set, and the features it misses. Takes scored data or scores it."""
+    from .coverage import FeatureCoverage
+    from .scorer import COLUMNS
+
+    data_rows, anchor_rows = load_data(data, split), load_data(anchor, split)
+    featurizer = None
+    if not all(set(COLUMNS) <= set(rows.column_names) for rows in (data_rows, anchor_rows)):
+        featurizer = _featurizer(
+            model, sae, sae_id, device, layer=layer, activation=activation, pool_over=pool_over, side=side,
+            max_length=max_length, on_error=on_error, preset=preset,
+        )  # fmt: skip
+    data_rows, anchor_rows = _scored(data_rows, featurizer, "data set"), _scored(anchor_rows, featurizer, "anchor set")
+    report = FeatureCoverage.from_dataset(data_rows).compare(
+        FeatureCoverage.from_dataset(anchor_rows), threshold=threshold, relative=relative
+    )
+    print_report(report, anchor_rows, featurizer, top)
+    if output:
+        output.write_text(json.dumps(report.to_dict(), indent=1))
+        console.print(f"The whole report is in {output}.")
+
+
+@app.command("train-sae")
+def train_sae_command(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints and the finished SAE.")],
+    layer: Annotated[int, typer.Option(help="0 is the embedding, L the output of block L.")],
+    split: Split = "train",
+    model: Model = None,
+    architecture: Annotated[str, typer.Option(help="Any that SAELens trains.")] = "topk",
+    d_sae: Annotated[int | None, typer.Option(help="Features; 8 x the hidden size by default.")] = None,
+    k: Annotated[int, typer.Option(help="Active features a token (TopK).")] = 32,
+    epochs: Annotated[int, typer.Option()] = 1,
+    training_tokens: Annotated[int | None, typer.Option(help="Instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    max_length: Annotated[int, typer.Option()] = 1024,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = None,
+) -> None:
+    """Train a sparse autoencoder on a model's hidden states. Started again, it goes on from its last checkpoint."""
+    from .sae_training import train_sae
+
+    if model is None:
+        from .embedded import load_model
+
+        loaded, tokenizer = load_model(device=device or "cpu")
+    else:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    sae = train_sae(
+        loaded, tokenizer, load_data(data, split), layer=layer, architecture=architecture, d_sae=d_sae, k=k,
+        epochs=epochs, training_tokens=training_tokens, batch_size=batch_size, learning_rate=learning_rate,
+        max_length=max_length, seed=seed, output_dir=output,
+    )  # fmt: skip
+    for name, value in sae.cfg.metadata["hf_fac"].items():
+        console.print(f"{name}: {value}")
+    console.print(f"Written to {output}. Load it with load_sae({str(output)!r}).")
+
+
+def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer | None, top: int) -> None:
+    """Prints the figures, and the strongest missing features with the anchor text that activates each most."""
+    low, high = report.interval
+    console.print()
+    console.print(f"[bold]FAC {report.fac:.3f}[/bold]  ({report.confidence:.0%} interval {low:.3f} to {high:.3f})")
+    console.print(
+        f"Of {len(report.covered) + len(report.missing):,} features that the anchor set activates, "
+        f"{len(report.covered):,} are covered and [bold]{len(report.missing):,} missing[/bold]."
+    )
+    console.print(f"delta: {report.threshold_source}", highlight=False)
+    console.print(
+        f"{report.rows:,} rows against {report.anchor_rows:,}; KL(anchor || data) {report.kl_divergence:.2f} nats."
+    )
+    shown = report.missing[:top].tolist()
+    if not shown:
+        return
+    table = Table(title="Strongest missing features", title_justify="left", show_lines=False)
+    table.add_column("feature", justify="right")
+    table.add_column("anchor rows", justify="right")
+    table.add_column("max", justify="right")
+    table.add_column("anchor text that activates it most", overflow="fold")
+    strongest = strongest_rows(anchor, shown)
+    for feature, support in zip(shown, report.missing_support, strict=False):
+        row, activation = strongest[feature]
+        text = Text()
+        if featurizer is None:
+            text.append(_plain(anchor[row])[:120])
+        else:
+            reading = featurizer.read([anchor[row]], positions=True)
+            position = int(reading.positions[reading.activations.indices == feature][0])
+            span = featurizer.span(anchor[row], position)
+            text.append("..." + _one_line(span.before))
+            text.append(_one_line(span.token), style="bold reverse")
+            text.append(_one_line(span.after) + "...")
+        table.add_row(str(feature), str(support), f"{activation:.1f}", text)
+    console.print(table)
+
+
+def strongest_rows(scored: Dataset, features: list[int]) -> dict[int, tuple[int, float]]:
+    """Returns for each feature the row of a scored data set that activates it most, and by how much."""
+    import numpy as np
+
+    best = dict.fromkeys(features, (-1, 0.0))
+    for number, row in enumerate(scored.select_columns(["fac_features", "fac_activations"]).with_format("numpy")):
+        for place in np.flatnonzero(np.isin(row["fac_features"], features)):
+            feature, activation = int(row["fac_features"][place]), float(row["fac_activations"][place])
+            if activation > best[feature][1]:
+                best[feature] = (number, activation)
+    return best
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "⏎")
+
+
+def _plain(row: dict[str, Any]) -> str:
+    return _one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))
+
+
+def main() -> None:
+    """The console script: errors that are for people are shown as one line, without a traceback."""
+    import sys
+
+    from .activations import LayerError
+    from .conversations import RowError
+
+    try:
+        app()
+    except (RowError, LayerError, ValueError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"[red]hf-fac:[/red] {error}", highlight=False)
+        sys.exit(1)
