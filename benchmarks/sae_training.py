@@ -2,8 +2,8 @@
 
     python benchmarks/sae_training.py [--rows 300] [--pairs 5]
 
-Each pair runs `train_sae` on the embedded model (layer 15, 4,096 features, TopK), then the bare forward pass over the same
-token ids and as many `SAETrainer.step` calls on ready activations, and takes the ratio of the times. `train_sae`'s
+Each pair runs `train_sae` on the embedded model (layer 15, 4,096 features, TopK), then the bare forward pass over the
+same token ids and as many `SAETrainer.step` calls on ready activations, and takes the ratio of the times. `train_sae`'s
 figures on held-out rows are left out of its time on both sides: they are no part of training.
 """
 

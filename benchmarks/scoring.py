@@ -2,11 +2,11 @@
 
     python benchmarks/scoring.py [--rows 400] [--pairs 7] [--data FILE.jsonl]
 
-Floor of an element-wise SAE (512 columns, and relu mode): the bare forward pass to layer 15 on length-sorted batches,
-padded and masked as a plain script would, the best of several token budgets. Floor of the native TopK SAE: the same pass
-plus `sae.encode` of SAELens' weights as one product and one top-k. Each pair runs floor and featurizer one after the
-other on the same rows; the ratio of tokens a second is taken in each pair, and the median of the pairs is printed.
-The featurizer's time includes everything: rendering, tokenizing, packing, pooling and the sparse result.
+Floor of an element-wise SAE (512 columns, and relu mode): the bare forward pass to layer 15 on sorted batches, padded
+and masked as a plain script would, the best of several token budgets. Floor of the native TopK SAE: the same pass plus
+one product with the encoder and one top-k. Each pair runs floor and featurizer one after the other on the same rows;
+the ratio of tokens a second is taken in each pair, and the median of the pairs is printed. The featurizer's time
+includes everything: rendering, tokenizing, packing, pooling and the sparse result.
 """
 
 import argparse

@@ -127,9 +127,13 @@ def rows():
 def test_shards_hold_what_map_gives_in_the_same_order(featurizer, rows, tmp_path):
     files = score_shards(featurizer, rows, tmp_path, shard_rows=10)
     assert [f.name for f in files] == [f"shard-0000{i}-of-00003.parquet" for i in range(3)]
-    assert (
-        Dataset.from_parquet(list(map(str, files))).to_list() == rows.map(FACScorer(featurizer), batched=True).to_list()
-    )
+    sharded = Dataset.from_parquet(list(map(str, files)))
+    mapped = rows.map(FACScorer(featurizer), batched=True)
+    assert sharded.column_names == mapped.column_names
+    for got, expected in zip(sharded, mapped, strict=True):
+        # Other batches round otherwise; everything else is the same.
+        torch.testing.assert_close(*(torch.tensor(row.pop("fac_activations")) for row in (got, expected)))
+        assert got == expected
 
 
 def test_ranks_share_the_shards_and_merge_to_the_same_coverage(featurizer, rows, tmp_path):
@@ -138,7 +142,9 @@ def test_ranks_share_the_shards_and_merge_to_the_same_coverage(featurizer, rows,
     merged = FeatureCoverage(featurizer.measurement)
     for file in parts[0] + parts[1]:
         merged |= FeatureCoverage.from_dataset(Dataset.from_parquet(str(file)))
-    assert merged == FeatureCoverage.from_dataset(rows.map(FACScorer(featurizer), batched=True))
+    whole = FeatureCoverage.from_dataset(rows.map(FACScorer(featurizer), batched=True))
+    assert merged.rows == whole.rows
+    torch.testing.assert_close(torch.from_numpy(merged.maximum), torch.from_numpy(whole.maximum))
 
 
 def test_shards_of_another_run_are_refused(featurizer, rows, tmp_path):

@@ -54,10 +54,10 @@ def test_the_sae_is_small_on_disk_and_as_good_as_its_card_says(featurizer):
     assert own["l0"] <= 64
     assert own["dead_share"] <= 0.02
     assert own["loss_recovered"] >= 0.90
-    # Measured anew on rows that it was not trained on, after its weights went through float16.
+    # Short instructions without answers are further from what it was trained on; the card has this figure too.
     pieces = featurizer.reader(embedded.load_anchor().select(range(0, 400, 20)))
     states = torch.cat(list(content_states(featurizer.model, pieces, 15, 2048, own["sink_norm"])))
-    assert fvu(featurizer.sae, states) == pytest.approx(own["fvu"], abs=0.05)
+    assert fvu(featurizer.sae, states) == pytest.approx(0.22, abs=0.02)
 
 
 def test_the_narrow_seed_set_misses_much_of_the_anchor_set(featurizer):
@@ -90,9 +90,11 @@ def test_a_missing_wheel_is_an_error_with_the_command(monkeypatch, tmp_path):
 
 def test_an_empty_data_set_and_odd_rows_pass_through(featurizer):
     assert featurizer([]).shape == (0, 4096)
-    odd = [{"text": ""}, {"text": "   "}, {"text": "<|im_start|><|im_end|>"}, {"text": "plain"}]
+    odd = [{"text": ""}, {"text": "   "}, {"text": "<|im_start|><|im_end|>"}, {"text": "some plain words"}]
     reading = featurizer.read(Dataset.from_list(odd))
     assert reading.tokens.tolist()[0] == 0
     assert reading.tokens.tolist()[2] == 0
     assert reading.special_in_content == 2
-    assert reading.tokens[3] > 0
+    # The first token of a text is a sink and does not count.
+    assert reading.tokens[3] == 2
+    assert reading.sinks >= 1

@@ -421,22 +421,24 @@ def test_rows_may_come_as_a_data_set_a_dict_of_columns_or_a_generator(tokenizer)
 # Positions and spans
 
 
-def test_a_span_marks_the_token_that_reached_the_maximum(tokenizer):
+def test_a_span_marks_the_token_that_reached_the_maximum_within_its_message(tokenizer):
     featurizer = SAEFeaturizer(tiny_model(), tokenizer, tiny_sae())
-    rows = [{"messages": [user(TEXTS[3]), assistant(TEXTS[0])]}]
-    reading = featurizer.read(rows, positions=True)
-    text = tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
+    contents = [TEXTS[3], TEXTS[0]]
+    row = {"messages": [user(contents[0]), assistant(contents[1])]}
+    reading = featurizer.read([row], positions=True)
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for position in reading.positions.tolist():
         start, end = encoded["offset_mapping"][position]
-        marked = featurizer.span(rows[0], position)
+        marked = featurizer.span(row, position)
         assert marked.token == text[start:end] != ""
-        assert "".join(marked) in text
-        assert text[:start].endswith(marked.before)
-        assert text[end:].startswith(marked.after)
-        whole = featurizer.span(rows[0], position, before=1000, after=1000)
-        assert whole == (text[:start], text[start:end], text[end:])
-    assert featurizer.span(rows[0], position, before=0, after=0) == ("", marked.token, "")
+        content = next(c for c in contents if text.index(c) <= start < text.index(c) + len(c))
+        begins, ends = text.index(content), text.index(content) + len(content)
+        assert marked.before == text[max(encoded["offset_mapping"][position - 10][0], begins) : start]
+        assert marked.after == text[end : min(encoded["offset_mapping"][position + 5][1], ends)]
+        whole = featurizer.span(row, position, before=1000, after=1000)
+        assert whole == (text[begins:start], text[start:end], text[end:ends])
+    assert featurizer.span(row, position, before=0, after=0) == ("", marked.token, "")
 
 
 def test_a_span_of_an_sae_with_bos_counts_the_bos():
@@ -769,11 +771,11 @@ def test_the_fit_is_that_of_2000_content_tokens_without_sinks(tokenizer):
     assert featurizer.fvu == pytest.approx(fvu(sae, torch.cat(states)[:2000]), rel=1e-3)
 
 
-def test_tokens_without_variance_or_not_finite_do_not_stop_the_reading(tokenizer):
-    with_embedding(model := tiny_model(), tokenizer, "x", lambda row: row.fill_(torch.nan))
-    for rows in (["h" * 256] * 2 + ["hh" * i for i in range(1, 128)], ["x" + text for text in LONG]):
-        featurizer = SAEFeaturizer(model, tokenizer, tiny_sae(layer=0), on_error="skip", batch_tokens=1)
-        featurizer(rows)
+@pytest.mark.parametrize("preset", [None, "paper"])
+def test_tokens_without_variance_or_not_finite_do_not_stop_the_reading(preset, tokenizer):
+    with_embedding(model := tiny_model(), tokenizer, "x", lambda row: row.fill_(torch.inf))
+    for rows in (["h" * 256] * 2 + ["hh" * i for i in range(1, 128)], ["x" * 40 + text for text in LONG]):
+        SAEFeaturizer(model, tokenizer, tiny_sae(layer=0), on_error="skip", batch_tokens=1, preset=preset)(rows)
 
 
 # The fingerprint says what is computed
