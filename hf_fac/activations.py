@@ -128,7 +128,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Returns how many tokens a batch holds where the caller does not say: what measured best on two CPU cores."""
+    """Returns how many tokens a batch holds where the caller does not say: near what measures best on two CPU cores."""
     return 2048 if device.type == "cpu" else 65536
 
 

@@ -434,7 +434,7 @@ def test_a_span_marks_the_token_that_reached_the_maximum_within_its_message(toke
         assert marked.token == text[start:end] != ""
         content = next(c for c in contents if text.index(c) <= start < text.index(c) + len(c))
         begins, ends = text.index(content), text.index(content) + len(content)
-        assert marked.before == text[max(encoded["offset_mapping"][position - 10][0], begins) : start]
+        assert marked.before == text[max(encoded["offset_mapping"][max(position - 10, 0)][0], begins) : start]
         assert marked.after == text[end : min(encoded["offset_mapping"][position + 5][1], ends)]
         whole = featurizer.span(row, position, before=1000, after=1000)
         assert whole == (text[begins:start], text[start:end], text[end:ends])
