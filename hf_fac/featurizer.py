@@ -176,6 +176,7 @@ class SAEFeaturizer:
         Args:
             model: a model's Hub id or folder, read at `revision`.
             sae: anything that `load_sae` takes: a Hub repo, "release:sae_id" of SAELens, a folder, a .pth of the paper.
+            token: for a private repo; it is not pickled, other processes use the stored login.
             device: by default the GPU if there is one, also in another process.
             dtype: of the model; the SAE is always float32.
             settings: those of `SAEFeaturizer`.

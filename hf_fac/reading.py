@@ -21,7 +21,7 @@ class Reading(NamedTuple):
     tokens: int32 [n], content tokens that counted; 0 for a row with nothing left, or skipped.
     positions: int32, beside `activations.data`: the index in the row's token ids of the first token that reaches the
         maximum; None unless asked for.
-    skipped: index of the row -> reason, with `on_error="skip"`.
+    skipped: index of the row -> reason: rows without any text and, with `on_error="skip"`, those that cannot be read.
     truncated: rows that lost tokens to `max_length`.
     sinks: content tokens left out for their huge norm, of all rows.
     special_in_content: special tokens inside content, left out.
