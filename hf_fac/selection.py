@@ -1,0 +1,270 @@
+"""Select before you synthesize: rows of a pool that is already scored, chosen to activate what a data set misses.
+
+In: a scored data set or a sparse matrix of activations, and ids of missing features. Out: the rows that greedy maximum
+coverage chooses, which reach at least 1 - 1/e of what the best choice covers (Nemhauser, Wolsey & Fisher 1978).
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from scipy.sparse import csr_array
+
+_COLUMNS = ["fac_features", "fac_activations"]
+_REMEDY = "score the rows with ds.map(FACScorer(featurizer), batched=True)"
+_BLOCK = 1 << 16  # rows whose bounds are refreshed together: as many as uint16 can number
+_BATCH = 1 << 12  # rows read at a time: their temporaries stay in the processor's cache
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Rows of a pool in the order in which greedy maximum coverage chooses them.
+
+    rows: int64 [k], indices of rows; k <= n, fewer when no other row gains anything.
+    gains: float64 [k], the weight of the missing features that the row covers first; without weights, their number.
+    covered: int64, the missing features that `rows` activate, in the order of `missing`.
+    uncovered: int64, the others of `missing`, in the order of `missing`.
+    """
+
+    rows: np.ndarray
+    gains: np.ndarray
+    covered: np.ndarray
+    uncovered: np.ndarray
+
+
+def select(
+    pool: Dataset | csr_array,
+    missing: ArrayLike,
+    n: int,
+    *,
+    weights: ArrayLike | None = None,
+    threshold: float | ArrayLike = 0.0,
+) -> Selection:
+    """Choose up to n rows that together activate most of the missing features: those with activation > threshold.
+
+    Lazy greedy maximum coverage (Minoux 1978): gains only fall, so an old gain bounds the new one. Bounds are kept by
+    blocks of 65,536 rows, and a block is brought up to date, by an inverted index, when its bound leads. The result is
+    that of plain greedy; of rows that gain the same the first is chosen. Beside the pool it takes 2 bytes for each
+    activation of a missing feature above the threshold, 8 for each row and what one block needs on its way.
+
+    Args:
+        pool: rows [n_rows] with FACScorer's columns `fac_features` and `fac_activations`, or activations
+            [n_rows, d_sae] (scipy sparse; what is not stored is 0).
+        missing: integer ids [m] of features, each once; `FACReport.missing`.
+        n: most rows to choose.
+        weights: [m], finite and not negative, beside `missing`: what covering each is worth (None: 1 each). Sums are
+            exact in multiples of 2**-62 of m x the largest weight, so that they do not depend on an order.
+        threshold: delta in the SAE's units, one number or [d_sae]; `FACReport.threshold`.
+
+    Returns: `Selection`; all fields are empty when `missing` is.
+    Raises: TypeError for another kind of pool; ValueError for columns that are absent, hold nulls or differ in length,
+        rows measured differently, a feature twice in a row, activations that are not finite, ids out of range, a
+        threshold below the floor `keep_above` of the rows, and arguments other than the above.
+    """
+    n = operator.index(n)
+    if n < 0:
+        raise ValueError(f"n is {n}; it must be 0 or more")
+    n_rows, width, floor, read = _open(pool)
+    wanted = _checked_ids(missing, width)
+    worth, shift = _integer_weights(weights, len(wanted))
+    # One place more than ids: np.take(mode="clip") sends every id above the last wanted one there.
+    place = np.full(int(wanted.max(initial=-1)) + 2, -1, np.int32)
+    place[wanted] = np.arange(len(wanted))
+    limit = np.full(len(place), np.inf, np.result_type(read(0, 0)[1], np.float32))
+    limit[wanted] = _limits(threshold, wanted, width, floor, limit.dtype)
+
+    blocks = [
+        _Block(first, *_activated(read, range(first, min(first + _BLOCK, n_rows)), place, limit, width), worth)
+        for first in (range(0, n_rows, _BLOCK) if len(wanted) else ())
+    ]
+    heap = [(*block.bound(), number) for number, block in enumerate(blocks)]
+    heapq.heapify(heap)
+    rows, gains = [], []
+    order, is_covered, known = np.empty(len(wanted), np.int32), np.zeros(len(wanted), bool), 0
+    while len(rows) < n and heap and heap[0][0] < 0:
+        negative, row, number = heap[0]
+        if blocks[number].known < known:
+            blocks[number].refresh(order[:known], worth)
+            heapq.heapreplace(heap, (*blocks[number].bound(), number))
+            continue
+        rows.append(row)
+        gains.append(-negative)
+        ids = _activated(read, range(row, row + 1), place, limit, width)[0]
+        ids = ids[~is_covered[ids]]
+        is_covered[ids] = True
+        order[known : known + len(ids)] = ids
+        known += len(ids)
+    return Selection(
+        rows=np.array(rows, np.int64),
+        gains=np.ldexp(np.array(gains, np.float64), -shift),
+        covered=wanted[is_covered],
+        uncovered=wanted[~is_covered],
+    )
+
+
+class _Block:
+    """The gains of consecutive rows, int64, exact when `known` features were covered, and who activates a feature."""
+
+    def __init__(self, first: int, ids: np.ndarray, starts: np.ndarray, worth: np.ndarray) -> None:
+        from scipy.sparse import csr_array
+
+        # SciPy makes both index arrays as wide as the wider one.
+        starts = starts.astype(np.int32 if len(ids) < 2**31 else np.int64)
+        rows = csr_array((np.ones(len(ids), np.int8), ids, starts), shape=(len(starts) - 1, len(worth)))
+        self.first, self.known, self.gains = first, 0, rows @ worth
+        columns = rows.tocsc()
+        if not columns.has_canonical_format:
+            owner, column = columns.indices, np.repeat(np.arange(len(worth)), np.diff(columns.indptr))
+            twice = np.flatnonzero((np.diff(owner) == 0) & (np.diff(column) == 0))[0]
+            raise ValueError(f"row {first + owner[twice]:,} of the pool holds a missing feature twice: {_REMEDY}")
+        self.starts, self.rows = columns.indptr, columns.indices.astype(np.uint16)
+
+    def bound(self) -> tuple[int, int]:
+        """Minus the largest gain, and the first row that has it. No later bound of the block sorts before this one."""
+        best = int(self.gains.argmax())
+        return -int(self.gains[best]), self.first + best
+
+    def refresh(self, order: np.ndarray, worth: np.ndarray) -> None:
+        for feature in order[self.known :].tolist():
+            rows = self.rows[self.starts[feature] : self.starts[feature + 1]]
+            self.gains[rows] -= worth[feature]
+        self.known = len(order)
+
+
+_Read = Callable[[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def _open(pool: Any) -> tuple[int, int | None, float, _Read]:
+    """Number of rows, d_sae (None: unknown), the floor, and what reads rows [start, stop): ids, activations, and where
+    each row of them starts (one more than rows)."""
+    from scipy.sparse import issparse
+
+    if issparse(pool) and pool.ndim == 2:
+        acts = pool.tocsr()
+
+        def read_sparse(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            starts = acts.indptr[start : stop + 1]
+            return acts.indices[starts[0] : starts[-1]], acts.data[starts[0] : starts[-1]], starts - starts[0]
+
+        return *acts.shape, 0.0, read_sparse
+    from datasets import Dataset
+
+    if not isinstance(pool, Dataset):
+        raise TypeError(f"pool is a {type(pool).__name__}; it must be a datasets.Dataset (one split) or a csr_array")
+    if absent := [column for column in _COLUMNS if column not in pool.column_names]:
+        raise ValueError(f"the pool has no column {absent[0]!r}: {_REMEDY}")
+    measured = "fac_measurement" if "fac_measurement" in pool.column_names else None
+    table = pool.select_columns([*_COLUMNS, measured] if measured else _COLUMNS).with_format("arrow")
+    text = table[:1][measured].to_pylist()[0] if measured and len(table) else None
+    measurement = json.loads(text or "{}")
+
+    def read_arrow(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        import pyarrow.compute as pc
+
+        part = table[start:stop]
+        ids, acts = (part[column].combine_chunks() for column in _COLUMNS)
+        lengths = [pc.list_value_length(lists) for lists in (ids, acts)]
+        ids, acts = ids.flatten(), acts.flatten()
+        nulls = sum(column.null_count for column in (ids, acts, *lengths))
+        strange = measured and part[measured].unique().to_pylist() not in ([], [text])
+        if nulls or strange or not lengths[0].equals(lengths[1]):
+            _refuse_rows(part.to_pylist(), start, measured, text)
+        starts = np.concatenate([[0], np.cumsum(lengths[0].to_numpy(), dtype=np.int64)])
+        return ids.to_numpy(), acts.to_numpy(), starts
+
+    return len(table), measurement.get("d_sae"), measurement.get("keep_above", 0.0), read_arrow
+
+
+def _refuse_rows(rows: list[dict[str, Any]], start: int, measured: str | None, text: str | None) -> None:
+    for number, row in enumerate(rows, start):
+        ids, acts = (row[column] for column in _COLUMNS)
+        if ids is None or acts is None or None in ids or None in acts:
+            raise ValueError(f"row {number:,} of the pool holds a null: {_REMEDY}")
+        if len(ids) != len(acts):
+            raise ValueError(
+                f"row {number:,} of the pool has {len(ids)} features but {len(acts)} activations: {_REMEDY}"
+            )
+        if measured and row[measured] != text:
+            raise ValueError(f"row {number:,} of the pool was measured differently from row 0: {_REMEDY}")
+
+
+def _activated(
+    read: _Read, rows: range, place: np.ndarray, limit: np.ndarray, width: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows, the places in `missing` of the features that they activate, int32, and where each row starts."""
+    found, starts = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
+    for start in range(rows.start, rows.stop, _BATCH):
+        ids, acts, ends = read(start, min(start + _BATCH, rows.stop))
+        if len(ids):
+            _refuse_bad(ids, acts, ends, start, width)
+        kept = np.flatnonzero(acts > limit.take(ids, mode="clip"))
+        found.append(place.take(ids[kept]))
+        starts.append(starts[-1][-1] + np.searchsorted(kept, ends[1:]))
+    return np.concatenate(found), np.concatenate(starts)
+
+
+def _refuse_bad(ids: np.ndarray, acts: np.ndarray, ends: np.ndarray, start: int, width: int | None) -> None:
+    width = width or np.inf
+    if ids.min() < 0 or ids.max() >= width:
+        bad, problem = (ids < 0) | (ids >= width), f"is not in [0, {width}), the width of the pool"
+    elif not np.isfinite([acts.min(), acts.max()]).all():
+        bad, problem = ~np.isfinite(acts), "is not finite"
+    else:
+        return
+    k = int(np.argmax(bad))
+    row = start + int(np.searchsorted(ends, k, side="right")) - 1
+    raise ValueError(f"row {row:,} of the pool: feature {ids[k]} at {acts[k]:g} {problem}: {_REMEDY}")
+
+
+def _checked_ids(missing: ArrayLike, width: int | None) -> np.ndarray:
+    ids = np.asarray(missing)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"missing must be a list of integer ids, got {missing!r:.100}")
+    values, counts = np.unique(ids, return_counts=True)
+    if len(values) < len(ids):
+        raise ValueError(f"missing holds feature {values[counts > 1][0]} {counts.max()} times; give each id once")
+    if len(values) and (values[0] < 0 or (width is not None and values[-1] >= width)):
+        bad = values[0] if values[0] < 0 else values[-1]
+        raise ValueError(f"missing holds feature {bad}, which is not in [0, {width or 'd_sae'}), the width of the pool")
+    return ids.astype(np.int64)
+
+
+def _integer_weights(weights: ArrayLike | None, m: int) -> tuple[np.ndarray, int]:
+    """The weights x 2**shift, rounded, as int64 whose sum does not overflow: gains and ties are exact."""
+    values = np.ones(m) if weights is None else np.asarray(weights, np.float64)
+    if values.shape != (m,):
+        raise ValueError(f"weights have shape {values.shape}; missing has {m:,} features, and needs a weight for each")
+    if (bad := np.flatnonzero(~(np.isfinite(values) & (values >= 0)))).size:
+        raise ValueError(f"weights[{bad[0]}] is {values[bad[0]]}; a weight is finite and not negative")
+    shift = 62 - int(np.frexp(values.max(initial=0))[1]) - m.bit_length()
+    return np.rint(np.ldexp(values, shift)).astype(np.int64), shift
+
+
+def _limits(
+    threshold: float | ArrayLike, wanted: np.ndarray, width: int | None, floor: float, dtype: np.dtype
+) -> np.ndarray:
+    delta = np.asarray(threshold, np.float64)
+    if delta.ndim > 1 or (delta.ndim and len(delta) != (width or len(delta))):
+        raise ValueError(f"threshold has shape {delta.shape}; it is one number, or one for each of {width} features")
+    if delta.ndim and len(wanted) and wanted.max() >= len(delta):
+        raise ValueError(f"threshold is for {len(delta):,} features; missing holds feature {wanted.max()}")
+    if not (np.isfinite(delta) & (delta >= 0)).all():
+        raise ValueError("threshold must be finite and not negative (what a row does not store is 0)")
+    delta = delta[wanted] if delta.ndim else np.broadcast_to(delta, len(wanted))
+    if (delta < floor).any():
+        raise ValueError(f"threshold {delta.min():g} is below the floor keep_above = {floor:g} of the pool's rows")
+    if dtype != np.float32:
+        return delta
+    # For a float32 x, x > delta just when x exceeds the largest float32 that is not above delta.
+    rounded = delta.astype(np.float32)
+    return np.where(rounded > delta, np.nextafter(rounded, np.float32(-np.inf)), rounded)
