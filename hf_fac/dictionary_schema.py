@@ -1,0 +1,77 @@
+"""The columns of a feature dictionary, what each means, and whether a table is one.
+
+In: an Arrow table from anywhere. Out: the same rows, in the dictionary's columns and types, or why they cannot be.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STATES = ("none", "explained", "cannot tell", "failed")  # of an explanation
+RATINGS = ("yes", "probably", "maybe", "no")  # of a verification, and of a task's need for a feature
+FAILED = "failed"  # in place of a rating: asked for, but no answer could be read
+
+
+@functools.cache
+def schema() -> pa.Schema:
+    """The columns of a dictionary.
+
+    feature: id, rising. explanation: null unless explanation_state (one of `STATES`) is "explained".
+    verification: one of `RATINGS` or "failed", null where not asked; verification_reason says why.
+    detection: balanced accuracy of telling spans by the explanation alone (0.5 is chance); detection_answers: by how
+    many answers. ratings: by task, one of `RATINGS` or "failed", and the reason.
+    rows: those that activate the feature, of total_rows; frequency: their share. activation_sum, exact to 1e-12 a row,
+    mean_activation and max_activation: over those rows, of each row's maximum, in the SAE's units.
+    spans: before + token + after is the text, token the first one to reach the row's maximum, `activation`; row: its
+    number in the data set `source`. The strongest first, no text twice.
+    data: a hash of the rows counted, in any order. measurement: JSON, `SAEFeaturizer.measurement`. settings: JSON, what
+    else the row was made with.
+    """
+    import pyarrow as pa
+
+    text, long = pa.string(), pa.int64()
+    rating = pa.struct({"task": text, "rating": text, "reason": text})
+    span = pa.struct(
+        {"before": text, "token": text, "after": text, "activation": pa.float32(), "row": long, "source": text}
+    )
+    columns = {
+        "feature": pa.int32(), "explanation": text, "explanation_state": text, "verification": text,
+        "verification_reason": text, "detection": pa.float32(), "detection_answers": pa.int32(),
+        "ratings": pa.list_(rating), "rows": long, "total_rows": long, "frequency": pa.float64(),
+        "activation_sum": pa.decimal128(38, 12), "mean_activation": pa.float32(), "max_activation": pa.float32(),
+        "spans": pa.list_(span), "data": text, "measurement": text, "settings": text,
+    }  # fmt: skip
+    return pa.schema(columns)
+
+
+_MAY_BE_NULL = ("explanation", "verification", "verification_reason", "detection", "detection_answers")
+
+
+def checked(table: pa.Table) -> pa.Table:
+    """The columns of `schema`, by rising id.
+
+    Raises: ValueError, with what is wrong, for anything but a dictionary's rows.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = schema()
+    if absent := [name for name in wanted.names if name not in table.column_names]:
+        held = ", ".join(table.column_names[:8]) or "none"
+        raise ValueError(f"it has no column {absent[0]!r}; its columns are {held}")
+    try:
+        table = table.select(wanted.names).replace_schema_metadata(None).cast(wanted).sort_by("feature")
+    except pa.ArrowException as error:
+        raise ValueError(f"its columns are of other types ({error})") from error
+    if nulls := [name for name in wanted.names if name not in _MAY_BE_NULL and table[name].null_count]:
+        raise ValueError(f"its column {nulls[0]!r} holds nulls")
+    if len(table) and pc.count_distinct(table["feature"]).as_py() < len(table):
+        raise ValueError("it has a feature twice")
+    for name, allowed in (("explanation_state", STATES), ("verification", (*RATINGS, FAILED, None))):
+        if strange := set(table[name].unique().to_pylist()) - set(allowed):
+            raise ValueError(f"its {name} is {strange.pop()!r} somewhere; expected {', '.join(map(str, allowed))}")
+    return table.combine_chunks()
