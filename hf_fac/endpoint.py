@@ -126,7 +126,8 @@ class EndpointChat:
                 raise ValueError("base_url must begin with http:// or https:// and name a host.")
             if parts.username or parts.password or parts.query or parts.fragment:
                 raise ValueError("base_url must hold no user, password or query: it is logged. A key is the token.")
-            host = parts.hostname
+            # Unencrypted, no host gets the saved token.
+            host = parts.hostname if parts.scheme == "https" else ""
         self.model, self.base_url, self.provider = model, base_url, provider
         self.max_concurrency, self.max_requests, self.max_tokens_total = max_concurrency, max_requests, max_tokens_total
         self.timeout, self.attempts, self.max_wait = timeout, attempts, max_wait
