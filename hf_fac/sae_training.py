@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ROWS_AT_ONCE = 256
-# These rows are read twice: some thousand tokens tell a mean and a median well enough.
-_SCALE_ROWS = 32
+_SCALE_ROWS = 32  # some thousand tokens tell a mean and a median well enough
 
 
 def train_sae(
@@ -137,7 +136,8 @@ def train_sae(
     checkpoints = None if output_dir is None else _Checkpoints(Path(output_dir), settings)
     start = checkpoints.restore(trainer) if checkpoints else _Position(0, 0, 0)
     with tqdm(total=steps, initial=trainer.n_training_steps, desc="Training the SAE", unit="step") as bar:
-        for fill, position in stream.fills(start, sink_norm, scale):
+        left = steps - trainer.n_training_steps
+        for fill, position in stream.fills(start, sink_norm, scale, batch_size=batch_size, steps=left):
             order = torch.randperm(len(fill), generator=torch.Generator().manual_seed(seed + position.fills))
             for part in order[: max(len(fill) // batch_size, 1) * batch_size].split(batch_size):
                 trainer.step(fill[part])
@@ -197,6 +197,7 @@ class _Stream:
         self.buffer_tokens, self.batch_tokens, self.seed = buffer_tokens, batch_tokens, seed
         self.causal = acts.is_causal(model, layer)
         self.n_tokens: int | None = None
+        self.first: list[Tensor] = []
 
     def groups(self, epoch: int, row: int) -> Iterator[list[dict]]:
         """The rows of an epoch from `row` on, some hundred at a time."""
@@ -218,44 +219,63 @@ class _Stream:
     def measure_scale(self) -> tuple[float, float]:
         """The mean norm over sqrt(d_in), and the norm above which a token is a sink, from the first rows."""
         first = next(self.groups(0, 0))[:_SCALE_ROWS]
-        states = list(content_states(self.model, self.reader(first), self.layer, self.batch_tokens, None, self.causal))
-        if not states:
+        self.first = list(self.states(first, None))
+        if not self.first:
             raise ValueError(f"The first {_SCALE_ROWS} rows have no content token to train on.")
-        norms = torch.cat(states).norm(dim=-1).cpu().numpy()
+        norms = torch.cat(self.first).norm(dim=-1).cpu().numpy()
         cutoff = acts.sink_cutoff(norms)
         d_in = self.model.config.get_text_config().hidden_size
         return float(norms[norms <= cutoff].mean()) / d_in**0.5, cutoff
 
-    def fills(self, start: _Position, sink_norm: float, scale: float) -> Iterator[tuple[Tensor, _Position]]:
-        """Yields a buffer [n, d_in] float32, and the position after it, without end."""
+    def states(self, rows: list[dict], sink_norm: float | None) -> Iterator[Tensor]:
+        pieces = self.reader(rows)
+        return content_states(self.model, pieces, self.layer, self.batch_tokens, sink_norm, self.causal)
+
+    def fills(
+        self, start: _Position, sink_norm: float, scale: float, *, batch_size: int, steps: int
+    ) -> Iterator[tuple[Tensor, _Position]]:
+        """Yields a buffer [n, d_in] float32, and the position after it, without end.
+
+        Of each buffer whole batches are used; the one that completes `steps` is yielded as soon as it can, so that no
+        row is read for nothing.
+        """
         held, n_held, (epoch, row, fills, whole) = [], 0, start
         # A buffer that holds everything is always read in the order of the first epoch.
         epoch = 0 if whole else epoch
         n_tokens = min(self.buffer_tokens, self.n_tokens or self.buffer_tokens)
         bar = tqdm(total=n_tokens, desc="Reading hidden states", unit="token", unit_scale=True, leave=False)
+
+        def add(states: Tensor) -> int:
+            held.append(states.cpu() / scale)
+            bar.update(len(states))
+            return len(states)
+
         while True:
             whole = row == 0 and not held
+            if (epoch, row) == (0, 0):
+                # These were read for the scale.
+                n_held += sum(add(states[states.norm(dim=-1) <= sink_norm]) for states in self.first)
+                row = min(_SCALE_ROWS, getattr(self.dataset, "num_rows", _SCALE_ROWS))
             for group in self.groups(epoch, row):
                 row += len(group)
-                for states in content_states(
-                    self.model, self.reader(group), self.layer, self.batch_tokens, sink_norm, self.causal
-                ):
-                    held.append(states.cpu() / scale)
-                    n_held += len(states)
-                    bar.update(len(states))
-                if n_held >= self.buffer_tokens:
-                    whole, fills = False, fills + 1
+                for states in self.states(group, sink_norm):
+                    n_held += add(states)
+                    if n_held >= steps * batch_size:
+                        break
+                if n_held >= min(self.buffer_tokens, steps * batch_size):
+                    whole, fills, steps = False, fills + 1, steps - n_held // batch_size
                     bar.reset()
                     yield torch.cat(held), _Position(epoch, row, fills)
-                    held, n_held = [], 0
-            if whole and not held:
+                    held.clear()
+                    n_held = 0
+            if whole and not n_held:
                 raise ValueError("The data set has no content token to train on.")
             epoch, row = epoch + 1, 0
             if whole:
                 # All of it fits: later epochs are the same buffer, shuffled anew.
                 bar.close()
                 buffer = torch.cat(held)
-                held = []
+                held.clear()
                 while True:
                     fills += 1
                     yield buffer, _Position(epoch, 0, fills, True)

@@ -115,6 +115,26 @@ def test_sinks_special_and_template_tokens_are_not_trained_on(model, tokenizer, 
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(("epochs", "buffer_tokens"), [(1, 10**6), (3, 10**6), (1, 400), (2, 400)])
+def test_hardly_any_row_is_read_more_often_than_there_are_epochs(
+    model, tokenizer, rows, monkeypatch, epochs, buffer_tokens
+):
+    import hf_fac.sae_training as training
+
+    read = []
+    original = training.content_states
+    monkeypatch.setattr(
+        training, "content_states", lambda m, pieces, *a: (read.append(pieces.n_rows), original(m, pieces, *a))[1]
+    )
+    monkeypatch.setattr(training, "_ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(training, "_SCALE_ROWS", 8)
+    settings = options(epochs=epochs, buffer_tokens=buffer_tokens)
+    train_sae(model, tokenizer, Dataset.from_list(rows), eval_dataset=rows[:5], **settings)
+    passes = epochs if buffer_tokens == 400 else 1
+    # The rest of a buffer that makes no whole batch is left out, and made up for at the end.
+    assert passes * len(rows) - 8 <= sum(read) <= 1.2 * passes * len(rows)
+
+
 @pytest.mark.parametrize("buffer_tokens", [400, 10**6])
 def test_a_run_that_died_goes_on_and_ends_with_equal_weights(
     model, tokenizer, rows, tmp_path, monkeypatch, buffer_tokens
