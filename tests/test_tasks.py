@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import byte_level_tokenizer
 from trl.data_utils import apply_chat_template, extract_prompt, is_conversational
@@ -401,12 +401,15 @@ def test_a_task_survives_yaml_and_pickle(task, tmp_path):
     assert hash(task) == hash(get_task(task))
 
 
+HARD_IN_YAML = st.text(st.sampled_from("\n \t\r\x85\u2028\ufeffa0:#-'\"\\|>%@&*!?{[,"), min_size=1)
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(codec="utf-8"), min_size=1), st.text(st.characters(codec="utf-8"), min_size=1))
+@given(st.text(st.characters(codec="utf-8"), min_size=1), HARD_IN_YAML)
+@example("#\x85", "a\n\x85b")
 def test_any_words_survive_yaml(tmp_path_factory, name, guideline):
-    if not name.strip() or not guideline.strip():
-        return
-    path = tmp_path_factory.mktemp("tasks") / "task.yaml"
+    assume(name.strip() and guideline.strip())
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
     task = replace(TOXICITY, name=name, guideline=guideline)
     task.to_yaml(path)
     assert Task.from_yaml(path) == task
