@@ -49,6 +49,27 @@ def calibrate_sinks(
     Three digits are the same on every machine, the rest depends on the order of its sums.
     Raises: ValueError when no hidden state is finite.
     """
+    norms = _content_norms(model, tokenizer, layer, prepend_bos=prepend_bos, causal=causal)
+    return float(f"{acts.sink_cutoff(norms):.3g}")
+
+
+def mean_content_norm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int) -> float:
+    """Returns the mean norm of the content tokens of the built-in sentences without sinks, in three digits.
+
+    Raises: ValueError when no hidden state is finite.
+    """
+    norms = _content_norms(model, tokenizer, layer)
+    return float(f"{norms[norms <= acts.sink_cutoff(norms)].mean():.3g}")
+
+
+def _content_norms(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layer: int,
+    *,
+    prepend_bos: bool = False,
+    causal: bool | None = None,
+) -> np.ndarray:
     pieces = ConversationReader(tokenizer, prepend_bos=prepend_bos)(list(_SENTENCES))
     found = []
     for batch in acts.hidden_states(model, pieces.ids, layer, batch_tokens=512, causal=causal):
@@ -61,7 +82,7 @@ def calibrate_sinks(
             f"All hidden states of {type(model).__name__} at layer {layer} are NaN or infinite: check its weights, or "
             "load it in float32."
         )
-    return float(f"{acts.sink_cutoff(norms):.3g}")
+    return norms
 
 
 class FitCheck:

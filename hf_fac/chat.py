@@ -5,7 +5,8 @@ transformers behind it; `endpoint.EndpointChat` is a server.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -152,6 +153,30 @@ class LocalChat:
 
         Raises: ValueError for an argument out of range, or a conversation that the template cannot render.
         """
+        request = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+        tags = [None] * len(conversations)
+        return self.complete_tagged(conversations, tags, nullcontext, begun=begun, stop=stop, **request)
+
+    def complete_tagged(
+        self,
+        conversations: Sequence[list[dict]],
+        tags: Sequence[Hashable],
+        stepping: Callable[[Sequence[Text | None]], AbstractContextManager[object]],
+        *,
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        seed: int,
+        begun: Sequence[str | None] | None,
+        stop: Sequence[str],
+    ) -> list[list[Completion]]:
+        """Returns what `complete` does, each conversation with a tag on which its completions depend too.
+
+        Args:
+            tags: one for each conversation; its `repr` enters the random numbers, and its texts carry it.
+            stepping: see `decoding.Writer`.
+        """
         from .decoding import Text, Writer
 
         begun = check_arguments(conversations, n, temperature, top_p, max_tokens, begun, stop)
@@ -159,10 +184,10 @@ class LocalChat:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         numbers = range(n if temperature else 1)  # the likeliest text is one
         texts: dict[tuple, Text] = {}
-        for prompt in dict.fromkeys(prompts):
+        for prompt, tag in dict.fromkeys(zip(prompts, tags, strict=True)):
             room = max_tokens if context is None else max(0, min(max_tokens, context - len(prompt)))
             for i in numbers:
-                texts[prompt, i] = text = Text(prompt, _stream(seed, i, prompt, room), room)
+                texts[prompt, tag, i] = text = Text(prompt, _stream(seed, i, prompt, tag, room), room, tag)
                 if not prompt:
                     text.end("failed", "The prompt is empty.")
                 elif not room:
@@ -178,9 +203,13 @@ class LocalChat:
                 ends=self._ends(stop),
                 has_stop=lambda text: bool(stop) and self._has_stop(text, stop),
                 on_end=bar.update,
+                stepping=stepping,
             ).write(waiting)
         completions = {key: self._completion(text, stop) for key, text in texts.items()}
-        return [[completions[prompt, i if temperature else 0] for i in range(n)] for prompt in prompts]
+        return [
+            [completions[prompt, tag, i if temperature else 0] for i in range(n)]
+            for prompt, tag in zip(prompts, tags, strict=True)
+        ]
 
     def _prompt(self, index: int, messages: list[dict], begun: str | None) -> tuple[int, ...]:
         if not self.tokenizer.chat_template:
@@ -220,9 +249,10 @@ class LocalChat:
         return self.tokenizer.decode(context + ids[start:], **settings)[len(before) :]
 
 
-def _stream(seed: int, i: int, prompt: tuple[int, ...], length: int) -> np.ndarray:
+def _stream(seed: int, i: int, prompt: tuple[int, ...], tag: Hashable, length: int) -> np.ndarray:
     """A text's random numbers, float64 [length]."""
-    digest = hashlib.sha256(f"{seed} {i} {prompt}".encode()).digest()
+    name = f"{seed} {i} {prompt}" if tag is None else f"{seed} {i} {prompt} {tag!r}"
+    digest = hashlib.sha256(name.encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big")).random(length)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Text:
     prompt: token ids, at least one.
     uniforms: float64 [room], in [0, 1): all its randomness, one number for each token that may come.
     room: the most tokens it may have.
+    tag: what else its writer is told of it.
     ids: the tokens written, the one that ended it among them.
     finish: "stop", "length" or "failed" once it has ended, and then `error` says why.
     """
@@ -51,6 +53,7 @@ class Text:
     prompt: tuple[int, ...]
     uniforms: np.ndarray
     room: int
+    tag: Hashable = None
     ids: list[int] = field(default_factory=list)
     finish: str = ""
     error: str | None = None
@@ -71,6 +74,21 @@ class _Prompt(NamedTuple):
     length: int
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, the model is in evaluation mode and no gradients are kept."""
+    # Not `model.train(was)` at the end: parts may have been in another mode than the whole.
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        # Not inference_mode: buffers that the model makes on the way must still serve a later training step.
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class Writer:
     """Writes texts with a model whose forward pass is called plainly: hooks on its blocks work.
 
@@ -81,6 +99,8 @@ class Writer:
         ends: token ids that end a text.
         has_stop: whether the text ends for what it says, asked after each token.
         on_end: called when a text has ended.
+        stepping: what surrounds the forward passes that write a token of each row, called with the rows' texts (None
+            for a row that waits); those that read prompts are outside it.
     """
 
     def __init__(
@@ -94,26 +114,20 @@ class Writer:
         ends: set[int],
         has_stop: Callable[[Text], bool],
         on_end: Callable[[], object],
+        stepping: Callable[[Sequence[Text | None]], AbstractContextManager[object]] = nullcontext,
     ):
         self.model, self.device = model, model.device
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.temperature, self.top_p = temperature, top_p
-        self.ends, self.has_stop, self.on_end = ends, has_stop, on_end
+        self.ends, self.has_stop, self.on_end, self.stepping = ends, has_stop, on_end, stepping
         # Of a wrapped model (PEFT) the outermost signature does not tell.
         taken = {name for part in model.modules() for name in inspect.signature(type(part).forward).parameters}
         self.takes_positions, self.takes_kept_logits = "position_ids" in taken, "logits_to_keep" in taken
 
     def write(self, texts: Sequence[Text]) -> None:
         """Write the texts to their ends, in evaluation mode and without gradients."""
-        training = [part for part in self.model.modules() if part.training]
-        self.model.eval()
-        try:
-            # Not inference_mode: buffers that the model makes on the way must still serve a later training step.
-            with torch.no_grad():
-                self._write(texts)
-        finally:
-            for part in training:
-                part.training = True
+        with evaluating(self.model):
+            self._write(texts)
 
     def _write(self, texts: Sequence[Text]) -> None:
         # Neighbours of like length waste no columns. The longest first: a text then never needs more columns for its
@@ -144,7 +158,8 @@ class Writer:
             settings["position_ids"] = torch.tensor(position, device=self.device)[:, None]
         last = [(text.ids or text.prompt)[-1] if text else 0 for text in self.rows]
         ids = torch.tensor(last, device=self.device)[:, None]
-        logits = self.model(input_ids=ids, past_key_values=slots, use_cache=True, **settings).logits[:, -1]
+        with self.stepping(self.rows):
+            logits = self.model(input_ids=ids, past_key_values=slots, use_cache=True, **settings).logits[:, -1]
         slots.end += 1
         for row, (text, token) in enumerate(zip(self.rows, self._choose(logits), strict=True)):
             if text and self._ends_with(text, token):
