@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmark sae clean
+.PHONY: demo test lint benchmark sae dictionary clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ benchmark: .venv/installed
 # Train the embedded SAE again; DATA is described in benchmarks/embedded_sae.py.
 sae: .venv/installed
 	$(BIN)/python benchmarks/embedded_sae.py $(DATA)
+
+# Collect the dictionary that ships with the package again: some 20 s.
+dictionary: .venv/installed
+	$(BIN)/hf-fac interpret hf_fac/data/anchor.jsonl --output hf_fac/data/dictionary
 
 clean:
 	rm -rf .venv

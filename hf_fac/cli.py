@@ -11,6 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from . import cli_dictionary
+from . import cli_options as opt
+from .cli_options import console, load_data, make_featurizer
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -23,65 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What is my training data missing? Reads data sets with a model's own sparse-autoencoder features.",
 )
-console = Console(soft_wrap=False)
-
-Data = Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, a folder, or a Hub data set.")]
-Split = Annotated[str, typer.Option(help="Which split of a Hub data set or folder.")]
-Model = Annotated[str | None, typer.Option(help="Hub id or folder of the model; the embedded SmolLM2-135M by default.")]
-Sae = Annotated[str | None, typer.Option(help="Its SAE: a Hub repo, release:sae_id of SAELens, a folder, a .pth file.")]
-SaeId = Annotated[str | None, typer.Option(help="Which SAE of a Hub repo that holds several.")]
-Layer = Annotated[int | None, typer.Option(help="Layer that the SAE reads, where it does not say.")]
-Activation = Annotated[str, typer.Option(help="native, or relu (top-k lifted).")]
-PoolOver = Annotated[str, typer.Option(help="Whose tokens count: all, user, assistant or completion.")]
-Side = Annotated[str, typer.Option(help="Which completion of preference pairs: chosen or rejected.")]
-MaxLength = Annotated[int | None, typer.Option(help="Most tokens of a row; longer rows are cut and counted.")]
-OnError = Annotated[str, typer.Option(help="raise, or skip rows that cannot be read.")]
-Preset = Annotated[str | None, typer.Option(help="paper: measure as the paper's released code does.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")]
-Threshold = Annotated[
-    float | None, typer.Option(help="delta, in the SAE's units; calibrated on the anchor if not given.")
-]
-Relative = Annotated[float | None, typer.Option(help="delta as a share of each feature's maximum in the anchor.")]
-Top = Annotated[int, typer.Option(help="How many missing features to show.")]
-
-
-def _featurizer(
-    model: str | None, sae: str | None, sae_id: str | None, device: str | None, **settings: Any
-) -> SAEFeaturizer:
-    if (model is None) != (sae is None):
-        raise typer.BadParameter("--model and --sae go together (neither: the embedded model).")
-    if model is None:
-        from .embedded import load_featurizer
-
-        settings.pop("layer", None)
-        return load_featurizer(device=device or "cpu", **settings)
-    from .featurizer import SAEFeaturizer
-
-    return SAEFeaturizer.from_pretrained(model, sae, sae_id=sae_id, device=device, **settings)
-
-
-def load_data(name: str, split: str = "train") -> Dataset:
-    """Returns a data set from a file, a folder (saved by `save_to_disk`, or with data files) or the Hub."""
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-
-    path = Path(name)
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.is_file():
-        if path.suffix not in kinds:
-            raise typer.BadParameter(f"{name}: expected a file ending in {', '.join(kinds)}.")
-        return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        found = load_from_disk(name)
-        if isinstance(found, DatasetDict):
-            if split not in found:
-                raise typer.BadParameter(f"{name} has no split {split!r}; it has {', '.join(found)}.")
-            return found[split]
-        return found
-    if path.is_dir() and sorted(path.glob("*.parquet")):
-        return Dataset.from_parquet([str(file) for file in sorted(path.glob("*.parquet"))])
-    if path.suffix in kinds or name.startswith((".", "/")):
-        raise typer.BadParameter(f"{name} does not exist.")
-    return load_dataset(name, split=split)
 
 
 def _scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dataset:
@@ -93,8 +38,11 @@ def _scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Da
     return dataset.map(scorer, batched=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}")
 
 
+app.command()(cli_dictionary.interpret)
+
+
 @app.command()
-def demo(top: Top = 10) -> None:
+def demo(top: opt.Top = 10) -> None:
     """Score the embedded seed set against the anchor set with SmolLM2-135M-Instruct, offline."""
     from .coverage import FeatureCoverage
     from .embedded import load_anchor, load_featurizer, load_seed
@@ -113,21 +61,21 @@ def demo(top: Top = 10) -> None:
 
 @app.command()
 def score(
-    data: Data,
+    data: opt.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scored rows (Parquet shards).")],
-    split: Split = "train",
-    model: Model = None,
-    sae: Sae = None,
-    sae_id: SaeId = None,
-    layer: Layer = None,
-    activation: Activation = "native",
+    split: opt.Split = "train",
+    model: opt.Model = None,
+    sae: opt.Sae = None,
+    sae_id: opt.SaeId = None,
+    layer: opt.Layer = None,
+    activation: opt.Activation = "native",
     keep_above: Annotated[float, typer.Option(help="Floor: activations at or below it are not kept.")] = 0.0,
-    pool_over: PoolOver = "all",
-    side: Side = "chosen",
-    max_length: MaxLength = None,
-    on_error: OnError = "raise",
-    preset: Preset = None,
-    device: Device = None,
+    pool_over: opt.PoolOver = "all",
+    side: opt.Side = "chosen",
+    max_length: opt.MaxLength = None,
+    on_error: opt.OnError = "raise",
+    preset: opt.Preset = None,
+    device: opt.Device = None,
     shard_rows: Annotated[
         int, typer.Option(help="Rows in a shard; a stopped run goes on at the first missing one.")
     ] = 5000,
@@ -139,7 +87,7 @@ def score(
     from .shards import score_shards
 
     dataset = load_data(data, split)
-    featurizer = _featurizer(
+    featurizer = make_featurizer(
         model, sae, sae_id, device, layer=layer, activation=activation, keep_above=keep_above, pool_over=pool_over,
         side=side, max_length=max_length, on_error=on_error, preset=preset,
     )  # fmt: skip
@@ -157,23 +105,23 @@ def score(
 
 @app.command()
 def missing(
-    data: Data,
+    data: opt.Data,
     anchor: Annotated[str, typer.Argument(help="The reference data set, large and diverse, in the same forms.")],
-    split: Split = "train",
-    model: Model = None,
-    sae: Sae = None,
-    sae_id: SaeId = None,
-    layer: Layer = None,
-    activation: Activation = "native",
-    pool_over: PoolOver = "all",
-    side: Side = "chosen",
-    max_length: MaxLength = None,
-    on_error: OnError = "raise",
-    preset: Preset = None,
-    device: Device = None,
-    threshold: Threshold = None,
-    relative: Relative = None,
-    top: Top = 20,
+    split: opt.Split = "train",
+    model: opt.Model = None,
+    sae: opt.Sae = None,
+    sae_id: opt.SaeId = None,
+    layer: opt.Layer = None,
+    activation: opt.Activation = "native",
+    pool_over: opt.PoolOver = "all",
+    side: opt.Side = "chosen",
+    max_length: opt.MaxLength = None,
+    on_error: opt.OnError = "raise",
+    preset: opt.Preset = None,
+    device: opt.Device = None,
+    threshold: opt.Threshold = None,
+    relative: opt.Relative = None,
+    top: opt.Top = 20,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the whole report here, as JSON.")] = None,
 ) -> None:
     """Print FAC of a data set against an anchor set, and the features it misses. Takes scored data or scores it."""
@@ -183,7 +131,7 @@ def missing(
     data_rows, anchor_rows = load_data(data, split), load_data(anchor, split)
     featurizer = None
     if not all(set(COLUMNS) <= set(rows.column_names) for rows in (data_rows, anchor_rows)):
-        featurizer = _featurizer(
+        featurizer = make_featurizer(
             model, sae, sae_id, device, layer=layer, activation=activation, pool_over=pool_over, side=side,
             max_length=max_length, on_error=on_error, preset=preset,
         )  # fmt: skip
@@ -199,11 +147,11 @@ def missing(
 
 @app.command("train-sae")
 def train_sae_command(
-    data: Data,
+    data: opt.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints and the finished SAE.")],
     layer: Annotated[int, typer.Option(help="0 is the embedding, L the output of block L.")],
-    split: Split = "train",
-    model: Model = None,
+    split: opt.Split = "train",
+    model: opt.Model = None,
     architecture: Annotated[str, typer.Option(help="Any that SAELens trains.")] = "topk",
     d_sae: Annotated[int | None, typer.Option(help="Features; 8 x the hidden size by default.")] = None,
     k: Annotated[int, typer.Option(help="Active features a token (TopK).")] = 32,
@@ -213,7 +161,7 @@ def train_sae_command(
     learning_rate: Annotated[float, typer.Option()] = 1e-3,
     max_length: Annotated[int, typer.Option()] = 1024,
     seed: Annotated[int, typer.Option()] = 0,
-    device: Device = None,
+    device: opt.Device = None,
 ) -> None:
     """Train a sparse autoencoder on a model's hidden states. Started again, it goes on from its last checkpoint."""
     from .sae_training import train_sae

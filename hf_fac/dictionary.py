@@ -197,11 +197,20 @@ class FeatureDictionary:
         return np.array(ids, dtype=np.int64)
 
     def check(self, featurizer: SAEFeaturizer) -> None:
-        """Raises: ValueError, with what differs, when the featurizer measures otherwise than this dictionary was."""
+        """Nothing, when the featurizer's features are those of this dictionary: one model up to the layer, one SAE.
+        Under which settings each measured (whose tokens count, the floor) is no matter.
+
+        Raises: ValueError, with what differs.
+        """
+        theirs = featurizer.measurement | {"feature_fingerprint": featurizer.feature_fingerprint()}
+        if self.measurement.get("feature_fingerprint") == theirs["feature_fingerprint"]:
+            return
+        keys = ("model", "layer", "d_sae", "feature_fingerprint")
+        ours, theirs = ({key: found[key] for key in keys if key in found} for found in (self.measurement, theirs))
         _refuse_different(
-            self.measurement,
-            featurizer.measurement,
-            "This dictionary was made for another model, SAE or setting than the featurizer's",
+            ours,
+            theirs,
+            "This dictionary was made for another model or SAE than the featurizer's",
             "build it again with this featurizer, or load the one that it was made with",
         )
 
@@ -340,7 +349,8 @@ def _refuse_different(
     keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
     if keys:
         values = "; ".join(f"{key}: {one.get(key, 'absent')!r} and {other.get(key, 'absent')!r}" for key in keys)
-        note = " (only weights, tokenizer or lesser settings differ)" if keys == ["fingerprint"] else ""
+        only = {"fingerprint", "feature_fingerprint"}.issuperset(keys)
+        note = " (only weights, or lesser settings differ)" if only else ""
         raise ValueError(f"{problem} ({values}){note}: {remedy}.")
 
 

@@ -28,8 +28,8 @@ def schema() -> pa.Schema:
     mean_activation and max_activation: over those rows, of each row's maximum, in the SAE's units.
     spans: before + token + after is the text, token the first one to reach the row's maximum, `activation`; row: its
     number in the data set `source`. The strongest first, no text twice.
-    data: a hash of the rows counted, in any order. measurement: JSON, `SAEFeaturizer.measurement`. settings: JSON, what
-    else the row was made with.
+    data: a hash of the rows counted, in any order. measurement: JSON, `SAEFeaturizer.measurement` and, as
+    feature_fingerprint, which model and SAE the features are of. settings: JSON, what else the row was made with.
     """
     import pyarrow as pa
 

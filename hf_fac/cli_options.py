@@ -1,0 +1,75 @@
+"""What the commands of `hf-fac` share: the options that several have, and how a data set and a featurizer are made of
+them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .featurizer import SAEFeaturizer
+
+console = Console(soft_wrap=False)
+
+Data = Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, a folder, or a Hub data set.")]
+Split = Annotated[str, typer.Option(help="Which split of a Hub data set or folder.")]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder of the model; the embedded SmolLM2-135M by default.")]
+Sae = Annotated[str | None, typer.Option(help="Its SAE: a Hub repo, release:sae_id of SAELens, a folder, a .pth file.")]
+SaeId = Annotated[str | None, typer.Option(help="Which SAE of a Hub repo that holds several.")]
+Layer = Annotated[int | None, typer.Option(help="Layer that the SAE reads, where it does not say.")]
+Activation = Annotated[str, typer.Option(help="native, or relu (top-k lifted).")]
+PoolOver = Annotated[str, typer.Option(help="Whose tokens count: all, user, assistant or completion.")]
+Side = Annotated[str, typer.Option(help="Which completion of preference pairs: chosen or rejected.")]
+MaxLength = Annotated[int | None, typer.Option(help="Most tokens of a row; longer rows are cut and counted.")]
+OnError = Annotated[str, typer.Option(help="raise, or skip rows that cannot be read.")]
+Preset = Annotated[str | None, typer.Option(help="paper: measure as the paper's released code does.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="delta, in the SAE's units; calibrated on the anchor if not given.")
+]
+Relative = Annotated[float | None, typer.Option(help="delta as a share of each feature's maximum in the anchor.")]
+Top = Annotated[int, typer.Option(help="How many missing features to show.")]
+
+
+def make_featurizer(
+    model: str | None, sae: str | None, sae_id: str | None, device: str | None, **settings: Any
+) -> SAEFeaturizer:
+    if (model is None) != (sae is None):
+        raise typer.BadParameter("--model and --sae go together (neither: the embedded model).")
+    if model is None:
+        from .embedded import load_featurizer
+
+        settings.pop("layer", None)
+        return load_featurizer(device=device or "cpu", **settings)
+    from .featurizer import SAEFeaturizer
+
+    return SAEFeaturizer.from_pretrained(model, sae, sae_id=sae_id, device=device, **settings)
+
+
+def load_data(name: str, split: str = "train") -> Dataset:
+    """Returns a data set from a file, a folder (saved by `save_to_disk`, or with data files) or the Hub."""
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.is_file():
+        if path.suffix not in kinds:
+            raise typer.BadParameter(f"{name}: expected a file ending in {', '.join(kinds)}.")
+        return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        found = load_from_disk(name)
+        if isinstance(found, DatasetDict):
+            if split not in found:
+                raise typer.BadParameter(f"{name} has no split {split!r}; it has {', '.join(found)}.")
+            return found[split]
+        return found
+    if path.is_dir() and sorted(path.glob("*.parquet")):
+        return Dataset.from_parquet([str(file) for file in sorted(path.glob("*.parquet"))])
+    if path.suffix in kinds or name.startswith((".", "/")):
+        raise typer.BadParameter(f"{name} does not exist.")
+    return load_dataset(name, split=split)
