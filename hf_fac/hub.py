@@ -15,9 +15,9 @@ from hf_fac.cards import merge_card
 from hf_fac.hub_errors import Goal, HubError, patiently
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ResolvedRevision
 
-__all__ = ["HubError", "Pulled", "pull_folder", "push_folder", "update_card"]
+__all__ = ["HubError", "Pulled", "list_files", "pull_folder", "push_folder", "update_card"]
 
 # Opening one of these can run code, so they are fetched only when a pattern of the caller ends in the suffix itself.
 _CAN_RUN_CODE = (".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".joblib")
@@ -98,6 +98,27 @@ def update_card(
     return _commit(goal, {}, (section, metadata or {}, body), message)
 
 
+def list_files(
+    repo_id: str, *, repo_type: str = "model", revision: str | None = None, token: str | bool | None = None
+) -> tuple[str, dict[str, int]]:
+    """The commit (40 hex digits) that a revision means, and the size in bytes of each of its files by path. Without a
+    network the cache answers, if it holds the listing.
+
+    Raises:
+        HubError: no such repo or revision, no right to read, or no network and no listing in the cache.
+    """
+    goal = Goal("pull from", repo_id, repo_type, revision, token)
+
+    def attempt() -> tuple[str, dict[str, int]]:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="hf_fac")
+        commit = _resolved(api, goal).resolved
+        return commit, _listing(api, goal, commit)
+
+    return patiently(attempt, goal)
+
+
 def pull_folder(
     repo_id: str,
     *,
@@ -136,10 +157,8 @@ def pull_folder(
         from huggingface_hub.utils import filter_repo_objects
 
         api = HfApi(token=token, library_name="hf_fac")
-        resolved = api.resolve_revision(**goal.repo, revision=revision)
+        resolved = _resolved(api, goal)
         commit = resolved.resolved
-        if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise goal.error(f"it answers {commit!r} where a commit of 40 hex digits was expected.")
         everything = _listing(api, goal, commit)
         sizes = {path: size for path, size in everything.items() if path.startswith(below)}
         if strange := [path for path in sizes if _leaves_its_folder(path)]:
@@ -238,6 +257,13 @@ def _card_text(api: HfApi, goal: Goal, commit: str, otherwise: Path | None) -> s
         return file.read_bytes().decode("utf-8-sig") if file else ""
     except UnicodeDecodeError as error:
         raise goal.error(f"README.md is not UTF-8 ({error}). Save it as UTF-8, then repeat.") from None
+
+
+def _resolved(api: HfApi, goal: Goal) -> ResolvedRevision:
+    resolved = api.resolve_revision(**goal.repo, revision=goal.revision)
+    if not re.fullmatch(r"[0-9a-f]{40}", resolved.resolved):
+        raise goal.error(f"it answers {resolved.resolved!r} where a commit of 40 hex digits was expected.")
+    return resolved
 
 
 def _listing(api: HfApi, goal: Goal, commit: str) -> dict[str, int]:

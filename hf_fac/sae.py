@@ -7,29 +7,22 @@ honour is refused with the reason.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import tempfile
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+
+from .sae_layouts import CONFIG, ELSEWHERE, SAELENS_WEIGHTS, hook_of_layer, layer_of_hook, pull_sae, read_sae, some
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from sae_lens import SAE
     from sae_lens.saes.sae import SAEMetadata
-
-    Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
-
-CONFIG, SAELENS_WEIGHTS, SPARSIFY_WEIGHTS = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
-LAYOUTS = f"{CONFIG} with {SAELENS_WEIGHTS} (SAELens) or {SPARSIFY_WEIGHTS} (sparsify), or one .pth file of the paper"
-ELSEWHERE = "take one that find_sae(model_id) lists, or train one with train_sae"
 
 
 @dataclass(frozen=True)
@@ -69,12 +62,14 @@ def load_sae(
     then `user/repo` is a Hub repository. Weights are converted from the dtype they are stored in. Nothing is unpickled.
 
     Args:
-        sae_id: subfolder (or .pth file) of a folder or repository, or the SAE's id in a SAELens release.
+        sae_id: subfolder (or .pth file) of a folder or repository, or the SAE's id in a SAELens release. The only SAE
+            of a repository needs none.
         revision: branch, tag or commit of a Hub repository.
         token: for a Hub repository; releases are downloaded by SAELens with the stored login.
 
     Raises:
         FileNotFoundError: nothing of that name, or no SAE in it.
+        HubError: a repository that cannot be read, or holds more than its config accounts for.
         ValueError: not readable as an SAE, weights that are not finite, or refused by `check_sae`.
     """
     from sae_lens import SAE
@@ -94,13 +89,13 @@ def load_sae(
         # SAELens advises to load the model with these arguments; read_settings honours the one that matters.
         warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
         if path.exists() or is_repo:
-            folder = _download(name, sae_id, revision, token) if is_repo else path
-            sae = _read(folder / sae_id if sae_id else folder, label, options)
+            local = pull_sae(name, sae_id, revision, token) if is_repo else path / (sae_id or "")
+            sae = read_sae(local, label, options)
         elif name in releases:
             if sae_id not in (ids := list(releases[name].saes_map)):
                 raise ValueError(
                     f"{sae_id!r} is none of the {len(ids)} SAEs of the SAELens release {name!r}: say '{name}:<id>', "
-                    f"where <id> is one of {_some(ids)}."
+                    f"where <id> is one of {some(ids)}."
                 )
             sae = SAE.from_pretrained(name, sae_id, **options)
         else:
@@ -163,7 +158,7 @@ def find_sae(model: str, *, layer: int | None = None) -> pd.DataFrame:
             continue
         for sae_id, path in entry.saes_map.items():
             if hook := _directory_hook(f"{release}/{sae_id}/{path}"):
-                rows.append((f"{release}:{sae_id}", _layer_of_hook(hook), hook, release, sae_id))
+                rows.append((f"{release}:{sae_id}", layer_of_hook(hook), hook, release, sae_id))
     found = pd.DataFrame(rows, columns=["name", "layer", "hook_name", "release", "sae_id"])
     if layer is not None:
         found = found[found.layer == layer]
@@ -280,21 +275,7 @@ def fvu(sae: SAE[Any], x: torch.Tensor) -> float:
 
 def _layer(metadata: SAEMetadata) -> int | None:
     own = (metadata.hf_fac or {}).get("layer")
-    return own if own is not None or metadata.hook_name is None else _layer_of_hook(metadata.hook_name)
-
-
-def _layer_of_hook(hook: str) -> int:
-    if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook):
-        return int(match[1]) + (match[2] == "post")
-    if match := re.fullmatch(r"(?:.*\.)?(?:layers|layer|h|blocks)\.(\d+)(?:\.output)?", hook):
-        return int(match[1]) + 1
-    if re.fullmatch(r"hook_embed|(?:.*\.)?(?:embed_tokens|embed_in)", hook):
-        return 0
-    raise ValueError(f"This SAE reads {hook!r}, hf_fac reads the residual stream between blocks: {ELSEWHERE}.")
-
-
-def _hook_of_layer(layer: int) -> str:
-    return f"blocks.{layer - 1}.hook_resid_post" if layer else "hook_embed"
+    return own if own is not None or metadata.hook_name is None else layer_of_hook(metadata.hook_name)
 
 
 def _directory_hook(entry: str) -> str | None:
@@ -302,7 +283,7 @@ def _directory_hook(entry: str) -> str | None:
     if match := re.search(r"/(blocks\.\d+\.hook_resid_(?:pre|post))[_/]", entry):
         return match[1]
     if re.search(r"-res(?:-canonical)?/embedding/", entry):
-        return _hook_of_layer(0)
+        return hook_of_layer(0)
     conventions = (
         r"-res(?:-canonical)?/layer_(\d+)/",  # Gemma Scope
         r"/resid_post(?:_all)?[/_]layer_(\d+)[/_]",  # Gemma Scope 2, dictionary_learning
@@ -311,7 +292,7 @@ def _directory_hook(entry: str) -> str | None:
         r"-SAE-l(\d+)\.pth?$",  # Goodfire
     )
     matches = (re.search(convention, entry) for convention in conventions)
-    return next((_hook_of_layer(int(match[1]) + 1) for match in matches if match), None)
+    return next((hook_of_layer(int(match[1]) + 1) for match in matches if match), None)
 
 
 def _model_key(model: str) -> str:
@@ -323,138 +304,6 @@ def _model_key(model: str) -> str:
 
     aliases = {last(alias): last(official) for official, names in MODEL_ALIASES.items() for alias in names}
     return aliases.get(last(model), last(model))
-
-
-def _download(repo: str, sae_id: str | None, revision: str | None, token: str | bool | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    files, unwanted = [CONFIG, SAELENS_WEIGHTS, SPARSIFY_WEIGHTS, "*.pth"], ["*/*"]
-    if sae_id is not None:
-        files, unwanted = [sae_id, *(f"{sae_id}/{file}" for file in files)], None
-    try:
-        # A sparsify run keeps its model's name in a config.json above its SAEs.
-        options = {"revision": revision, "token": token, "allow_patterns": [*files, "config.json"]}
-        path = Path(snapshot_download(repo, ignore_patterns=unwanted, **options))
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{repo!r} is no local path and did not come from the Hub: {reason}") from error
-    if _weights(path / (sae_id or "")) is None:
-        listing = [file.relative_to(path).as_posix() for file in path.rglob("*")]
-        with suppress(OSError):  # Offline the message names what is here.
-            listing = HfApi(token=token).list_repo_files(repo, revision=revision)
-        raise _no_sae(f"{repo}:{sae_id}" if sae_id else repo, listing)
-    return path
-
-
-def _weights(path: Path) -> Path | None:
-    """The file with an SAE's weights at a folder or .pth file, safetensors first; None when there is no single one."""
-    if path.is_file():
-        return path if path.suffix == ".pth" else None
-    if (path / CONFIG).is_file():
-        for file in (SAELENS_WEIGHTS, SPARSIFY_WEIGHTS):
-            if (path / file).is_file():
-                return path / file
-    checkpoints = list(path.glob("*.pth"))
-    return checkpoints[0] if len(checkpoints) == 1 else None
-
-
-def _no_sae(label: str, files: list[str]) -> FileNotFoundError:
-    inside = [file.removesuffix(f"/{CONFIG}") for file in files if file.endswith((f"/{CONFIG}", ".pth"))]
-    inside.sort(key=lambda name: (len(name), name))
-    remedy = f"choose with sae_id= from {_some(inside)}" if inside else "give the folder or file that holds it"
-    top = sorted({file.split("/", 1)[0] for file in files})
-    return FileNotFoundError(f"{label!r} holds no single SAE: expected {LAYOUTS}, found {_some(top)}; {remedy}.")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "nothing"
-
-
-def _read(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
-    from safetensors import SafetensorError
-
-    weights = _weights(path)
-    if weights is None:
-        patterns = ("*", "*/*.pth", f"*/{CONFIG}", f"*/*/{CONFIG}")
-        inside = [file.relative_to(path).as_posix() for pattern in patterns for file in path.glob(pattern)]
-        raise _no_sae(label, inside or [path.name])
-    converters = {SAELENS_WEIGHTS: sae_lens_disk_loader, SPARSIFY_WEIGHTS: _convert_sparsify}
-    folder_converter = converters.get(weights.name)
-    try:
-        if folder_converter is not None:
-            return SAE.load_from_disk(weights.parent, converter=folder_converter, **options)
-        return SAE.load_from_disk(weights, converter=_convert_checkpoint, **options)
-    except LookupError as error:
-        raise ValueError(f"{label!r} cannot be read as an SAE: missing or unknown to SAELens: {error}.") from error
-    except (EOFError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        # PyTorch spreads its reasons over lines.
-        raise ValueError(f"{label!r} cannot be read as an SAE: {' '.join(str(error).split())}") from error
-
-
-def _convert_sparsify(folder: Path, device: str, cfg_overrides: dict[str, Any]) -> Parts:
-    """SAELens' config and tensors of a folder of EleutherAI sparsify, which is named after its hookpoint ("layers.15").
-
-    SAELens' own converter does not fit it: it transposes the decoder, and takes b_dec off the input or not by
-    normalize_decoder, where sparsify always does.
-    """
-    from safetensors.torch import load_file
-
-    config = json.loads((folder / CONFIG).read_text())
-    for option in ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed"):
-        if config.get(option):
-            raise ValueError(f"its option {option} makes it no plain autoencoder of one place: {ELSEWHERE}.")
-    if config.get("activation", "topk") != "topk":
-        raise ValueError(f"SAELens has no {config['activation']!r} activation, only 'topk': {ELSEWHERE}.")
-    tensors = load_file(folder / SPARSIFY_WEIGHTS, device=device)
-    folder = folder.absolute()  # "." has no name
-    hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
-    # A folder of another name, such as a download's, says nothing about the layer.
-    named = re.search(r"\.\d+(\.|$)|^embed", hookpoint.name)
-    run = hookpoint.parent / "config.json"
-    d_sae = config.get("num_latents") or config["d_in"] * config["expansion_factor"]
-    return _topk_parts(
-        {"d_in": config["d_in"], "d_sae": d_sae, "k": config["k"], "device": device, **cfg_overrides},
-        {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
-        | {key: tensors[key] for key in ("W_dec", "b_dec")},
-        layer=_layer_of_hook(hookpoint.name) if named else None,
-        model_name=json.loads(run.read_text()).get("model") if run.is_file() else None,
-    )
-
-
-def _convert_checkpoint(path: Path, device: str, cfg_overrides: dict[str, Any]) -> Parts:
-    """SAELens' config and tensors of a .pth file of the paper's released code, whose name says its layer."""
-    import torch
-
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except UnpicklingError:
-        # PyTorch's own message tells how to run the code.
-        raise ValueError("it holds more than tensors, and hf_fac unpickles nothing: ask for safetensors.") from None
-    config, tensors = checkpoint["config"], checkpoint["weight"]
-    layer = re.search(r"_l(\d+)(?=[_.])", path.name)
-    # Its "mask" takes part only when that code edits a model, never in encoding.
-    return _topk_parts(
-        {"d_in": config["d_inp"], "d_sae": config["d_hide"], "k": config["topK"], "device": device, **cfg_overrides},
-        {key: tensors[key] for key in ("W_enc", "b_enc", "b_dec")} | {"W_dec": tensors["W_enc"].T},
-        layer=int(layer[1]) if layer else None,
-    )
-
-
-def _topk_parts(
-    config: dict[str, Any], tensors: dict[str, torch.Tensor], *, layer: int | None, model_name: str | None = None
-) -> Parts:
-    import torch
-    from sae_lens import TopKSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.util import str_to_dtype
-
-    metadata = SAEMetadata(model_name=model_name, hook_name=None if layer is None else _hook_of_layer(layer))
-    dtype = str_to_dtype(config["dtype"])
-    # Own memory for each: safetensors stores neither views nor tensors that share it.
-    own = {key: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    return TopKSAEConfig(**config, metadata=metadata).to_dict(), own
 
 
 def _require_finite(tensors: dict[str, torch.Tensor], label: str, remedy: str) -> None:

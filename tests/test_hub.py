@@ -193,6 +193,40 @@ def test_a_push_that_fails_leaves_nothing_and_can_be_repeated(server: HubServer,
     assert server.count("lfs-put") == sent
 
 
+@pytest.mark.parametrize("where", ["upload", "commit", "answer"])
+def test_a_push_killed_anywhere_leaves_nothing_half_and_is_repeated(
+    server: HubServer, folder: Path, where: str
+) -> None:
+    code = """
+import signal
+import huggingface_hub._commit_api as client
+
+def die(*positional, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_after(function):
+    return lambda *positional, **options: (function(*positional, **options), die())
+
+if args["where"] == "upload":
+    client.lfs_upload = die_after(client.lfs_upload)
+elif args["where"] == "commit":
+    client._send_commit = die
+elif args["where"] == "answer":
+    client._send_commit = die_after(client._send_commit)
+push_folder(args["folder"], "user/x", card=({}, "# Card"))
+"""
+    with pytest.raises(AssertionError, match="ended with -9"):
+        child(server, code, args={"folder": str(folder), "where": where})
+    uploaded = server.count("lfs-put")
+    assert uploaded == 2 or where == "upload"
+    whole = {*held(folder), "README.md", ".gitattributes"}
+    assert set(server.files("user/x")) == (whole if where == "answer" else {".gitattributes"})
+    child(server, code, args={"folder": str(folder), "where": "nowhere"})
+    assert set(server.files("user/x")) == whole
+    assert len(server.history("user/x")) == 2
+    assert where == "upload" or server.count("lfs-put") == uploaded, "what was uploaded is not uploaded again"
+
+
 def test_a_concurrent_change_is_kept(server: HubServer, folder: Path) -> None:
     server.put("user/x", {"README.md": b"# Old\n"})
     server.before_next_commit(lambda: server.put("user/x", {"README.md": b"# Written meanwhile\n", "other": b"1"}))

@@ -32,6 +32,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 
 import hf_fac.sae
+from hf_fac.hub import HubError
 from hf_fac.sae import check_sae, find_sae, fold_input_scale, fvu, load_sae, read_settings, save_sae
 
 D_IN, D_SAE, K = 8, 24, 3
@@ -375,7 +376,7 @@ def test_a_hub_repository_is_read_at_its_revision(hub, x):
     save_sae(second, hub("user/repo", revision="v2"))
     torch.testing.assert_close(load_sae("user/repo")(x), first(x), rtol=0, atol=0)
     torch.testing.assert_close(load_sae("user/repo", revision="v2")(x), second(x), rtol=0, atol=0)
-    with pytest.raises(FileNotFoundError, match="'user/repo' is no local path and did not come from the Hub"):
+    with pytest.raises(HubError, match="'user/repo' is no local path and did not come from the Hub"):
         load_sae("user/repo", revision="v3")
 
 
@@ -389,8 +390,12 @@ def test_hub_repositories_hold_every_layout_and_subfolders(hub):
     by_option, by_name = load_sae("user/sparsify", sae_id="layers.7"), load_sae("user/sparsify:layers.7")
     assert read_settings(by_option) == read_settings(by_name)
     assert (read_settings(by_name).layer, read_settings(by_name).model_name) == (8, "user/model")
-    with pytest.raises(FileNotFoundError, match=r"'user/sparsify' holds no single SAE: .* sae_id= from layers\.7\."):
+    assert read_settings(load_sae("user/sparsify")).layer == 8, "the only SAE of a repository needs no name"
+    write_sparsify(repo / "layers.8")
+    with pytest.raises(FileNotFoundError, match=r"holds no single SAE: .* sae_id= from layers\.7, layers\.8\."):
         load_sae("user/sparsify")
+    with pytest.raises(FileNotFoundError, match=r"'user/sparsify:layers\.9' holds no single SAE"):
+        load_sae("user/sparsify", sae_id="layers.9")
 
 
 def test_a_local_path_wins_over_hub_and_release(hub, tmp_path, monkeypatch):
