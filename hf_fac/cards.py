@@ -44,6 +44,12 @@ def merge_card(text: str, *, metadata: Mapping[str, Any], section: str, body: st
     return _with_section(text, section, body)
 
 
+def cell(value: Any) -> str:
+    """A value as one cell of a Markdown table: whole numbers with commas, others with four digits."""
+    text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def _with_section(text: str, section: str, body: str) -> str:
     start, end = f"<!-- hf_fac:{section} start -->", f"<!-- hf_fac:{section} end -->"
     # A mark inside the body (a quoted span may hold anything) would end the section early the next time.

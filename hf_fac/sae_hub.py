@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cards import cell
 from .hub import push_folder
 from .sae import read_settings, save_sae
 
@@ -94,15 +95,10 @@ def _card(sae: SAE[Any], repo_id: str, sae_id: str) -> str:
             f"# SAE `{sae_id}`\n",
             f"A sparse autoencoder of the residual stream of {model}.\n",
             "| | |\n|---|---|",
-            *(f"| {label} | {_cell(value)} |" for label, value in rows.items()),
+            *(f"| {label} | {cell(value)} |" for label, value in rows.items()),
             f'\n```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo_id}", "{sae_id}")\n```\n',
             "With hf-fac (arXiv 2602.10388), to see which features a data set activates:\n",
             "```python\nfrom hf_fac import SAEFeaturizer\n",
             f'featurizer = SAEFeaturizer.from_pretrained("{model}", sae="{repo_id}:{sae_id}")\n```',
         ]
     )
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
