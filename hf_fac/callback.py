@@ -180,6 +180,10 @@ class FACSynthesisCallback(TrainerCallback):
         return original()
 
     def _enlarge(self, record: dict[str, Any] | None) -> None:
+        if self.trainer.train_dataset is not self._data.base:
+            raise ValueError(
+                "The trainer got another training set after the callback was made: make the callback last."
+            )
         rows = self._filled(0) if record is None else self._restored(record)
         self.trainer.train_dataset, dropped = self._data.enlarged(rows)
         if record is None:

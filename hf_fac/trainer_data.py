@@ -37,7 +37,8 @@ _PREPARED = {"input_ids", "labels", "seq_lengths", "attention_mask", "token_type
 
 
 class TrainerData:
-    """A trainer's training set and how new rows join it.
+    """A trainer's training set, `base`, its rows as they were before the trainer prepared them, `seed`, and how new
+    rows join it.
 
     Args:
         task: new rows have the columns of `task.features()`, and columns that begin with "fac_", which stay out.
@@ -51,7 +52,7 @@ class TrainerData:
     columns: tuple[str, ...] = ()  # what the trainer trains on
 
     def __init__(self, trainer: Trainer, task: Task, train_dataset: Dataset | None, prepare: Prepare | None) -> None:
-        self.trainer, self.task = trainer, task
+        self.trainer, self.task, self.base = trainer, task, trainer.train_dataset
         self._given, self._prepare_rows = train_dataset, prepare
         self._task_columns = list(task.features())
         self._check_settings()
@@ -67,7 +68,7 @@ class TrainerData:
 
     def enlarged(self, rows: Dataset) -> tuple[Dataset, int]:
         """Returns the trainer's set with the new rows at its end, and how many of them its own filters dropped."""
-        base = self.trainer.train_dataset
+        base = self.base
         if not len(rows):
             return base, 0
         prepared = self.prepared(rows)
@@ -81,7 +82,7 @@ class TrainerData:
 
     def prepared(self, rows: Dataset) -> Dataset:
         """Returns new rows as rows of the trainer's set: the columns that it trains on, in the set's own types."""
-        features = self.trainer.train_dataset.features
+        features = self.base.features
         prepared = self._prepared(rows.select_columns(self._task_columns)).with_format(None)
         return prepared.select_columns(list(self.columns)).cast(
             Features({name: features[name] for name in self.columns})
@@ -99,7 +100,7 @@ class TrainerData:
     def _raw_rows(self) -> Dataset:
         if self._given is not None:
             return self._given
-        base = self.trainer.train_dataset
+        base = self.base
         return base.with_format(None).select_columns([name for name in base.column_names if name not in _PREPARED])
 
     def _check_format(self) -> None:
@@ -121,12 +122,12 @@ class TrainerData:
 
     def _check_preparation(self) -> None:
         """A row that is there goes the way of the new ones: what comes out must be what the trainer trains on."""
-        base, probe = self.trainer.train_dataset, self.seed.select([0])
+        probe = self.seed.select([0])
         missing = [name for name in self._task_columns if name not in probe.column_names]
         if missing:
             raise ValueError(f"The training set has no column {', '.join(missing)}, which the task's rows have.")
         prepared = self._prepared(probe.select_columns(self._task_columns))
-        _need_columns(prepared.column_names, self.columns, base.column_names)
+        _need_columns(prepared.column_names, self.columns, self.base.column_names)
 
 
 class _Sft(TrainerData):
@@ -179,7 +180,7 @@ class _Sft(TrainerData):
         new = new.cast(Features({name: self.seed.features[name] for name in self._task_columns}))
         whole = self._prepared(concatenate_datasets([self.seed, new]))
         packed = self.trainer.args.packing  # drops nothing, and its rows are not ours to count
-        return whole, 0 if packed else len(rows) + len(self.trainer.train_dataset) - len(whole)
+        return whole, 0 if packed else len(rows) + len(self.base) - len(whole)
 
     def _check_format(self) -> None:
         super()._check_format()
@@ -190,7 +191,7 @@ class _Sft(TrainerData):
     def _check_preparation(self) -> None:
         if not self._whole:
             return super()._check_preparation()
-        base, again = self.trainer.train_dataset, self._prepared(self.seed)
+        base, again = self.base, self._prepared(self.seed)
         same = len(again) == len(base) and all(
             again[i]["input_ids"] == base[i]["input_ids"] for i in {0, len(base) - 1}
         )
@@ -210,7 +211,7 @@ class _Reward(TrainerData):
                 f"train_sampling_strategy is {self.trainer.args.train_sampling_strategy!r}, which RewardTrainer's rows "
                 'have no lengths for: take "random" or "sequential".'
             )
-        if "margin" in self.trainer.train_dataset.column_names:
+        if "margin" in self.base.column_names:
             raise ValueError("The training set has a margin for each pair, new pairs have none: remove the column.")
 
     def _raw_rows(self) -> Dataset:
@@ -257,7 +258,7 @@ class _Plain(TrainerData):
                 f"{type(trainer).__name__} leaves preparing rows to you: pass prepare=, the function that made its "
                 "training set of raw rows (a datasets.Dataset in, a datasets.Dataset out)."
             )
-        names = trainer.train_dataset.column_names
+        names = self.base.column_names
         if trainer.args.remove_unused_columns:
             trainer._set_signature_columns_if_needed()
             names = [name for name in names if name in trainer._signature_columns]

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,6 +33,8 @@ from trainer_runs import (
     with_new,
 )
 from transformers import TrainerCallback
+
+from hf_fac.trainer_data import PlannedRows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -477,3 +485,162 @@ def test_a_run_that_died_while_writing_goes_on_with_its_journal(tmp_path):
     assert callback.new_rows.to_list() == expected.new_rows.to_list()
     assert max(read) < 40, "the anchor set is not measured again"
     assert_same_run(trainer, whole)
+
+
+def two_processes(folder, what, *, seconds=0.0, fails=False):
+    """What the two processes of a run leave behind."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+               "--master_port", str(port), str(Path(__file__).with_name("callback_worker.py")), str(folder), what,
+               str(seconds)]  # fmt: skip
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) == fails, done.stderr[-4000:]
+    if fails:
+        return [(folder / f"error-{rank}.txt").read_text().split("\n") for rank in range(2)]
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(2)]
+
+
+def equal_weights(folder, *names):
+    one, *others = [torch.load(folder / f"{name}.pt", weights_only=True) for name in names]
+    return all(torch.equal(one[key], other[key]) for other in others for key in one)
+
+
+def test_two_processes_write_each_a_part_and_train_on_all(tmp_path):
+    first, second = two_processes(tmp_path, "start", seconds=1)
+    assert first["rows"] == second["rows"]
+    assert first["n"] == second["n"] == 7 + len(first["rows"])
+    assert first["calls"] == second["calls"] == 1
+    assert sorted(first["written"] + second["written"]) == sorted(row["fac_feature"] for row in first["rows"])
+    assert equal_weights(tmp_path, "weights-0", "weights-1", "expected-0", "expected-1")
+
+
+def test_one_failing_process_stops_the_other_with_its_error(tmp_path):
+    (first, seconds), (second, _) = two_processes(tmp_path, "fails", fails=True)
+    assert first == "OtherProcessFailed: Process 1 failed: OSError: the endpoint is gone"
+    assert second == "OSError: the endpoint is gone"
+    assert float(seconds) < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["start reward", "start packed", "epoch resume", "fails warn"])
+def test_two_processes_in_every_way(what, tmp_path):
+    first, second = two_processes(tmp_path, what)
+    assert first["rows"] == second["rows"]
+    assert (len(first["rows"]) == 0) == ("fails" in what)
+    assert equal_weights(tmp_path, "weights-0", "weights-1")
+    if "start" in what:
+        assert equal_weights(tmp_path, "weights-0", "expected-0")
+    if "resume" in what:
+        assert equal_weights(tmp_path, "weights-0", "resumed-0", "resumed-1")
+
+
+@pytest.mark.slow
+def test_no_process_sits_in_a_collective_while_another_writes(tmp_path):
+    first, second = two_processes(tmp_path, "start", seconds=60)
+    assert first["rows"] == second["rows"]
+    assert equal_weights(tmp_path, "weights-0", "weights-1", "expected-0")
+
+
+class Grown:
+    """A run that grows, with what each epoch drew (as text) and had by then."""
+
+    def __init__(self, make, kind, folder, *, seed=7, extra=(), train=True, **settings):
+        self.rows, self.drawn, self.had = examples(kind, seed), [], []
+        self.trainer = make(self.rows, folder, **settings)
+        extra = {"refresh": "epoch", "max_samples": 8, **dict(extra)}
+        self.callback = callback_for(self.trainer, kind, **extra)
+        grown, collate = self, self.trainer.data_collator
+
+        class Watch(TrainerCallback):
+            def on_epoch_begin(self, *args, **kwargs):
+                new = grown.callback.new_rows
+                grown.had.append([] if new is None else new.to_list())
+                grown.drawn.append([])
+
+        def watched(rows):
+            self.drawn[-1] += [tuple(row.get("input_ids") or row["chosen_ids"]) for row in rows]
+            return collate(rows)
+
+        self.trainer.add_callback(Watch())
+        self.trainer.data_collator = watched
+        if train:
+            trained(self.trainer)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(sft, "messages"), (reward, "preference")])
+def test_a_growing_set_keeps_its_length_and_draws_all_that_is_there(make, kind, tmp_path):
+    run = Grown(make, kind, tmp_path / "a", num_train_epochs=3)
+    whole = make(examples(kind, 15), tmp_path / "b", num_train_epochs=3)
+    trained(whole)
+    assert run.trainer.state.max_steps == whole.state.max_steps == run.trainer.state.global_step
+    rates = [[entry["learning_rate"] for entry in t.state.log_history if "learning_rate" in entry]
+             for t in (run.trainer, whole)]  # fmt: skip
+    assert rates[0] == rates[1]
+
+    assert run.callback.synthesizer.budgets[0] == 3, "an equal share of eight for each of three epochs"
+    sizes = [len(had) for had in run.had]
+    assert sizes == sorted(sizes)
+    assert 0 < sizes[0] < sizes[-1] <= 8
+    for had, drawn in zip(run.had, run.drawn, strict=True):
+        seed = make(run.rows, tmp_path / "c").train_dataset
+        new = make(Dataset.from_list(had).select_columns(run.rows.column_names), tmp_path / "c").train_dataset
+        column = "input_ids" if make is sft else "chosen_ids"
+        turns = [tuple(seed[column][i % 7]) for i in range(8 - len(had))]
+        assert sorted(drawn) == sorted([*map(tuple, seed[column]), *map(tuple, new[column]), *turns])
+
+
+def test_growing_leaves_no_trace_in_the_run_but_the_rows(tmp_path):
+    run = Grown(sft, "messages", tmp_path / "a", num_train_epochs=3, dataloader_num_workers=2,
+                train=False)  # fmt: skip
+    run.trainer.data_collator = sft(run.rows, tmp_path / "c").data_collator
+    trained(run.trainer)
+    other = sft(run.rows, tmp_path / "b", num_train_epochs=3, dataloader_num_workers=2)
+    planned = PlannedRows(other.train_dataset.select_columns(["input_ids", "labels"]), 8)
+
+    class Fill(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            rows = Dataset.from_list(run.had[int(state.epoch or 0)]).select_columns(["messages"])
+            planned.fill(sft(rows, tmp_path / "c").train_dataset.select_columns(["input_ids", "labels"]))
+            set_state(*random_state)
+
+    random_state = []
+
+    class Remember(TrainerCallback):
+        def on_epoch_begin(self, *args, **kwargs):
+            random_state[:] = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+
+    def set_state(ours, python, numpy):
+        torch.set_rng_state(ours)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+    other.add_callback(Remember())
+    other.add_callback(Fill())
+    other.train_dataset = planned
+    trained(other)
+    assert_same_run(run.trainer, other)
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 6])
+def test_a_growing_run_resumes_where_it_was(at, tmp_path):
+    rows, settings, extra = examples("messages", 7), {"num_train_epochs": 3}, {"refresh": "epoch", "max_samples": 8}
+    resumed, callback, _ = interrupted(sft, rows, tmp_path / "a", "messages", at=at, settings=settings, **extra)
+    whole = sft(rows, tmp_path / "b", **settings)
+    expected = callback_for(whole, "messages", **extra)
+    trained(whole)
+    assert callback.new_rows.to_list() == expected.new_rows.to_list()
+    assert [entry for entry in steps(resumed) if "train_loss" not in entry] == [
+        entry for entry in steps(whole) if "train_loss" not in entry
+    ]
+    assert_same_weights(resumed, whole)
+
+
+def test_a_growing_run_may_refresh_less_often(tmp_path):
+    run = Grown(sft, "messages", tmp_path, num_train_epochs=5, extra={"every": 2})
+    assert run.callback.synthesizer.calls == 3
+    assert run.had[0] == run.had[1]
+    assert run.had[2] == run.had[3]
