@@ -1,16 +1,17 @@
 """A chat model that needs no instruction-following: a local model that an SAE's decoder direction pushes towards a
 feature while it writes, many features in one batch. Fluency is judged by the same model without the push.
 
-Steering by adding a decoder direction to the residual stream: Templeton et al., Scaling Monosemanticity (2024);
-strengths in units of the stream's own norm, as there is no other that means the same at every layer and for every SAE.
+A vector is added to the residual stream while the model writes (Turner et al. 2023, arXiv:2308.10248); its strength is
+counted in the stream's own norm, which makes it comparable between layers and SAEs.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-_LOGITS = 2**27  # elements of [tokens, vocabulary] that exist at one time: 512 MB in float32
+_MARK = "hf_fac"
+_LOGITS = 2**26  # elements of [tokens, vocabulary] that exist at one time: 256 MB in float32
+
+
+class UserTurn(NamedTuple):
+    """What writes a user's first message: `steered.complete([conversation], stop=stop, ...)`."""
+
+    steered: SteeredChat
+    conversation: list[dict]
+    stop: tuple[str, ...]
 
 
 class SteeredChat:
@@ -101,6 +111,28 @@ class SteeredChat:
             request = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
             return self.chat.complete_tagged(conversations, tags, stepping, begun=begun, stop=stop, **request)
 
+    def user_turn(self) -> UserTurn:
+        """Returns what writes as a user would, without being asked to: the model goes on from what the chat template
+        puts before a user's first message (Magpie, Xu et al. 2024, arXiv:2406.08464).
+
+        No request has to be understood, and none shows in the text. A model without a template begins a document.
+        Raises: ValueError for a template that does not show what a user says.
+        """
+        tokenizer = copy.deepcopy(self.chat.tokenizer)
+        if tokenizer.chat_template:
+            asked = [{"role": "user", "content": _MARK}]
+            text = tokenizer.apply_chat_template(asked, tokenize=False, **self.chat.chat_template_kwargs)
+            before, found, after = text.partition(_MARK)
+            if not found:
+                raise ValueError("The chat template does not show what a user says, so no user's turn can be begun.")
+        else:
+            before, after = tokenizer.bos_token or tokenizer.eos_token or "", ""
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        steered, chat = copy.copy(self), copy.copy(self.chat)
+        steered.chat, chat.tokenizer = chat, tokenizer
+        stop = after.strip() or after
+        return UserTurn(steered, [{"role": "user", "content": before}], (stop,) if stop else ())
+
     def perplexity(self, texts: Sequence[str]) -> np.ndarray:
         """Returns how surprising the model, without steering, finds each text: float64 [n], exp of the mean negative
         log-likelihood of its tokens but the first; NaN for a text of fewer than two tokens.
@@ -123,9 +155,10 @@ class SteeredChat:
                     padded[place, : len(pieces[i])] = torch.tensor(pieces[i])
                 padded = padded.to(model.device)
                 logits = model(input_ids=padded, use_cache=False).logits[:, :-1].float()
-                likely = logits.gather(-1, padded[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+                losses = logits.logsumexp(-1) - logits.gather(-1, padded[:, 1:, None])[..., 0]
+                losses = losses.double().cpu()
                 for place, i in enumerate(batch):
-                    found[i] = math.exp(-likely[place, len(bos) : len(pieces[i]) - 1].double().mean())
+                    found[i] = losses[place, len(bos) : len(pieces[i]) - 1].mean().exp()
         return found
 
     def _checked(self, n: int, features: Sequence[int], strengths: Sequence[float]) -> list[tuple[int, float]]:

@@ -150,6 +150,41 @@ def test_a_base_model_can_be_steered() -> None:
     assert answer.text == tokenizer.decode(prompt + ids, skip_special_tokens=True)[len("The river rises") :]
 
 
+@pytest.mark.parametrize(
+    ("family", "begin", "end"),
+    [
+        ("llama", "<|im_start|>user\n", "<|im_end|>"),
+        ("gemma2", "<s>[INST] ", "[/INST]"),
+        ("gpt2", "user: ", "\n"),
+        ("base", "<|endoftext|>", None),
+    ],
+)
+def test_a_users_turn_is_written_from_where_the_template_begins_it(family: str, begin: str, end: str | None) -> None:
+    tokenizer = gpt2_tokenizer(chat_template=None) if family == "base" else TOKENIZERS[family]
+    family = "gpt2" if family == "base" else family
+    template = tokenizer.chat_template
+    chat = SteeredChat(LocalChat(MODELS[family], tokenizer), SAE, layer=1, mean_norm=UNIT)
+    turn = chat.user_turn()
+    request = {"features": [9], "strengths": [1], "temperature": 0, "max_tokens": 8}
+    [[answer]] = turn.steered.complete([turn.conversation], **request)
+    prompt = tokenizer(begin, add_special_tokens=False)["input_ids"]
+    assert answer.prompt_tokens == len(prompt)
+    ids = slowly_written(family, prompt, 1, 9, 1.0, 8)
+    assert answer.completion_tokens == len(ids)
+    assert answer.text == tokenizer.decode([*prompt, *ids], skip_special_tokens=True).removeprefix(
+        tokenizer.decode(prompt, skip_special_tokens=True)
+    )
+    assert turn.stop == ((end,) if end else ())
+    assert tokenizer.chat_template == template
+    assert turn.steered.mean_norm == chat.mean_norm
+
+
+def test_a_template_that_hides_its_users_has_no_users_turn() -> None:
+    tokenizer = byte_level_tokenizer(chat_template="{{ messages | length }}")
+    with pytest.raises(ValueError, match="does not show what a user says"):
+        SteeredChat(LocalChat(MODELS["llama"], tokenizer), SAE, layer=1, mean_norm=UNIT).user_turn()
+
+
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
     """The shape of the ids of every forward pass."""
