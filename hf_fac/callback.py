@@ -7,7 +7,6 @@ one that the trainer would have made had it been given that set; the new rows, t
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -18,28 +17,24 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow.parquet as pq
 from datasets import Dataset, Features, concatenate_datasets
 from numpy.typing import ArrayLike
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .cards import merge_card
-from .conversations import RowError
-from .coverage import FACReport, FeatureCoverage
-from .run_state import Ranks, preserved, write_whole
+from .coverage import FeatureCoverage
+from .refill import Refill, digest, read_parquet, write_parquet
+from .run_state import Ranks, preserved, replace_text
 from .trainer_data import PlannedRows, Prepare, trainer_data
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from .featurizer import SAEFeaturizer
     from .synthesis import FACSynthesizer
-    from .tasks import Task
 
 RECORD = "fac_synthesis.json"  # in every checkpoint: which new rows the run trains on
 _FOLDER = "fac_synthesis"
-_CHUNK = 1000  # rows read at a time
 
 
 class FACSynthesisCallback(TrainerCallback):
@@ -99,7 +94,8 @@ class FACSynthesisCallback(TrainerCallback):
         output_dir: str | os.PathLike[str] | None = None,
         prepare: Prepare | None = None,
     ) -> None:
-        self.trainer, self.synthesizer, self.anchor, self.features = trainer, synthesizer, anchor, features
+        self.trainer, self.synthesizer, self.anchor = trainer, synthesizer, anchor
+        self._refill = Refill(synthesizer, anchor, features)
         self.refresh, self.every, self.on_error = refresh, every, on_error
         self.max_samples, self.max_seconds = max_samples, max_seconds
         self.folder = Path(output_dir or trainer.args.output_dir) / _FOLDER
@@ -141,7 +137,7 @@ class FACSynthesisCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._record and args.should_save:
             run = Path(self.trainer._get_output_dir(trial=self._trial))
-            write_whole(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / RECORD, json.dumps(self._record))
+            replace_text(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / RECORD, json.dumps(self._record))
 
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
         original = getattr(self.trainer, name)
@@ -206,65 +202,28 @@ class FACSynthesisCallback(TrainerCallback):
 
     def _filled(self, epoch: int) -> Dataset:
         """All new rows, those of before first, the same in every process; they are on disk then."""
-        task = self.synthesizer.task
-        before = self.new_rows
-        if before is None:
-            before = Dataset.from_dict({name: [] for name in task.features()}, features=task.features())
-        start = time.monotonic()
+        before = self._refill.none() if self.new_rows is None else self.new_rows
+        spent, start = self._record.get("seconds", 0.0), time.monotonic()
         ranks = Ranks.meet(self.folder / "work", self.trainer.args)
         try:
-            added, self._report = self._synthesized(before, epoch, ranks)
+            added, self._report = self._refill.run(
+                self._data.seed.select_columns(self._data.read_columns), before, ranks, turn=epoch,
+                max_samples=self._budget(len(before), epoch),
+                max_seconds=None if self.max_seconds is None else max(1.0, self.max_seconds - spent),
+            )  # fmt: skip
             rows = concatenate_datasets([before, added]) if len(before) else added
             self._save_rows(rows)
-            ranks.agree(_digest(rows))
-        except Exception as error:
+            seconds = ranks.agree(digest(rows), time.monotonic() - start)
+        except BaseException as error:
             ranks.fail(error)
-            if self.on_error == "raise":
+            if self.on_error == "raise" or not isinstance(error, Exception):
                 raise
-            warnings.warn(
-                f"FAC synthesis failed, the run trains on the {len(before):,} new rows that it has: {error}",
-                stacklevel=2,
-            )
-            rows, self._report = before, {"error": f"{type(error).__name__}: {error}"}
+            ranks.wait_for_all()
+            warnings.warn(f"FAC synthesis failed; the run has {len(before):,} new rows: {error}", stacklevel=2)
+            rows, seconds, self._report = before, 0.0, {"error": f"{type(error).__name__}: {error}"}
             self._save_rows(rows)
-        self._report["seconds"] = self._record.get("seconds", 0.0) + time.monotonic() - start
+        self._report["seconds"] = spent + seconds
         return rows
-
-    def _synthesized(self, before: Dataset, epoch: int, ranks: Ranks) -> tuple[Dataset, dict[str, Any]]:
-        synthesizer = self.synthesizer
-        measured = functools.partial(_measured, synthesizer.featurizer, synthesizer.task, ranks=ranks)
-        anchor = self.anchor if isinstance(self.anchor, FeatureCoverage) else measured(self.anchor)
-        data = measured(self._data.seed.select_columns(self._data.read_columns))
-        task_columns = list(synthesizer.task.features())
-        if len(before):
-            data |= measured(before.select_columns(task_columns))
-        found = data.compare(anchor, features=self.features, threshold=synthesizer.threshold)
-        report = {"before": found.to_dict(), "after": found.to_dict(), "synthesis": None}
-        report |= {"synthesizer": synthesizer.fingerprint(), "numbers": _numbers(found, found)}
-        budget = self._budget(len(before), epoch)
-        if not len(found.missing) or budget == 0:
-            return before.select([]), report
-        journal = ranks.folder / f"journal-{_hash(synthesizer.fingerprint(), found.missing.tolist())}"
-        journal.mkdir(exist_ok=True)
-        left = None if self.max_seconds is None else max(1.0, self.max_seconds - self._record.get("seconds", 0.0))
-        result = synthesizer.synthesize(
-            found.missing, journal=journal, max_samples=budget, max_seconds=left, stop=ranks.check
-        )
-        with warnings.catch_warnings():
-            # An FAC near 1 is what this is for.
-            warnings.simplefilter("ignore", UserWarning)
-            new = data
-            if len(result.dataset):
-                new = data | measured(result.dataset.select_columns(task_columns))
-            after = new.compare(anchor, features=self.features, threshold=synthesizer.threshold)
-        written = result.report
-        report |= {"after": after.to_dict(), "synthesis": written.to_dict()}
-        report["numbers"] = _numbers(found, after) | {
-            "fac/synthesized": len(result.dataset), "fac/filled": len(written.filled),
-            "fac/resisted": len(written.resisted), "fac/requests": written.requests,
-            "fac/completion_tokens": written.completion_tokens,
-        }  # fmt: skip
-        return result.dataset, report
 
     def _budget(self, n: int, epoch: int) -> int | None:
         """How many samples may be written now: an equal share for each time that is left."""
@@ -275,8 +234,7 @@ class FACSynthesisCallback(TrainerCallback):
 
     def _save_rows(self, rows: Dataset) -> None:
         if self.trainer.args.process_index == 0:
-            path = self.folder / f"rows-{_digest(rows)}.parquet"
-            _write_parquet(rows, path)
+            write_parquet(rows, self.folder / f"rows-{digest(rows)}.parquet")
 
     def _keep(self, rows: Dataset, *, dropped: int, epoch: int) -> None:
         """What the rows are called in checkpoints, what is logged of them, and both with the whole set on disk."""
@@ -286,15 +244,15 @@ class FACSynthesisCallback(TrainerCallback):
             "fac/new_rows": len(rows), "fac/dropped": dropped, "fac/seconds": seconds
         }  # fmt: skip
         self._record = {
-            "rows": _digest(rows), "epoch": epoch, "refresh": self.refresh, "max_samples": self.max_samples,
+            "rows": digest(rows), "epoch": epoch, "refresh": self.refresh, "max_samples": self.max_samples,
             "seconds": seconds, "summary": self.summary,
         }  # fmt: skip
         self._unlogged = True
         if self.trainer.args.process_index == 0:
             report = {name: value for name, value in self._report.items() if name != "numbers"}
             report |= {"rows": self._record["rows"], "dropped": dropped, "epoch": epoch}
-            write_whole(self.folder / "report.json", json.dumps(report, indent=1))
-            _write_parquet(_all_rows(self._data.seed, rows), self.folder / "enlarged.parquet")
+            replace_text(self.folder / "report.json", json.dumps(report, indent=1))
+            write_parquet(_all_rows(self._data.seed, rows), self.folder / "enlarged.parquet")
 
     def _read_record(self, checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / RECORD
@@ -321,8 +279,8 @@ class FACSynthesisCallback(TrainerCallback):
                 f"{self._checkpoint} was trained on new rows that are not there: {name} is neither in {folders[0]} nor "
                 f"in {folders[1]}. Copy it there, or start again without resuming."
             )
-        rows = _read_parquet(path)
-        if _digest(rows) != record["rows"]:
+        rows = read_parquet(path)
+        if digest(rows) != record["rows"]:
             raise ValueError(f"{path} does not hold the rows that {self._checkpoint} was trained on: it was changed.")
         self.new_rows, self._record, self.summary = rows, record, record["summary"]
         return rows
@@ -409,44 +367,6 @@ def _check_can_grow(trainer: Trainer) -> None:
             raise ValueError(f'refresh="epoch": {problem}, or take refresh="start".')
 
 
-def _measured(featurizer: SAEFeaturizer, task: Task, rows: Dataset, *, ranks: Ranks) -> FeatureCoverage:
-    """The coverage of the rows, each process measuring its share; kept, so that a run that died finds it again."""
-    measurement = featurizer.measurement
-    path = ranks.folder / f"coverage-{_hash(measurement, task.name, _digest(rows))}.safetensors"
-    if path.exists():
-        return FeatureCoverage.load(path)
-    coverage, share = FeatureCoverage(measurement), ranks.share(len(rows))
-    for start in range(share.start, share.stop, _CHUNK):
-        chunk = rows.select(range(start, min(start + _CHUNK, share.stop))).to_list()
-        try:
-            reading = featurizer.read([task.as_read(row) if "text" in row else row for row in chunk])
-        except RowError as error:
-            raise RowError(f"In rows from {start} on: {error}") from error
-        coverage |= FeatureCoverage.from_activations(
-            reading.activations, measurement=measurement, tokens=reading.tokens
-        )
-    parts = [path.with_suffix(f".{ranks.token}-{rank}") for rank in range(ranks.world_size)]
-    if ranks.rank > 0:
-        coverage.save(parts[ranks.rank])
-        ranks.wait(path.exists)
-        return FeatureCoverage.load(path)
-    ranks.wait(lambda: all(part.exists() for part in parts[1:]))
-    for part in parts[1:]:
-        coverage |= FeatureCoverage.load(part)
-        part.unlink()
-    coverage.save(path)
-    return coverage
-
-
-def _numbers(before: FACReport, after: FACReport) -> dict[str, float]:
-    return {
-        "fac/before": before.fac,
-        "fac/after": after.fac,
-        "fac/covered": len(after.covered),
-        "fac/missing": len(before.missing),
-    }
-
-
 def _paragraph(summary: dict[str, float]) -> str:
     numbers = {name.removeprefix("fac/"): value for name, value in summary.items()}
     text = f"{numbers['new_rows']:,} rows of the training set were synthesized for features that it did not activate"
@@ -463,27 +383,3 @@ def _all_rows(seed: Dataset, new: Dataset) -> Dataset:
     """Seed and new rows; where the two say a column differently (more keys in messages), in the seed's way."""
     features = {name: seed.features.get(name, kind) for name, kind in new.features.items()}
     return concatenate_datasets([seed, new.cast(Features(features))])
-
-
-def _digest(rows: Dataset) -> str:
-    """A hash of the rows' content, whatever they lie in."""
-    digest = hashlib.sha256()
-    for start in range(0, len(rows), _CHUNK):
-        for row in rows.select(range(start, min(start + _CHUNK, len(rows)))).to_list():
-            digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
-    return digest.hexdigest()[:32]
-
-
-def _hash(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write_parquet(rows: Dataset, path: Path) -> None:
-    # Not datasets' own way of reading and writing: that keeps a copy in the cache.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    pq.write_table(rows.with_format("arrow")[:], partial)
-    os.replace(partial, path)
-
-
-def _read_parquet(path: Path) -> Dataset:
-    return Dataset(pq.read_table(path))

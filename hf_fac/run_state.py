@@ -118,22 +118,28 @@ class Ranks:
 
     def fail(self, error: BaseException) -> None:
         """Tell the others, unless it is they who failed."""
-        if not isinstance(error, OtherProcessFailed):
-            self._write({"error": f"{type(error).__name__}: {error}"})
+        stopped = isinstance(error, OtherProcessFailed)
+        self._write({"stopped": True} if stopped else {"error": f"{type(error).__name__}: {error}"})
 
-    def agree(self, value: Any) -> None:
-        """Return when every process has come here with the same value.
+    def wait_for_all(self) -> None:
+        """Return when every process has failed, was stopped, or has agreed."""
+        while self.world_size > 1 and any(self._read(rank) is None for rank in range(self.world_size)):
+            time.sleep(_POLL_SECONDS)
+
+    def agree(self, value: Any, note: float) -> float:
+        """Returns the first process's note when every process has come here with the same value.
 
         Raises: OtherProcessFailed when one failed instead; RuntimeError, in all, when the values differ.
         """
-        self._write({"value": value})
+        self._write({"value": value, "note": note})
         if self.world_size == 1:
-            return
-        self.wait(lambda: all(self._read(rank) is not None for rank in range(self.world_size)))
+            return note
+        self.wait_for_all()
         self.check()
-        values = [self._read(rank)["value"] for rank in range(self.world_size)]
-        if any(other != values[0] for other in values):
-            raise RuntimeError(f"The processes have come to different results: {values}.")
+        found = [self._read(rank) for rank in range(self.world_size)]
+        if any(other["value"] != value for other in found):
+            raise RuntimeError(f"The processes have come to different results: {[other['value'] for other in found]}.")
+        return found[0]["note"]
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"run-{self.token}-{rank}.json"
@@ -146,10 +152,10 @@ class Ranks:
 
     def _write(self, value: dict[str, Any]) -> None:
         if self.world_size > 1:
-            write_whole(self._file(self.rank), json.dumps(value))
+            replace_text(self._file(self.rank), json.dumps(value))
 
 
-def write_whole(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a file that is whole or not there."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,155 @@
+"""Measure a set of rows against an anchor set and have written what it misses: one refill of a training set.
+
+All processes of a run do it together: each measures its share and writes pieces of the journal, all end with the same
+rows in the same order. What was measured and written stays in the folder they share, so that a run that died goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+from datasets import Dataset
+from numpy.typing import ArrayLike
+
+from .conversations import RowError
+from .coverage import FACReport, FeatureCoverage
+from .run_state import Ranks
+
+if TYPE_CHECKING:
+    from .featurizer import SAEFeaturizer
+    from .synthesis import FACSynthesizer
+    from .tasks import Task
+
+_CHUNK = 1000  # rows read at a time
+
+
+@dataclass(frozen=True)
+class Refill:
+    """What writes, what against, and which features count (None: all)."""
+
+    synthesizer: FACSynthesizer
+    anchor: Dataset | FeatureCoverage
+    features: ArrayLike | None
+
+    def none(self) -> Dataset:
+        """Returns new rows, of which there are none yet."""
+        features = self.synthesizer.task.features()
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+
+    def run(
+        self, seed: Dataset, before: Dataset, ranks: Ranks, *, turn: int, max_samples: int | None,
+        max_seconds: float | None,
+    ) -> tuple[Dataset, dict[str, Any]]:  # fmt: skip
+        """Returns the rows that were added and a report for JSON, whose "numbers" are what is logged.
+
+        Args:
+            seed: rows as the featurizer reads them. before: new rows of earlier turns, they count as theirs.
+            turn: another one has a journal of its own, as what writes may have been trained on in between.
+        """
+        synthesizer = self.synthesizer
+        measured = functools.partial(_measured, synthesizer.featurizer, synthesizer.task, ranks=ranks)
+        compare = functools.partial(
+            FeatureCoverage.compare,
+            anchor=self.anchor if isinstance(self.anchor, FeatureCoverage) else measured(self.anchor),
+            features=self.features,
+            threshold=synthesizer.threshold,
+        )
+        columns = list(synthesizer.task.features())
+        data = measured(seed)
+        if len(before):
+            data |= measured(before.select_columns(columns))
+        found = after = compare(data)
+        fingerprint, added, written = synthesizer.fingerprint(), before.select([]), None
+        if len(found.missing) and max_samples != 0:
+            journal = ranks.folder / f"journal-{_hash(fingerprint, found.missing.tolist(), turn)}"
+            journal.mkdir(exist_ok=True)
+            result = synthesizer.synthesize(
+                found.missing, journal=journal, max_samples=max_samples, max_seconds=max_seconds, stop=ranks.check
+            )
+            added, written = result.dataset, result.report
+        if len(added):
+            data |= measured(added.select_columns(columns))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # an FAC near 1 is what this is for
+                after = compare(data)
+        report = {
+            "before": found.to_dict(), "after": after.to_dict(), "synthesizer": fingerprint,
+            "synthesis": None if written is None else written.to_dict(), "numbers": _numbers(found, after),
+        }  # fmt: skip
+        if written is not None:
+            report["numbers"] |= {
+                "fac/synthesized": len(added), "fac/filled": len(written.filled), "fac/resisted": len(written.resisted),
+                "fac/requests": written.requests, "fac/completion_tokens": written.completion_tokens,
+            }  # fmt: skip
+        return added, report
+
+
+def digest(rows: Dataset) -> str:
+    """Returns a hash of the rows' content, whatever they lie in."""
+    found = hashlib.sha256()
+    for start in range(0, len(rows), _CHUNK):
+        for row in rows.select(range(start, min(start + _CHUNK, len(rows)))).to_list():
+            found.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return found.hexdigest()[:32]
+
+
+def write_parquet(rows: Dataset, path: Path) -> None:
+    """Write a file that is whole or not there."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    pq.write_table(rows.with_format("arrow")[:], partial)
+    os.replace(partial, path)
+
+
+def read_parquet(path: Path) -> Dataset:
+    """Returns what `write_parquet` wrote; datasets' own way would keep a copy in the cache."""
+    return Dataset(pq.read_table(path))
+
+
+def _measured(featurizer: SAEFeaturizer, task: Task, rows: Dataset, *, ranks: Ranks) -> FeatureCoverage:
+    measurement = featurizer.measurement
+    path = ranks.folder / f"coverage-{_hash(measurement, task.name, digest(rows))}.safetensors"
+    if path.exists():
+        return FeatureCoverage.load(path)
+    coverage, share = FeatureCoverage(measurement), ranks.share(len(rows))
+    for start in range(share.start, share.stop, _CHUNK):
+        ranks.check()
+        chunk = rows.select(range(start, min(start + _CHUNK, share.stop))).to_list()
+        try:
+            reading = featurizer.read([task.as_read(row) if "text" in row else row for row in chunk])
+        except RowError as error:
+            raise RowError(f"In rows from {start} on: {error}") from error
+        coverage |= FeatureCoverage.from_activations(
+            reading.activations, measurement=measurement, tokens=reading.tokens
+        )
+    parts = [path.with_suffix(f".{ranks.token}-{rank}") for rank in range(ranks.world_size)]
+    if ranks.rank > 0:
+        coverage.save(parts[ranks.rank])
+        ranks.wait(path.exists)
+        return FeatureCoverage.load(path)
+    ranks.wait(lambda: all(part.exists() for part in parts[1:]))
+    for part in parts[1:]:
+        coverage |= FeatureCoverage.load(part)
+        part.unlink()
+    coverage.save(path)
+    return coverage
+
+
+def _numbers(before: FACReport, after: FACReport) -> dict[str, float]:
+    return {
+        "fac/before": before.fac,
+        "fac/after": after.fac,
+        "fac/covered": len(after.covered),
+        "fac/missing": len(before.missing),
+    }
+
+
+def _hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
