@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from . import cli_dictionary
 from . import cli_options as opt
-from .cli_options import console, load_data, make_featurizer
+from .cli_options import console, load_data, make_featurizer, scored
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,24 +30,15 @@ app = typer.Typer(
 )
 
 
-def _scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dataset:
-    from .scorer import COLUMNS, FACScorer
-
-    if set(COLUMNS) <= set(dataset.column_names):
-        return dataset
-    scorer = FACScorer(featurizer)
-    return dataset.map(scorer, batched=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}")
-
-
-app.command()(cli_dictionary.interpret)
-
-
 @app.command()
 def demo(top: opt.Top = 10) -> None:
     """Score the embedded seed set against the anchor set with SmolLM2-135M-Instruct, offline."""
+    from transformers.utils.logging import disable_progress_bar
+
     from .coverage import FeatureCoverage
     from .embedded import load_anchor, load_featurizer, load_seed
 
+    disable_progress_bar()
     console.print("Loading SmolLM2-135M-Instruct and its SAE (layer 15, 4,096 features) ...")
     featurizer = load_featurizer()
     seed, anchor = load_seed(), load_anchor()
@@ -54,7 +46,7 @@ def demo(top: opt.Top = 10) -> None:
         f"Seed set: {len(seed)} narrow instructions (Python, shell, SQL). "
         f"Anchor set: {len(anchor)} broad instructions on {len(set(anchor['topic']))} topics."
     )
-    seed, anchor = _scored(seed, featurizer, "seed set"), _scored(anchor, featurizer, "anchor set")
+    seed, anchor = scored(seed, featurizer, "seed set"), scored(anchor, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(seed).compare(FeatureCoverage.from_dataset(anchor))
     print_report(report, anchor, featurizer, top)
 
@@ -95,7 +87,9 @@ def score(
     coverage = FeatureCoverage(featurizer.measurement)
     for file in files:
         coverage |= FeatureCoverage.from_dataset(Dataset.from_parquet(str(file)))
-    coverage.save(output / "coverage.safetensors")
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    part = f"-{rank:05d}-of-{world_size:05d}" if world_size > 1 else ""
+    coverage.save(output / f"coverage{part}.safetensors")
     live = int((coverage.maximum > 0).sum())
     console.print(
         f"{coverage.rows:,} rows ({coverage.rows_without_tokens:,} without tokens) activate {live:,} of "
@@ -135,7 +129,7 @@ def missing(
             model, sae, sae_id, device, layer=layer, activation=activation, pool_over=pool_over, side=side,
             max_length=max_length, on_error=on_error, preset=preset,
         )  # fmt: skip
-    data_rows, anchor_rows = _scored(data_rows, featurizer, "data set"), _scored(anchor_rows, featurizer, "anchor set")
+    data_rows, anchor_rows = scored(data_rows, featurizer, "data set"), scored(anchor_rows, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(data_rows).compare(
         FeatureCoverage.from_dataset(anchor_rows), threshold=threshold, relative=relative
     )
@@ -185,6 +179,16 @@ def train_sae_command(
     for name, value in sae.cfg.metadata["hf_fac"].items():
         console.print(f"{name}: {value}")
     console.print(f"Written to {output}. Load it with load_sae({str(output)!r}).")
+
+
+for command in (
+    cli_dictionary.interpret,
+    cli_dictionary.rate,
+    cli_dictionary.select,
+    cli_dictionary.push,
+    cli_dictionary.pull,
+):
+    app.command()(command)
 
 
 def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer | None, top: int) -> None:
@@ -252,9 +256,11 @@ def main() -> None:
 
     from .activations import LayerError
     from .conversations import RowError
+    from .endpoint import ChatError
+    from .hub import HubError
 
     try:
         app()
-    except (RowError, LayerError, ValueError, FileNotFoundError) as error:
+    except (RowError, LayerError, ChatError, HubError, ValueError, FileNotFoundError) as error:
         Console(stderr=True).print(f"[red]hf-fac:[/red] {error}", highlight=False)
         sys.exit(1)

@@ -1,5 +1,5 @@
-"""What the commands of `hf-fac` share: the options that several have, and how a data set and a featurizer are made of
-them."""
+"""What the commands of `hf-fac` share: the options that several have, and how a data set, a featurizer and a chat model
+are made of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .chat import Chat
     from .featurizer import SAEFeaturizer
 
 console = Console(soft_wrap=False)
@@ -34,6 +35,16 @@ Threshold = Annotated[
 ]
 Relative = Annotated[float | None, typer.Option(help="delta as a share of each feature's maximum in the anchor.")]
 Top = Annotated[int, typer.Option(help="How many missing features to show.")]
+Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
+ChatModel = Annotated[
+    str | None,
+    typer.Option("--chat", help="Chat model: its name on the server, or a Hub id or folder; 'embedded': SmolLM2."),
+]
+BaseUrl = Annotated[str | None, typer.Option(help="Server that speaks chat completions, up to and including /v1.")]
+KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Ask the server nothing more after so many tokens in all.")]
+AnswerForm = Annotated[str, typer.Option("--form", help="json, or text for a chat model too small to write JSON.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")]
 
 
 def make_featurizer(
@@ -49,6 +60,38 @@ def make_featurizer(
     from .featurizer import SAEFeaturizer
 
     return SAEFeaturizer.from_pretrained(model, sae, sae_id=sae_id, device=device, **settings)
+
+
+def make_chat(
+    chat: str | None,
+    base_url: str | None,
+    key_env: str | None,
+    max_tokens: int | None,
+    form: str,
+    folder: Path,
+    device: str | None,
+) -> Chat:
+    """Returns a local chat model, or an endpoint whose answers are kept in the folder."""
+    import os
+
+    if form not in ("json", "text"):
+        raise typer.BadParameter(f"--form is {form!r}; it must be json or text.")
+    if chat is None and base_url is None:
+        raise typer.BadParameter("Give --chat (a chat model), or --base-url and --chat (a server and its model).")
+    if base_url is not None:
+        from .endpoint import EndpointChat
+
+        if key_env is not None and not os.environ.get(key_env):
+            raise typer.BadParameter(f"The environment variable {key_env} holds no key.")
+        token = os.environ[key_env] if key_env else None
+        return EndpointChat(chat, base_url=base_url, token=token, max_tokens_total=max_tokens, cache_dir=folder)
+    from .chat import LocalChat
+
+    if chat == "embedded":
+        from .embedded import load_model
+
+        return LocalChat(*load_model(device=device or "cpu"))
+    return LocalChat.from_pretrained(chat, device=device)
 
 
 def load_data(name: str, split: str = "train") -> Dataset:
@@ -73,3 +116,13 @@ def load_data(name: str, split: str = "train") -> Dataset:
     if path.suffix in kinds or name.startswith((".", "/")):
         raise typer.BadParameter(f"{name} does not exist.")
     return load_dataset(name, split=split)
+
+
+def scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dataset:
+    """Returns the data set with the columns of `FACScorer`, as it is where it has them."""
+    from .scorer import COLUMNS, FACScorer
+
+    if set(COLUMNS) <= set(dataset.column_names):
+        return dataset
+    scorer = FACScorer(featurizer)
+    return dataset.map(scorer, batched=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}")

@@ -109,7 +109,7 @@ def test_bad_input_is_one_clear_line(folders, arguments, message):
 
 def test_help_names_every_command(folders):
     done = run(folders, "--help")
-    for command in ("demo", "score", "missing", "train-sae"):
+    for command in ("demo", "score", "missing", "train-sae", "interpret", "rate", "select", "push", "pull"):
         assert command in done.stdout
 
 
