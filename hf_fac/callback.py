@@ -105,7 +105,6 @@ class FACSynthesisCallback(TrainerCallback):
         self._report: dict[str, Any] = {}
         self._planned: PlannedRows | None = None
         self._checkpoint: str | None = None
-        self._trial: Any = None
         self._unlogged = False
         _check_arguments(self)
         with self._preserved():
@@ -115,6 +114,7 @@ class FACSynthesisCallback(TrainerCallback):
         # The Trainer fixes steps, schedule and the resumed position by its loader, before any callback is called.
         self._wrap("train", self._train)
         self._wrap("get_train_dataloader", self._get_train_dataloader)
+        self._wrap("save_model", self._save_model)
         self._wrap("create_model_card", self._create_model_card)
 
     def on_train_begin(
@@ -134,11 +134,6 @@ class FACSynthesisCallback(TrainerCallback):
         self._keep(rows, dropped=len(rows) - prepared, epoch=epoch)
         self._log()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._record and args.should_save:
-            run = Path(self.trainer._get_output_dir(trial=self._trial))
-            replace_text(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / RECORD, json.dumps(self._record))
-
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
         original = getattr(self.trainer, name)
 
@@ -157,7 +152,6 @@ class FACSynthesisCallback(TrainerCallback):
         self._checkpoint = resume_from_checkpoint or None
         if resume_from_checkpoint is True:
             self._checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
-        self._trial = args[0] if args else kwargs.get("trial")
         return original(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_dataloader(self, original: Callable[[], Any]) -> Any:
@@ -284,6 +278,16 @@ class FACSynthesisCallback(TrainerCallback):
             raise ValueError(f"{path} does not hold the rows that {self._checkpoint} was trained on: it was changed.")
         self.new_rows, self._record, self.summary = rows, record, record["summary"]
         return rows
+
+    def _save_model(
+        self, original: Callable[..., None], output_dir: str | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        # on_save comes later, when a checkpoint is whole, and may be on its way to the Hub.
+        original(output_dir, *args, **kwargs)
+        in_checkpoint = output_dir is not None and Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        if in_checkpoint and self._record and self.trainer.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            replace_text(Path(output_dir) / RECORD, json.dumps(self._record))
 
     def _log(self) -> None:
         if self._unlogged:

@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,13 @@ def as_text(row):
     return f"Q: {row['prompt'][0]['content']} A: {row['completion'][0]['content']}"
 
 
+# CHATML with the marks that assistant_only_loss needs.
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 EXACT = {
     "text": (sft, "text", {}),
     "labelled text": (sft, "labelled", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}),
@@ -75,6 +83,7 @@ EXACT = {
     "padding-free": (sft, "messages", {"padding_free": True, "max_length": None}),
     "sorted by length": (sft, "messages", {"train_sampling_strategy": "group_by_length"}),
     "in order": (sft, "messages", {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}),
+    "answers only": (sft, "messages", {"assistant_only_loss": True, "chat_template": MARKED}),
     "adapters": (sft, "messages", {"peft_config": lora}),
     "checkpointed activations": (sft, "messages", {"activation_checkpointing": True}),
     "pairs": (reward, "preference", {}),
@@ -86,10 +95,13 @@ EXACT = {
     "DPO, implicit": (dpo, "implicit_preference", {}),
     "classes": (plain, "labelled", {}),
 }
+# One of each kind every time, the others on demand: each is two runs.
+SELDOM = {"labelled text", "plain prompt/completion, loss on all", "packed, cut", "padding-free", "sorted by length",
+          "in order", "checkpointed activations", "pairs, plain", "DPO, implicit", "rows dropped"}  # fmt: skip
 RAW_NEEDED = ("packed", "packed, cut", "shuffled", "formatted", "classes")
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SELDOM)) for c in EXACT])
 def test_a_run_is_the_run_on_the_enlarged_set(case, tmp_path):
     make, kind, settings = EXACT[case]
     settings = {name: value() if value is lora else value for name, value in settings.items()}
@@ -461,10 +473,10 @@ def test_a_second_train_and_a_smaller_batch_write_nothing_again(tmp_path):
 
 def test_a_run_that_died_while_writing_goes_on_with_its_journal(tmp_path):
     class Dies(TinySynthesizer):
-        def _write(self, journal, feature):
+        def _write_now(self, journal, feature):
             if len(self.written) == 3:
                 raise KeyboardInterrupt
-            super()._write(journal, feature)
+            super()._write_now(journal, feature)
 
     rows = examples("messages", 7)
     trainer = sft(rows, tmp_path / "a")
@@ -518,6 +530,7 @@ def test_two_processes_write_each_a_part_and_train_on_all(tmp_path):
     assert equal_weights(tmp_path, "weights-0", "weights-1", "expected-0", "expected-1")
 
 
+@pytest.mark.slow
 def test_one_failing_process_stops_the_other_with_its_error(tmp_path):
     (first, seconds), (second, _) = two_processes(tmp_path, "fails", fails=True)
     assert first == "OtherProcessFailed: Process 1 failed: OSError: the endpoint is gone"
@@ -625,7 +638,7 @@ def test_growing_leaves_no_trace_in_the_run_but_the_rows(tmp_path):
     assert_same_run(run.trainer, other)
 
 
-@pytest.mark.parametrize("at", [2, 3, 5, 6])
+@pytest.mark.parametrize("at", [3, 5, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 2, 4, 6, 7))])
 def test_a_growing_run_resumes_where_it_was(at, tmp_path):
     rows, settings, extra = examples("messages", 7), {"num_train_epochs": 3}, {"refresh": "epoch", "max_samples": 8}
     resumed, callback, _ = interrupted(sft, rows, tmp_path / "a", "messages", at=at, settings=settings, **extra)
@@ -644,3 +657,35 @@ def test_a_growing_run_may_refresh_less_often(tmp_path):
     assert run.callback.synthesizer.calls == 3
     assert run.had[0] == run.had[1]
     assert run.had[2] == run.had[3]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+    worker = Path(__file__).with_name("callback_worker.py")
+    path = os.pathsep.join([str(worker.parent), str(worker.parent.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, str(worker), str(folder), "alone"], env=environment,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+
+    assert start(tmp_path / "whole").wait(300) == 0
+    delays, kills = random.Random(3), 0
+    while not (tmp_path / "killed" / "weights.pt").exists():
+        process = start(tmp_path / "killed")
+        begun = tmp_path / "killed" / "begun"
+        while process.poll() is None and not begun.exists():
+            time.sleep(0.02)
+        begun.unlink(missing_ok=True)
+        try:
+            assert process.wait(delays.uniform(0.3, 4)) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills >= 3
+    first, second = (json.loads((tmp_path / name / "rows.json").read_text()) for name in ("whole", "killed"))
+    assert first == second
+    a, b = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(a[key], b[key]) for key in a)

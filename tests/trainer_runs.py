@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
-from tiny import CORPUS, byte_level_tokenizer
+from filelock import FileLock, Timeout
+from tiny import CHATML, CORPUS, byte_level_tokenizer
 from tiny_models import D_IN, VOCAB, tiny_model, tiny_sae
 from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
 
@@ -74,9 +75,12 @@ class TinySynthesizer:
     """Writes one row for each missing feature, in pieces that processes claim from the journal; and is a bad guest: it
     draws random numbers and leaves modes and settings as it pleases."""
 
-    def __init__(self, featurizer, kind, *, threshold=THRESHOLD, chat=None, words=8, seconds=0.0, fails_in=None):
+    def __init__(
+        self, featurizer, kind, *, threshold=THRESHOLD, chat=None, words=8, seconds=0.0, fails_in=None, pause=0.0
+    ):
         self.featurizer, self.kind, self.threshold = featurizer, kind, threshold
         self.task, self.chat, self.words, self.seconds, self.fails_in = task_of(kind), chat, words, seconds, fails_in
+        self.pause = pause
         self.calls, self.written, self.budgets = 0, [], []
 
     def fingerprint(self) -> str:
@@ -112,11 +116,18 @@ class TinySynthesizer:
         return SimpleNamespace(dataset=dataset, report=report)
 
     def _write(self, journal: Path, feature: int) -> None:
+        lock = FileLock(journal / f"{feature}.lock")
         try:
-            os.close(os.open(journal / f"{feature}.claim", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
+            lock.acquire(blocking=False)
+        except Timeout:
             return
+        with lock:
+            if not (journal / f"{feature}.json").exists():
+                self._write_now(journal, feature)
+
+    def _write_now(self, journal: Path, feature: int) -> None:
         self.written.append(feature)
+        time.sleep(self.pause)
         row = example(self.kind, ("new", feature), self.words)
         if self.chat is not None:
             text = self.chat.complete([turn("user", sentence(feature))], max_tokens=6, seed=feature)[0][0].text
@@ -158,13 +169,14 @@ ARGS = {
 def sft(rows, folder, *, model=None, **settings):
     from trl import SFTConfig, SFTTrainer
 
+    tokenizer = byte_level_tokenizer(chat_template=settings.pop("chat_template", CHATML))
     arguments = {name: settings.pop(name) for name in ("peft_config", "formatting_func", "eval_dataset")
                  if name in settings}  # fmt: skip
     return SFTTrainer(
         model or tiny_model(attention_dropout=0.1),
         args=SFTConfig(output_dir=str(folder), **{**ARGS, **settings}),
         train_dataset=rows,
-        processing_class=byte_level_tokenizer(),
+        processing_class=tokenizer,
         **arguments,
     )
 
