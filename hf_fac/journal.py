@@ -1,0 +1,153 @@
+"""What was asked, answered, measured and decided, on disk as it happens, so that a killed run loses nothing.
+
+A journal is a folder: the settings it was made under, and one file of JSON lines for each piece of the work. A piece is
+claimed by one process at a time; the lock goes with the process, so that what a killed one held is free again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_SETTINGS = "settings.json"
+_FORMAT = "hf_fac journal 1"
+
+
+class Journal:
+    """The pieces of a job, by name, in a folder that several processes may share; without a folder, in memory.
+
+    Args:
+        settings: JSON values: all that shapes the results.
+
+    Raises: ValueError when the folder was begun under other settings, or is no journal.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.settings = json.loads(json.dumps(settings))
+        self._memory: dict[str, Piece] = {}
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _SETTINGS
+        if not path.exists():
+            if others := [entry.name for entry in self.folder.iterdir() if not _is_ours(entry.name)]:
+                raise ValueError(f"{self.folder} is no journal: it holds {others[0]}. Choose an empty folder.")
+            write_whole(path, json.dumps({"format": _FORMAT, "settings": self.settings}, indent=1))
+        self._check(path)
+
+    def _check(self, path: Path) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            format_, settings = found["format"], found["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no journal's ({error!r}): choose another folder.") from error
+        if format_ != _FORMAT:
+            raise ValueError(f"{path}: expected {_FORMAT!r}, found {format_!r}; choose another folder.")
+        if keys := sorted(k for k in settings.keys() | self.settings if settings.get(k) != self.settings.get(k)):
+            values = "; ".join(f"{k}: there {settings.get(k)!r:.200}, now {self.settings.get(k)!r:.200}" for k in keys)
+            raise ValueError(f"{self.folder} was begun under other settings ({values}): choose another folder.")
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[Piece | None]:
+        """Yields the piece to write to, or None while another process has it."""
+        if self.folder is None:
+            yield self._memory.setdefault(name, Piece(None))
+            return
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / f"{name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield None
+            return
+        try:
+            piece = Piece(self.folder / f"{name}.jsonl")
+            try:
+                yield piece
+            finally:
+                piece.close()
+        finally:
+            lock.release()
+
+    def read(self, name: str) -> Piece:
+        """Returns a piece as far as it is written, to look at."""
+        if self.folder is None:
+            return self._memory.get(name) or Piece(None)
+        return Piece(self.folder / f"{name}.jsonl", writing=False)
+
+
+class Piece:
+    """Values by key, in the order in which they came; nothing is ever changed."""
+
+    def __init__(self, path: Path | None, *, writing: bool = True) -> None:
+        self.path = path
+        self.values: dict[str, Any] = {}
+        self._file = None
+        if path is None:
+            return
+        if path.exists():
+            content = path.read_bytes()
+            # A kill can leave half a line.
+            whole = content[: content.rfind(b"\n") + 1]
+            try:
+                for key, value in map(json.loads, whole.splitlines()):
+                    self.values[key] = value
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} is not as it was written ({error}): choose another folder.") from error
+            if writing and whole != content:
+                os.truncate(path, len(whole))
+        if writing:
+            self._file = path.open("a", encoding="utf-8")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def add(self, entries: Iterable[tuple[str, Any]]) -> None:
+        """Put values beside new keys; they are on disk when this returns."""
+        lines = []
+        for key, value in entries:
+            if key in self.values:
+                raise ValueError(f"{key!r} is in the journal already.")
+            lines.append(json.dumps([key, value]) + "\n")
+            self.values[key] = json.loads(lines[-1])[1]
+        if self._file is not None and lines:
+            self._file.write("".join(lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole or not there; of several that write it at once, the first stays."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def digest(value: Any) -> str:
+    """Returns a short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith((".partial", ".lock", ".jsonl"))

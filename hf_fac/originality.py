@@ -1,0 +1,110 @@
+"""What may be kept of what a model wrote: no copy of what it was shown, no near-duplicate of what is known, no scraps.
+
+In: a text, the spans that its prompt showed, the texts that are known. Out: the reason why it is dropped, or None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import SequenceMatcher
+from typing import Any
+
+# Scripts that set no spaces between words count by character.
+_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
+_TALK = re.compile(
+    r"<<|>>|\bthe pattern\b|\b(?:new|another|next) (?:sample|entry|example) (?:of|in|for|that)\b|\btexts above\b|"
+    r"\bnumbered list\b|\btraining (?:data|sample)s? (?:is|are|for) |\bas an ai\b|\Ahere(?:'s|’s| is| are) "
+    r"(?:an?|the|some|another|one)\b[^.?!\n]{0,60}:|\A(?:sure|certainly|of course)[,!]",
+    re.IGNORECASE,
+)
+_SCRAP = re.compile(r"\A[,;:.?!)\]}»”…-]|[,;:([{«“]\Z|\b(?:and|or|the|a|an|of|to|with|for|in)\Z", re.IGNORECASE)
+_FEWEST_WORDS = 3
+_SHINGLE = 5  # characters
+
+
+def words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def copied_run(text: str, shown: Iterable[str]) -> int:
+    """Returns the most consecutive words that the text shares with one of those shown."""
+    ours, longest = words(text), 0
+    for other in shown:
+        theirs = words(other)
+        match = SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match()
+        longest = max(longest, match.size)
+    return longest
+
+
+def unfit(text: str, *, finish: str) -> str | None:
+    """Returns why a text is no sample: cut off, a fragment, or talk about the request; None where nothing is wrong."""
+    if finish == "length":
+        return "cut off"
+    if len(words(text)) < _FEWEST_WORDS or _SCRAP.search(text.strip()):
+        return "fragment"
+    return "talk about the request" if _TALK.search(text) else None
+
+
+class NearDuplicates:
+    """Texts that are known, by where they are from, and whether another is nearly one of them.
+
+    Two texts are near-duplicates when their sets of 5 consecutive characters (in lower case, runs of white space as
+    one) overlap by `threshold` (Jaccard); MinHash (Broder 1997) finds the few that are compared.
+    """
+
+    def __init__(self, known: Mapping[str, Iterable[str]] | None = None, *, threshold: float = 0.7) -> None:
+        from datasketch import MinHashLSH
+
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold is {threshold}; it must be above 0 and at most 1.")
+        self.threshold = threshold
+        # A lower threshold here: what is missed here is never compared.
+        self._index = MinHashLSH(threshold=0.8 * threshold, num_perm=128)
+        self._known: list[tuple[str, frozenset[str]]] = []
+        for source, texts in (known or {}).items():
+            for text in texts:
+                self.add(text, source)
+
+    def add(self, text: str, source: str) -> None:
+        shingles = _shingles(text)
+        if shingles:
+            self._index.insert(len(self._known), _minhash(shingles), check_duplication=False)
+            self._known.append((source, shingles))
+
+    def source_of(self, text: str) -> str | None:
+        """Returns where a near-duplicate of the text is from, None where there is none."""
+        ours = _shingles(text)
+        if not ours:
+            return None
+        for number in sorted(self._index.query(_minhash(ours))):
+            source, theirs = self._known[number]
+            if len(ours & theirs) >= self.threshold * len(ours | theirs):
+                return source
+        return None
+
+
+def texts_of(rows: Iterable[Any]) -> Iterator[str]:
+    """Yields the texts of rows of any type: strings, and the contents of messages."""
+    for row in rows:
+        values = (
+            [value for name, value in row.items() if not name.startswith("fac_")] if isinstance(row, dict) else [row]
+        )
+        for value in values:
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list):
+                yield from (m["content"] for m in value if isinstance(m, dict) and isinstance(m.get("content"), str))
+
+
+def _shingles(text: str) -> frozenset[str]:
+    text = " ".join(text.casefold().split())
+    return frozenset(text[i : i + _SHINGLE] for i in range(max(1, len(text) - _SHINGLE + 1))) if text else frozenset()
+
+
+def _minhash(shingles: frozenset[str]) -> Any:
+    from datasketch import MinHash
+
+    found = MinHash(num_perm=128)
+    found.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles])
+    return found

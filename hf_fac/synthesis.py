@@ -1,0 +1,331 @@
+"""FAC Synthesis: write the samples that activate the features a data set misses (PAPER.md, Pipeline 6 and 7).
+
+In: missing features, a dictionary that says by spans or explanations what they are, and a chat model. Out: a data set
+of the task's TRL type in which every row was measured to activate the feature it was written for, and a report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .gauge import Gauge, carrier_of
+from .journal import Journal, digest
+from .originality import NearDuplicates, texts_of
+from .piecework import FORMS, Bounds, PieceWork
+from .prompts import HINTS
+from .prompts import PROMPT_VERSION as PROMPTS
+from .tasks import Task, get_task
+from .writing import Candidate, SampleWriter, Settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .chat import Chat
+    from .coverage import FACReport
+    from .dictionary import FeatureDictionary
+    from .featurizer import SAEFeaturizer
+    from .synthesis_report import SynthesisReport
+
+VERSION = 1  # changes when the same settings and answers would give other samples
+WAYS = ("one_step", "two_step", "steering")
+_PIECE = 32  # features that are written for at the same time, and that one process claims
+
+
+@dataclass(frozen=True)
+class SynthesisPlan:
+    """What `synthesize` may cost at most, told before anything is spent.
+
+    requests: texts asked for. seconds: on this machine, by writing a few tokens; None for an endpoint.
+    """
+
+    features: int
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float | None
+
+    def __str__(self) -> str:
+        time_ = "" if self.seconds is None else f", {self.seconds / 60:.1f} minutes"
+        return (
+            f"at most {self.requests:,} texts for {self.features:,} features: {self.prompt_tokens:,} tokens of prompts "
+            f"and {self.completion_tokens:,} written{time_}"
+        )
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    """What was written.
+
+    dataset: rows of the task's TRL type, all first samples of features and then all second ones, with the columns
+        fac_feature (int32: what the row was written for), fac_activation (float32), fac_way ("pool", "words",
+        "two_step", "steering") and fac_provenance (JSON: chat, seed, prompt version, request, form, strength, ...).
+    report: what it was worth, see `SynthesisReport`.
+    dropped: texts that were refused: fac_feature, fac_way, fac_activation, text, reason.
+    """
+
+    dataset: Dataset
+    report: SynthesisReport
+    dropped: Dataset
+
+
+class FACSynthesizer:
+    """Writes samples for missing features and keeps those that activate them.
+
+        synthesizer = FACSynthesizer(chat, featurizer, dictionary, task="instruction_following",
+                                     threshold=report.threshold, samples_per_feature=2)
+        result = synthesizer.synthesize(report, journal="runs/first")
+
+    First candidates come from a feature's explanation, if it has one, and its spans; the strongest and the weakest then
+    are the contrastive pair of the second step. Features that resist are asked for again, hotter and with other words
+    and spans, and at last written by the steered model.
+
+    Args:
+        chat: what writes words, a `LocalChat` or an `EndpointChat`.
+        featurizer: what measures; where it pools otherwise than the task, samples are measured as the task says.
+        dictionary: of the same model and SAE; explanations are not needed.
+        task: a `Task`, the name of a built-in one, or the path of a YAML file.
+        threshold: delta, in the SAE's units: one number or [d_sae]. A sample is kept when g_i(x) > delta.
+        samples_per_feature: the most samples kept for one feature, the strongest first.
+        ways: in this order, each for what the one before left open: "two_step" (PAPER.md), "one_step" (the same number
+            of texts without pairs), "steering". None is two_step and, where the featurizer's model can write, steering.
+        form: how words are asked for: "json" (whole samples), "text" (the carrier alone, the other parts after it),
+            "list" (the model continues a list of spans). None tries each on a few features and takes the one whose
+            texts are kept most often.
+        candidates: texts asked for at a time for each feature. rounds: of the second step.
+        temperature: of the first round; each further round is 0.15 hotter.
+        max_tokens, answer_tokens: the most tokens of a carrier, and of all other parts together.
+        avoid: data that no sample may nearly repeat, by name: {"seed": rows, "evaluation": rows}.
+        max_copied_words: a text that shares more consecutive words with a span of its feature is dropped.
+        keep: the caller's own filter, a function of a row; rows for which it is false are dropped.
+
+    Raises: ValueError for arguments out of range, and a dictionary of another model or SAE than the featurizer's.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        featurizer: SAEFeaturizer,
+        dictionary: FeatureDictionary,
+        *,
+        task: Task | str | os.PathLike[str],
+        threshold: float | ArrayLike,
+        samples_per_feature: int = 2,
+        ways: Sequence[str] | None = None,
+        form: str | None = None,
+        candidates: int = 4,
+        rounds: int = 3,
+        temperature: float = 0.8,
+        max_tokens: int = 64,
+        answer_tokens: int = 256,
+        avoid: Mapping[str, Iterable[Any]] | None = None,
+        max_copied_words: int = 3,
+        keep: Callable[[Mapping[str, Any]], bool] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.chat, self.featurizer, self.dictionary = chat, featurizer, dictionary
+        self.task, self.threshold, self.form = get_task(task), threshold, form
+        dictionary.check(featurizer)
+        if ways is None:
+            ways = ("two_step", "steering") if _can_write(featurizer) else ("two_step",)
+        if not ways or any(way not in WAYS for way in ways) or len(set(ways)) < len(ways):
+            raise ValueError(f"ways is {ways!r}; give one or more of {', '.join(WAYS)}, each once.")
+        if form not in (*FORMS, None):
+            raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}, or None to try them.")
+        for name, value, least in (
+            ("samples_per_feature", samples_per_feature, 1), ("candidates", candidates, 1), ("rounds", rounds, 0),
+            ("max_tokens", max_tokens, 1), ("answer_tokens", answer_tokens, 1),
+            ("max_copied_words", max_copied_words, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}.")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}; it must be above 0: at 0 all candidates are the same.")
+        self.settings = Settings(
+            task=self.task, ways=tuple(ways), samples_per_feature=samples_per_feature, candidates=candidates,
+            rounds=rounds, temperature=temperature, max_tokens=max_tokens, answer_tokens=answer_tokens,
+            max_copied_words=max_copied_words, seed=seed, keep=keep,
+        )  # fmt: skip
+        avoided = {name: list(texts_of(rows)) for name, rows in (avoid or {}).items()}
+        self._avoided = hashlib.sha256(json.dumps(avoided, sort_keys=True).encode()).hexdigest()[:16]
+        self._known = NearDuplicates(avoided)
+        self._steered: Any = None
+
+    def _describe(self) -> dict[str, Any]:
+        """All that shapes results, as JSON values."""
+        from .asking import chat_name
+
+        settings = {**asdict(self.settings), "keep": self.settings.keep is not None}
+        delta = np.asarray(self.threshold, np.float64)
+        return {
+            **settings,
+            "version": VERSION, "prompts": PROMPTS, "hints": len(HINTS), "form": self.form,
+            "chat": chat_name(self.chat), "avoid": self._avoided, "measured_by": self.featurizer.fingerprint(),
+            "threshold": float(delta) if not delta.ndim else hashlib.sha256(delta.tobytes()).hexdigest()[:16],
+            "dictionary": _digest_of(self.dictionary),
+        }  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """Returns a hash of all settings that shape results; the weights of the model that measures are among them."""
+        return hashlib.sha256(json.dumps(self._describe(), sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def plan(self, missing: FACReport | ArrayLike) -> SynthesisPlan:
+        """Returns what `synthesize(missing)` costs at most, if every feature resists to the end."""
+        from .chat import LocalChat
+        from .writing import _STEERING_ROUNDS, steering_prompt
+
+        features = _ids(missing)
+        settings, tokenizer = self.settings, self.featurizer.tokenizer
+        form = self.form or "text"
+        writer = self._writer(self._gauge(features), form, Journal(None, {}).read("plan"), lambda n: None)
+        rounds = writer._rounds()
+        words = sum(way != "steering" for way in rounds)
+        requests = [writer._request(0, "words", f) for f in features[:50].tolist() if f in self.dictionary]
+        texts = ["".join(m["content"] for m in r.conversation) + (r.begun or "") for r in requests]
+        each = np.mean([len(tokenizer(text)["input_ids"]) for text in texts]) if texts else 0
+        neutral = len(tokenizer(steering_prompt(self.task)[0][0]["content"])["input_ids"])
+        m, n = len(features), settings.candidates
+        samples, parts = m * settings.samples_per_feature, len(self.task.parts) - 1
+        asked = m * n * len(rounds)
+        # Prompts are counted as servers do: for every text.
+        prompt = m * n * (words * each + _STEERING_ROUNDS * neutral * ("steering" in settings.ways))
+        prompt += samples * parts * (settings.max_tokens + 60)
+        written = asked * writer._most_tokens(False) + samples * parts * settings.answer_tokens
+        requests_ = asked + (samples * parts if form != "json" else 0)
+        seconds = None
+        if isinstance(self.chat, LocalChat) and len(features):
+            start = time.perf_counter()
+            conversation = [{"role": "user", "content": "Write a long story."}]
+            tried = self.chat.complete([conversation], n=16, max_tokens=16, temperature=1.0)[0]
+            seconds = written * (time.perf_counter() - start) / sum(c.completion_tokens for c in tried)
+        return SynthesisPlan(m, int(requests_), int(prompt), int(written), seconds)
+
+    def synthesize(
+        self,
+        missing: FACReport | ArrayLike,
+        *,
+        journal: str | os.PathLike[str] | None = None,
+        pool: Dataset | None = None,
+        max_samples: int | None = None,
+        max_requests: int | None = None,
+        max_seconds: float | None = None,
+        stop: Callable[[], None] | None = None,
+    ) -> SynthesisResult:
+        """Write samples for the features and return those that activate them.
+
+        Args:
+            missing: a `FACReport`, whose missing features are written for and whose FAC is brought up to date, or ids.
+            journal: a folder where every answer, measurement and decision is kept as it comes; the same call goes on
+                there, in other processes at the same time too, and all get the same samples. None keeps nothing.
+            pool: rows of the task's type, scored by `FACScorer`: of these the ones that activate most missing features
+                are taken first (`select`), and what they fill is not written for.
+            max_samples, max_requests, max_seconds: bounds on samples, texts asked for, and time: once one is reached
+                nothing new is begun (rows begun are finished, but for max_requests). The same call with the same
+                bounds then gives the same result; raise a bound to go on.
+            stop: called between requests and while waiting for other processes; what it raises ends the call.
+
+        Raises: ValueError for features out of range, a bound below 1, a journal begun under other settings or for
+            other features; ChatError when the chat cannot answer anything: what it answered is kept in the journal.
+        """
+        from .synthesis_report import make_result
+
+        for name, bound in (("max_samples", max_samples), ("max_requests", max_requests), ("max_seconds", max_seconds)):
+            if bound is not None and not bound >= (0 if name == "max_seconds" else 1):
+                raise ValueError(f"{name} is {bound}; it must be at least 1, or None for no bound.")
+        begun = time.perf_counter()
+        features, taken = _ids(missing), []
+        asked = features
+        if pool is not None:
+            taken, features = self._from_pool(pool, features, max_samples)
+        settings = {**self._describe(), "missing": digest(features.tolist())}
+        record, gauge = Journal(journal, settings), self._gauge(features)
+        pieces = {f"piece-{i // _PIECE:05d}": features[i : i + _PIECE] for i in range(0, len(features), _PIECE)}
+        work = PieceWork(
+            lambda form, piece, allow: self._writer(gauge, form, piece, allow),
+            record,
+            pieces,
+            Bounds(max_samples, max_requests, max_seconds),
+            n_per_feature=self.settings.samples_per_feature,
+            n_taken=len(taken),
+            stop=stop or (lambda: None),
+        )
+        outcomes = work.run(self.form)
+        seconds = time.perf_counter() - begun
+        return make_result(self, missing, asked, taken, outcomes, work.ended, seconds=seconds, max_samples=max_samples)
+
+    def _gauge(self, features: np.ndarray) -> Gauge:
+        return Gauge(self.featurizer, self.task, features, self.threshold)
+
+    def _writer(self, gauge: Gauge, form: str, piece: Any, allow: Callable[[int], None]) -> SampleWriter:
+        steered = self._steering() if "steering" in self.settings.ways else None
+        return SampleWriter(self.chat, steered, gauge, self.dictionary, self.settings, form, piece, self._known, allow)
+
+    def _steering(self) -> Any:
+        from .chat import LocalChat
+        from .steering import SteeredChat
+
+        if self._steered is None:
+            own, chat = self.featurizer, self.chat
+            if not isinstance(chat, LocalChat) or chat.model is not own.model:
+                chat = LocalChat(own.model, own.tokenizer)
+            self._steered = SteeredChat(chat, own.sae, layer=own.layer)
+        return self._steered
+
+    def _from_pool(
+        self, pool: Dataset, features: np.ndarray, max_samples: int | None
+    ) -> tuple[list[Candidate], np.ndarray]:
+        from .gauge import Measured
+        from .selection import select
+
+        columns = list(self.task.features())
+        if absent := [name for name in columns if name not in pool.column_names]:
+            raise ValueError(
+                f"The pool has no column {absent[0]!r}; rows of the task {self.task.name!r} have {', '.join(columns)}."
+            )
+        found = select(pool, features, max_samples or len(features), threshold=self.threshold)
+        candidates, delta = [], np.broadcast_to(np.asarray(self.threshold), self.featurizer.d_sae)
+        left = set(features.tolist())
+        for number in found.rows.tolist():
+            row = pool[number]
+            acts = dict(zip(row["fac_features"], row["fac_activations"], strict=True))
+            new = [f for f in left if acts.get(f, 0.0) > delta[f]]
+            best = max(new, key=lambda f: (acts[f], -f))
+            left -= set(new)
+            sample = {name: row[name] for name in columns}
+            measured = Measured(acts[best], sorted(new), None, None)
+            text = carrier_of(self.task, sample)
+            asked = {"pool_row": number, "fills": sorted(new)}
+            candidates.append(Candidate(best, "pool", "pool", number, text, asked, sample, measured, chosen=True))
+        return candidates, np.array([f for f in features.tolist() if f in left], dtype=np.int64)
+
+
+def _ids(missing: FACReport | ArrayLike) -> np.ndarray:
+    ids = np.asarray(getattr(missing, "missing", missing))
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"missing must be a FACReport or a list of integer ids, got {missing!r:.100}")
+    if len(np.unique(ids)) < len(ids):
+        raise ValueError("missing holds a feature twice; give each id once")
+    return ids.astype(np.int64)
+
+
+def _can_write(featurizer: SAEFeaturizer) -> bool:
+    from .activations import is_causal
+
+    model = featurizer.model
+    return model.get_output_embeddings() is not None and is_causal(model, featurizer.layer)
+
+
+def _digest_of(dictionary: FeatureDictionary) -> str:
+    found = hashlib.sha256()
+    for row in dictionary:
+        words = [row["feature"], row["explanation"], [(s["before"], s["token"], s["after"]) for s in row["spans"]]]
+        found.update(json.dumps(words).encode())
+    return found.hexdigest()[:16]

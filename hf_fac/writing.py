@@ -1,0 +1,454 @@
+"""Texts written for features, from first candidates to whole rows: the two steps of FAC Synthesis and steering.
+
+In: features, what writes (a chat, a steered chat), what measures (`Gauge`), a piece of the journal. Out: rows that
+activate their features, and what became of every text. Every answer and measurement is journaled before the next
+request, and all else follows from them, so that a run started again goes through the same steps without asking twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .gauge import Gauge, Measured, carrier_of
+from .originality import NearDuplicates, copied_run, unfit
+from .prompts import MarkedSpan
+
+if TYPE_CHECKING:
+    from .chat import Chat, Completion
+    from .dictionary import FeatureDictionary
+    from .journal import Piece
+    from .steering import SteeredChat
+    from .tasks import Task
+
+_AT_ONCE = 64  # conversations put to the chat at once, and what a kill can cost
+_SHOWN = 5  # spans in a prompt
+_ATTEMPTS = 3  # to write the other parts of a row
+_WARMER = 0.15  # what each round adds to the temperature
+_HOTTEST = 1.3
+_STEERING_ROUNDS = 3
+_PROBES = 2  # texts of each feature by which a form is judged
+FIRST_STRENGTH = 0.4
+_STRONGER, _WEAKER = 1.3, 0.75
+MAX_PERPLEXITY = 300.0
+
+
+class Stopped(Exception):
+    """A bound was reached: no request is sent any more. The reason is its message."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are asked for: see `FACSynthesizer`."""
+
+    task: Task
+    ways: tuple[str, ...]
+    samples_per_feature: int
+    candidates: int
+    rounds: int
+    temperature: float
+    max_tokens: int
+    answer_tokens: int
+    max_copied_words: int
+    seed: int
+    keep: Callable[[Mapping[str, Any]], bool] | None = None
+
+
+class Request(NamedTuple):
+    """n texts asked for with one conversation. asked: what goes into a sample's provenance."""
+
+    key: str
+    feature: int
+    conversation: list[dict]
+    begun: str | None
+    asked: dict[str, Any]
+
+
+@dataclass
+class Candidate:
+    """A text written for a feature, and what became of it.
+
+    number: which of the request's answers. text: the carrier (`Task.carrier`), "" when the answer could not be read.
+    row: the whole sample, once there is one. copied: the most consecutive words shared with what the prompt showed.
+    refused: why it is no sample; None for one that is, that missed its feature, or that was not needed.
+    """
+
+    feature: int
+    way: str
+    request: str
+    number: int
+    text: str
+    asked: dict[str, Any]
+    row: dict[str, Any] | None = None
+    measured: Measured | None = None
+    copied: int = 0
+    refused: str | None = None
+    chosen: bool = False
+    picked: bool = False
+    parts: dict[str, str] = field(default_factory=dict)
+    attempts: int = 0
+
+    def record(self) -> dict[str, Any]:
+        activation, activates, _, _ = self.measured or Measured(0.0, [], None, None)
+        return {
+            "feature": self.feature, "way": self.way, "request": self.request, "number": self.number, "text": self.text,
+            "asked": self.asked, "row": self.row if self.chosen else None, "activation": activation,
+            "activates": activates, "copied": self.copied, "refused": self.refused, "chosen": self.chosen,
+        }  # fmt: skip
+
+
+class SampleWriter:
+    """Writes samples for the features of one piece.
+
+    Args:
+        known: texts that no sample may nearly repeat.
+        allow: called with a number of requests before they are sent; raises `Stopped`.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        steered: SteeredChat | None,
+        gauge: Gauge,
+        dictionary: FeatureDictionary,
+        settings: Settings,
+        form: str,
+        piece: Piece,
+        known: NearDuplicates,
+        allow: Callable[[int], None],
+    ) -> None:
+        self.chat, self.steered, self.gauge, self.dictionary = chat, steered, gauge, dictionary
+        self.settings, self.form, self.piece, self.known, self.allow = settings, form, piece, known, allow
+        self.task = settings.task
+        self.candidates: dict[int, list[Candidate]] = {}
+        self.picked = NearDuplicates()
+
+    def write(self, features: Sequence[int], *, enough: int | None = None) -> str | None:
+        """Fill `candidates`, those that are samples marked as chosen. Returns what stopped it before its end, or None.
+
+        Args:
+            enough: no more rounds once so many samples are found.
+        """
+        self.candidates = {feature: [] for feature in features}
+        stopped = None
+        try:
+            for number, way in enumerate(self._rounds()):
+                waiting = [f for f in features if len(self._hits(f)) < self.settings.samples_per_feature]
+                found = sum(min(len(self._hits(f)), self.settings.samples_per_feature) for f in features)
+                if not waiting or (enough is not None and found >= enough):
+                    break
+                self._round(number, way, waiting)
+        except Stopped as stop:
+            stopped = str(stop)
+        try:
+            self._finish(features)
+        except Stopped as stop:
+            stopped = str(stop)
+        return stopped
+
+    def probe(self, features: Sequence[int]) -> float:
+        """Returns the share of first texts that would be kept."""
+        self.settings = replace(self.settings, candidates=_PROBES)
+        self.candidates = {feature: [] for feature in features}
+        self._round(0, "words", features)
+        return sum(len(self._hits(feature)) for feature in features) / (_PROBES * len(features))
+
+    def _rounds(self) -> list[str]:
+        rounds = self.settings.rounds
+        plan = {
+            "one_step": ["words"] * (rounds + 1), "two_step": ["words"] + ["two_step"] * rounds,
+            "steering": ["steering"] * _STEERING_ROUNDS,
+        }  # fmt: skip
+        return [way for name in self.settings.ways for way in plan[name]]
+
+    def _round(self, number: int, way: str, features: Sequence[int]) -> None:
+        requests = [self._request(number, way, feature) for feature in features]
+        step = number - self._rounds().index(way)
+        temperature = min(self.settings.temperature + _WARMER * step, _HOTTEST)
+        if way == "steering":
+            temperature = self.settings.temperature
+        answers = self._ask(requests, number, temperature, steered=way == "steering")
+        new = [
+            self._read(request, way, i, text, finish)
+            for request in requests
+            for i, (text, finish) in enumerate(answers[request.key])
+        ]
+        self._measure(new, f"{number}:{way}")
+        for candidate in new:
+            self.candidates[candidate.feature].append(candidate)
+
+    def _request(self, number: int, way: str, feature: int) -> Request:
+        known = feature in self.dictionary
+        key, asked = f"{number}:{way}:{feature}", {"form": self.form}
+        if way == "steering":
+            strength = self._strength(feature)
+            conversation, begun = steering_prompt(self.task)
+            return Request(key, feature, conversation, begun, {"strength": strength})
+        spans = self.dictionary.spans(feature) if known else []
+        explanation = self.dictionary[feature]["explanation"] if known else None
+        shown, positive, negative = spans[:_SHOWN], None, None
+        if number and len(spans) > _SHOWN:
+            rng = np.random.default_rng([self.settings.seed, number, feature])
+            shown = [spans[i] for i in sorted(rng.choice(len(spans), _SHOWN, replace=False))]
+        if way == "two_step":
+            positive, negative, asked["positive"] = self._pair(feature, spans)
+        if self.form == "list":
+            *conversation, begun = self.task.begin(explanation, shown, positive)
+            return Request(key, feature, conversation, begun["content"], asked)
+        variant = number if way == "words" else number - 1
+        conversation = self.task.ask(explanation, shown, positive, negative, form=self.form, variant=variant)
+        return Request(key, feature, conversation, None, asked)
+
+    def _pair(self, feature: int, spans: list[MarkedSpan]) -> tuple[MarkedSpan | None, MarkedSpan | None, str]:
+        """Positive, negative, and whose the positive is: the strongest of the feature's texts and the weakest; where
+        nothing activates it, the strongest span stands in (PAPER.md, Pipeline 6)."""
+        texts = [c for c in self.candidates[feature] if c.measured and c.refused is None]
+        texts.sort(key=lambda c: c.measured.activation)
+        negative = None
+        if texts and texts[0].measured.activation <= self.gauge.delta[feature]:
+            negative = MarkedSpan("", texts[0].text, "", texts[0].measured.activation)
+        if texts and texts[-1].measured.activation > 0:
+            return MarkedSpan(*texts[-1].measured.span, texts[-1].measured.activation), negative, "own"
+        return (spans[0] if spans else None), negative, "borrowed"
+
+    def _strength(self, feature: int) -> float:
+        """The last strength that was tried, more where the feature stayed silent, less where the text broke."""
+        tried = [c for c in self.candidates[feature] if c.way == "steering"]
+        if not tried:
+            return FIRST_STRENGTH
+        strength = tried[-1].asked["strength"]
+        last = [c for c in tried if c.asked["strength"] == strength]
+        if any(self._is_hit(c) for c in last):
+            return strength
+        broken = sum(c.refused is not None for c in last)
+        return strength * (_WEAKER if 2 * broken > len(last) else _STRONGER)
+
+    def _ask(
+        self, requests: Sequence[Request], number: int, temperature: float, *, steered: bool
+    ) -> dict[str, list[tuple[str, str]]]:
+        """By key the texts and how each ended; what failed is asked again by the next run."""
+        n = self.settings.candidates
+        settings = {"n": n, "temperature": temperature, "seed": 1000 * self.settings.seed + 100 * number}
+        lists = self.form == "list" and not steered
+        settings["max_tokens"] = self._most_tokens(steered)
+        settings["stop"] = ("\n",) if lists or steered else ()
+        return self._complete(requests, settings, steered=steered)
+
+    def _most_tokens(self, steered: bool) -> int:
+        whole = self.form == "json" and not steered
+        return self.settings.max_tokens + (self.settings.answer_tokens if whole else 0)
+
+    def _complete(
+        self, requests: Sequence[Request], settings: dict[str, Any], *, steered: bool = False
+    ) -> dict[str, list[tuple[str, str]]]:
+        from .endpoint import ChatError
+
+        waiting = [request for request in requests if request.key not in self.piece]
+        failed: dict[str, list[tuple[str, str]]] = {}
+        for start in range(0, len(waiting), _AT_ONCE):
+            batch = waiting[start : start + _AT_ONCE]
+            self.allow(len(batch) * settings["n"])
+            begun = [request.begun for request in batch]
+            chat: Any = self.chat
+            more = {}
+            if steered:
+                chat = self.steered
+                more["features"] = [request.feature for request in batch]
+                more["strengths"] = [request.asked["strength"] for request in batch]
+            try:
+                found = chat.complete([r.conversation for r in batch], begun=begun, **settings, **more)
+            except ChatError as error:
+                self._journal(batch, error.completions)
+                raise
+            failed |= self._journal(batch, found)
+        return failed | {
+            r.key: [tuple(a) for a in self.piece[r.key]["answers"]] for r in requests if r.key in self.piece
+        }
+
+    def _journal(self, batch: Sequence[Request], found: Sequence[Sequence[Completion]]) -> dict[str, list]:
+        whole = [
+            (r, answers)
+            for r, answers in zip(batch, found, strict=False)
+            if answers and not any(a.finish == "failed" for a in answers)
+        ]
+        self.piece.add(
+            (
+                r.key,
+                {
+                    "answers": [(a.text, a.finish) for a in answers],
+                    "prompt_tokens": sum(a.prompt_tokens for a in answers),
+                    "completion_tokens": sum(a.completion_tokens for a in answers),
+                },
+            )
+            for r, answers in whole
+        )
+        return {r.key: [(a.text, a.finish) for a in answers] for r, answers in zip(batch, found, strict=False)}
+
+    def _read(self, request: Request, way: str, i: int, text: str, finish: str) -> Candidate:
+        candidate = Candidate(request.feature, way, request.key, i, "", request.asked)
+        if finish == "failed":
+            candidate.refused = "the chat failed"
+            return candidate
+        form = "text" if way == "steering" else self.form
+        if form == "json":
+            row, problem = self.task.read(text)
+            if row is not None:
+                candidate.row, candidate.text = row, carrier_of(self.task, row)
+        elif form == "list":
+            begun = [{"role": "assistant", "content": request.begun}]
+            entries = self.task.read_list(begun, text, ended=finish != "length")
+            candidate.text, problem = entries[0].value or "", entries[0].reason
+        else:
+            value, problem = self.task.read_part(self.task.carrier, text)
+            candidate.text = value or ""
+        if problem is not None:
+            candidate.refused = "cut off" if finish == "length" else f"unreadable: {problem}".split(" (")[0][:80]
+        elif reason := unfit(candidate.text, finish="stop" if candidate.row else finish):
+            candidate.refused = reason
+        return candidate
+
+    def _measure(self, candidates: Sequence[Candidate], key: str) -> None:
+        """What each text activates, how much of it is copied, and whether it is refused for that."""
+        readable = [c for c in candidates if c.text]
+        key = f"measured:{key}"
+        if key not in self.piece:
+            rows = [c.row for c in readable]
+            features = [c.feature for c in readable]
+            whole = bool(rows) and rows[0] is not None
+            found = self.gauge.rows(rows, features) if whole else self.gauge.texts([c.text for c in readable], features)
+            surprise = [None] * len(readable)
+            if readable and readable[0].way == "steering":
+                surprise = np.nan_to_num(self.steered.perplexity([c.text for c in readable]), nan=np.inf).tolist()
+            self.piece.add(
+                [(key, [[*m, p if p is None or p < np.inf else -1.0] for m, p in zip(found, surprise, strict=True)])]
+            )
+        for candidate, (*values, perplexity) in zip(readable, self.piece[key], strict=True):
+            candidate.measured = measured = Measured(*values)
+            shown = self.dictionary.spans(candidate.feature) if candidate.feature in self.dictionary else []
+            candidate.copied = copied_run(candidate.text, ["".join(span[:3]) for span in shown])
+            if perplexity is not None:
+                candidate.asked = {**candidate.asked, "perplexity": perplexity}
+            if candidate.refused is not None:
+                continue
+            if measured.problem is not None:
+                candidate.refused = f"unreadable: {measured.problem}"[:80]
+            elif perplexity is not None and not 0 <= perplexity <= MAX_PERPLEXITY:
+                candidate.refused = "not fluent"
+            elif candidate.copied > self.settings.max_copied_words:
+                candidate.refused = "copy of what the prompt showed"
+            elif not self._is_hit(candidate):
+                continue  # it may still be the negative of a pair
+            elif source := self.known.source_of(candidate.text):
+                candidate.refused = f"near-duplicate of {source}"
+
+    def _is_hit(self, candidate: Candidate) -> bool:
+        if candidate.refused is not None or candidate.measured is None:
+            return False
+        return candidate.measured.activation > self.gauge.delta[candidate.feature]
+
+    def _hits(self, feature: int) -> list[Candidate]:
+        """Strongest first; of equal texts the first."""
+        found = {c.text: c for c in reversed(self.candidates[feature]) if self._is_hit(c)}
+        return sorted(found.values(), key=lambda c: -c.measured.activation)
+
+    def _finish(self, features: Sequence[int]) -> None:
+        """Make rows of the strongest hits: all first samples, then all second ones."""
+        for rank in range(self.settings.samples_per_feature):
+            while True:
+                new = [c for f in features if (c := self._next(f, rank)) is not None]
+                if not new:
+                    break
+                self._make_rows(new)
+
+    def _next(self, feature: int, rank: int) -> Candidate | None:
+        hits = self._hits(feature)
+        if sum(c.picked for c in hits) > rank:
+            return None
+        for candidate in hits:
+            if candidate.picked:
+                continue
+            if source := self.picked.source_of(candidate.text):
+                candidate.refused = f"near-duplicate of {source}"
+                continue
+            self.picked.add(candidate.text, "another sample")
+            candidate.picked = True
+            return candidate
+        return None
+
+    def _make_rows(self, candidates: list[Candidate]) -> None:
+        open_ = candidates
+        for candidate in candidates:
+            if candidate.row is None:
+                candidate.parts = {self.task.carrier: candidate.text}
+        while open_:
+            requests = {}
+            for c in open_:
+                part = self.task.next_part(c.parts) if c.row is None else None
+                if part is not None:
+                    key = f"part:{c.request}:{c.number}:{part[0]}:{c.attempts}"
+                    requests[key] = (c, part[0], Request(key, c.feature, part[1], None, {}))
+            if requests:
+                self._write_parts(requests)
+            self._check_rows([c for c in open_ if c.row is not None and c.refused is None])
+            open_ = [c for c in open_ if not c.chosen and c.refused is None]
+
+    def _write_parts(self, requests: Mapping[str, tuple[Candidate, str, Request]]) -> None:
+        by_attempt: dict[int, list[Request]] = {}
+        for candidate, _, request in requests.values():
+            by_attempt.setdefault(candidate.attempts, []).append(request)
+        for attempt, wanted in by_attempt.items():
+            settings = {"n": 1, "temperature": 0.7, "max_tokens": self.settings.answer_tokens, "stop": ()}
+            answers = self._complete(wanted, settings | {"seed": 1000 * self.settings.seed + 100 * attempt + 99})
+            for request in wanted:
+                candidate, name, _ = requests[request.key]
+                [(text, finish)] = answers[request.key]
+                value, problem = self.task.read_part(name, text) if finish != "failed" else (None, "the chat failed")
+                if finish == "length":
+                    value, problem = None, "it is cut off"
+                if problem is None:
+                    candidate.parts[name] = value
+                    if set(candidate.parts) == set(self.task.parts):
+                        candidate.row, problem = self.task.row(candidate.parts)
+                if problem is not None:
+                    self._again(candidate, name, f"{name}: {problem}"[:80])
+
+    def _again(self, candidate: Candidate, part: str, problem: str) -> None:
+        candidate.attempts += 1
+        candidate.row = None
+        candidate.parts.pop(part, None)
+        if candidate.attempts == _ATTEMPTS:
+            candidate.refused = f"no whole row, {problem}"
+
+    def _check_rows(self, candidates: list[Candidate]) -> None:
+        """Drop rows that lost the feature on the way, pairs whose rejected answer has it, and what the caller drops."""
+        pairs = "rejected" in self.task.features() and self.task.carrier == "chosen"
+        for side in ("chosen", "rejected") if pairs else ("chosen",):
+            new = [c for c in candidates if f"row:{c.request}:{c.number}:{c.attempts}:{side}" not in self.piece]
+            found = self.gauge.rows([c.row for c in new], [c.feature for c in new], side=side)
+            self.piece.add(
+                (f"row:{c.request}:{c.number}:{c.attempts}:{side}", list(m)) for c, m in zip(new, found, strict=True)
+            )
+        for c in candidates:
+            key = f"row:{c.request}:{c.number}:{c.attempts}"
+            delta = self.gauge.delta[c.feature]
+            c.measured = Measured(*self.piece[f"{key}:chosen"])
+            if c.measured.activation <= delta:
+                c.refused = "lost in its row"
+            elif pairs and self.piece[f"{key}:rejected"][0] > delta:
+                problem = "the rejected answer activates the feature too"
+                if c.parts:
+                    self._again(c, "rejected", problem)
+                else:
+                    c.refused = problem
+            elif self.settings.keep is not None and not self.settings.keep(c.row):
+                c.refused = "the caller's own filter"
+            else:
+                c.chosen = True
+
+
+def steering_prompt(task: Task) -> tuple[list[dict], str | None]:
+    """Returns the conversation that a steered model answers, which says nothing of any feature."""
+    return [{"role": "user", "content": f"Write {task.parts[task.carrier]}. Answer with that text alone."}], None

@@ -1,0 +1,387 @@
+"""FAC Synthesis on tiny models: what is kept activates its feature, what is dropped says why."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from tiny import byte_level_tokenizer
+from tiny_models import D_SAE, tiny_model, tiny_sae
+from writing_chat import WritingChat, sentence
+
+from hf_fac.chat import LocalChat
+from hf_fac.coverage import FeatureCoverage
+from hf_fac.featurizer import SAEFeaturizer
+from hf_fac.gauge import carrier_of
+from hf_fac.originality import NearDuplicates, copied_run, words
+from hf_fac.scorer import FACScorer
+from hf_fac.spans import build_dictionary
+from hf_fac.synthesis import FACSynthesizer
+from hf_fac.tasks import get_task
+
+TASKS = ["toxicity", "helpfulness", "instruction_following", "sycophancy"]
+
+
+def rows(n, *, seed=0):
+    rng = random.Random(seed)
+    return [{"messages": [{"role": "user", "content": sentence(rng, n=6)}]} for _ in range(n)]
+
+
+def make_featurizer(**settings):
+    return SAEFeaturizer(tiny_model(), byte_level_tokenizer(), tiny_sae(), sink_norm=float("inf"), **settings)
+
+
+@pytest.fixture(scope="module")
+def featurizer():
+    return make_featurizer(pool_over="user")
+
+
+@pytest.fixture(scope="module")
+def report(featurizer):
+    anchor, data = (
+        FeatureCoverage.from_activations(featurizer(part), measurement=featurizer.measurement)
+        for part in (rows(150), rows(3, seed=1))
+    )
+    report = data.compare(anchor, threshold=float(np.quantile(featurizer(rows(50, seed=2)).data, 0.8)))
+    assert len(report.missing) > 12
+    return report
+
+
+@pytest.fixture(scope="module")
+def dictionary(featurizer):
+    return build_dictionary(featurizer, rows(60, seed=3), before=3, after=2)
+
+
+def synthesizer(featurizer, dictionary, report, *, chat=None, **settings):
+    settings = {"task": "instruction_following", "ways": ("two_step",), "form": "list", **settings}
+    return FACSynthesizer(chat or WritingChat(), featurizer, dictionary, threshold=report.threshold, **settings)
+
+
+def as_dicts(result):
+    return result.dataset.to_list(), result.dropped.to_list()
+
+
+@pytest.mark.parametrize("form", ["list", "text", "json"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_sample_activates_its_feature_on_the_tokens_that_the_task_pools(
+    featurizer, dictionary, report, task, form
+):
+    task = get_task(task)
+    result = synthesizer(featurizer, dictionary, report, task=task, form=form).synthesize(report.missing)
+    assert len(result.dataset) > 8
+    assert set(result.dataset["fac_feature"]) <= set(report.missing.tolist())
+    assert list(result.dataset.features)[: len(task.features())] == list(task.features())
+    reader = make_featurizer(pool_over=task.pool_over)
+    samples = [task.as_read({name: row[name] for name in task.features()}) for row in result.dataset]
+    acts = reader(samples).toarray()
+    feature, activation = np.array(result.dataset["fac_feature"]), np.array(result.dataset["fac_activation"])
+    found = acts[np.arange(len(samples)), feature]
+    assert (found > report.threshold).all()
+    np.testing.assert_allclose(found, activation, rtol=1e-4, atol=1e-5)
+    assert max(Counter(feature.tolist()).values()) <= 2
+    if task.carrier == "chosen":
+        other = make_featurizer(pool_over=task.pool_over, side="rejected")(samples).toarray()
+        assert (other[np.arange(len(samples)), feature] <= report.threshold).all()
+
+
+def test_the_report_counts_what_the_samples_add(featurizer, dictionary, report):
+    result = synthesizer(featurizer, dictionary, report).synthesize(report)
+    told = result.report
+    data = FeatureCoverage.from_activations(featurizer(rows(3, seed=1)), measurement=featurizer.measurement)
+    new = FeatureCoverage.from_activations(
+        featurizer(result.dataset.select_columns(["prompt", "completion"])), measurement=featurizer.measurement
+    )
+    anchor = FeatureCoverage.from_activations(featurizer(rows(150)), measurement=featurizer.measurement)
+    after = (data | new).compare(anchor, threshold=report.threshold)
+    assert told.fac_before == report.fac
+    assert told.fac_after == pytest.approx(after.fac)
+    assert told.fac_after > told.fac_before
+    assert len(told.curve) == len(result.dataset) + 1
+    assert (np.diff(told.curve) >= 0).all()
+    assert told.kl_after < told.kl_before
+    assert set(told.filled) == set(result.dataset["fac_feature"])
+    assert sorted([*told.filled, *told.resisted]) == sorted(report.missing)
+    json.dumps(told.to_dict(), allow_nan=False)
+    assert "FAC" in str(told)
+
+
+def test_first_samples_of_all_features_come_before_second_ones(featurizer, dictionary, report):
+    features = synthesizer(featurizer, dictionary, report).synthesize(report).dataset["fac_feature"]
+    first = len(set(features))
+    assert len(set(features[:first])) == first < len(features)
+
+
+def test_no_sample_is_a_copy_a_near_duplicate_or_a_scrap(featurizer, dictionary, report):
+    avoided = [{"text": sentence(random.Random(i))} for i in range(50)]
+    chat = WritingChat(wrong=0.3)
+    result = synthesizer(
+        featurizer, dictionary, report, chat=chat, avoid={"the evaluation set": avoided}, max_copied_words=2
+    ).synthesize(report)
+    texts = [carrier_of(get_task("instruction_following"), row) for row in result.dataset]
+    known = NearDuplicates({"the evaluation set": [row["text"] for row in avoided]})
+    for text, feature in zip(texts, result.dataset["fac_feature"], strict=True):
+        assert known.source_of(text) is None
+        known.add(text, "samples")
+        assert copied_run(text, ["".join(s[:3]) for s in dictionary.spans(feature)]) <= 2
+        assert len(words(text)) > 2
+        assert "pattern" not in text
+    reasons = {reason.split(":")[0] for reason in result.dropped["reason"]}
+    assert {"cut off", "talk about the request", "the chat failed", "copy of what the prompt showed"} <= reasons
+    assert sum(result.report.dropped.values()) == len(result.dropped)
+
+
+def test_near_duplicates_of_avoided_data_are_dropped_and_counted(featurizer, dictionary, report):
+    free = synthesizer(featurizer, dictionary, report).synthesize(report)
+    taken = free.dataset.select(range(5)).select_columns(["prompt"])
+    bound = synthesizer(featurizer, dictionary, report, avoid={"the test set": taken}).synthesize(report)
+    assert not set(map(str, taken["prompt"])) & set(map(str, bound.dataset["prompt"]))
+    assert bound.report.dropped["near-duplicate of the test set"] >= 5
+
+
+def test_the_callers_own_filter_is_the_last_word(featurizer, dictionary, report):
+    keep = lambda row: "the" not in words(row["prompt"][0]["content"])  # noqa: E731
+    result = synthesizer(featurizer, dictionary, report, keep=keep).synthesize(report)
+    assert len(result.dataset)
+    assert all(keep(row) for row in result.dataset)
+    assert result.report.dropped["the caller's own filter"] > 0
+
+
+def test_the_second_step_shows_the_strongest_and_the_weakest_text_of_the_first(featurizer, dictionary, report):
+    chat = WritingChat()
+    settings = {"chat": chat, "form": "text", "rounds": 1, "samples_per_feature": 50}
+    result = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:4])
+    second = [json.loads(key)[0][-1]["content"] for key, seed in chat.asked if seed == 100]
+    assert len(second) == 4
+    assert all("This text has it (strength" in request for request in second)
+    assert any("This text misses it" in request for request in second)
+    assert result.report.ways.keys() == {"words", "two_step", "all"}
+
+
+def test_a_feature_without_spans_or_candidates_borrows_or_is_left(featurizer, dictionary, report):
+    class Silent(WritingChat):
+        def complete(self, conversations, **settings):
+            super().complete(conversations, **settings)
+            return [[c._replace(text="") for c in cs] for cs in super().complete(conversations, **settings)]
+
+    chat = Silent()
+    result = synthesizer(featurizer, dictionary, report, chat=chat, form="text").synthesize(report.missing[:3])
+    assert len(result.dataset) == 0
+    assert list(result.dataset.features)[:2] == ["prompt", "completion"]
+    assert any("This text has it (strength" in key for key, seed in chat.asked if seed == 100), "borrowed from a span"
+    assert result.report.resisted.tolist() == report.missing[:3].tolist()
+
+
+def test_one_step_and_two_step_ask_for_as_many_texts(featurizer, dictionary, report):
+    asked = []
+    for ways in (("one_step",), ("two_step",)):
+        chat = WritingChat()
+        settings = {"chat": chat, "ways": ways, "samples_per_feature": 10**6}
+        synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:5])
+        asked.append(sum("numbered list" in key for key, _ in chat.asked))
+    assert asked == [20, 20]
+
+
+def test_the_form_that_is_kept_most_often_is_chosen(featurizer, dictionary, report):
+    class NoJSON(WritingChat):
+        def _answer(self, key, seed, i, request, before):
+            found = super()._answer(key, seed, i, request, before)
+            return found._replace(text="no idea") if before is None and "numbered list" not in key else found
+
+    result = synthesizer(featurizer, dictionary, report, chat=NoJSON(), form=None).synthesize(report.missing)
+    forms = {json.loads(text)["form"] for text in result.dataset["fac_provenance"]}
+    assert forms == {"list"}
+
+
+def test_steering_writes_for_features_with_the_model_that_is_measured(featurizer, dictionary, report):
+    chat = LocalChat(featurizer.model, featurizer.tokenizer)
+    settings = {"chat": chat, "ways": ("steering",), "max_tokens": 12, "answer_tokens": 4, "task": "toxicity"}
+    result = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:6])
+    assert result.report.ways["steering"].features == 6
+    assert result.report.requests >= 6 * 4
+    tried = {json.loads(text)["strength"] for text in result.dataset["fac_provenance"]}
+    assert len(result.dataset) == 0 or min(tried) > 0
+
+
+def test_the_same_journal_resumes_to_the_same_samples_without_asking_again(featurizer, dictionary, report, tmp_path):
+    chat = WritingChat()
+    whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path / "a")
+    n = len(chat.asked)
+    again = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path / "a")
+    assert len(chat.asked) == n
+    assert as_dicts(again) == as_dicts(whole)
+    plain = synthesizer(featurizer, dictionary, report).synthesize(report)
+    assert as_dicts(plain) == as_dicts(whole)
+
+
+def test_other_settings_or_features_refuse_a_journal(featurizer, dictionary, report, tmp_path):
+    synthesizer(featurizer, dictionary, report).synthesize(report.missing[:4], journal=tmp_path)
+    with pytest.raises(ValueError, match=r"begun under other settings.*candidates"):
+        synthesizer(featurizer, dictionary, report, candidates=3).synthesize(report.missing[:4], journal=tmp_path)
+    with pytest.raises(ValueError, match=r"begun under other settings.*missing"):
+        synthesizer(featurizer, dictionary, report).synthesize(report.missing[:5], journal=tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt"):
+        synthesizer(featurizer, dictionary, report).synthesize(report.missing[:4], journal=tmp_path / "other")
+
+
+def _write(folder, dies_after, chat=None):
+    featurizer = make_featurizer(pool_over="user")
+    anchor, data = (
+        FeatureCoverage.from_activations(featurizer(part), measurement=featurizer.measurement)
+        for part in (rows(150), rows(3, seed=1))
+    )
+    report = data.compare(anchor, threshold=float(np.quantile(featurizer(rows(50, seed=2)).data, 0.8)))
+    dictionary = build_dictionary(featurizer, rows(60, seed=3), before=3, after=2)
+    chat = chat or WritingChat(dies_after=dies_after)
+    result = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=folder)
+    return as_dicts(result), len(chat.asked)
+
+
+def _write_in_child(folder, dies_after, queue):
+    import torch
+
+    torch.set_num_threads(1)
+    queue.put(_write(folder, dies_after)[0])
+
+
+def test_killed_anywhere_it_ends_with_the_same_samples(tmp_path, monkeypatch):
+    import hf_fac.synthesis as synthesis
+    import hf_fac.writing as writing
+
+    monkeypatch.setattr(writing, "_AT_ONCE", 4)
+    monkeypatch.setattr(synthesis, "_PIECE", 8)
+    expected, n = _write(tmp_path / "whole", None)
+    context = multiprocessing.get_context("fork")
+    kills = random.Random(0).sample(range(1, 4 * n), 10)
+    for number in sorted(kills):
+        queue = context.Queue()
+        child = context.Process(target=_write_in_child, args=(tmp_path / "killed", number % 97 + 1, queue))
+        child.start()
+        child.join(120)
+        assert child.exitcode in (-9, 0)
+    chat = WritingChat()
+    found, asked = _write(tmp_path / "killed", None, chat)
+    assert found == expected
+    assert asked < n, "what was answered before the kills is not asked again"
+
+
+def test_several_processes_share_a_journal_and_end_with_the_same_samples(tmp_path, monkeypatch):
+    import hf_fac.synthesis as synthesis
+
+    monkeypatch.setattr(synthesis, "_PIECE", 4)
+    expected, _ = _write(tmp_path / "alone", None)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [context.Process(target=_write_in_child, args=(tmp_path / "shared", None, queue)) for _ in range(3)]
+    for child in children:
+        child.start()
+    found = [queue.get(timeout=120) for _ in children]
+    for child in children:
+        child.join(60)
+    assert all(each == expected for each in found)
+
+
+def test_bounds_end_the_work_and_keep_what_was_done(featurizer, dictionary, report, tmp_path):
+    chat = WritingChat()
+    few = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(
+        report, journal=tmp_path / "r", max_requests=60
+    )
+    assert few.report.requests <= 60
+    assert few.report.ended == "max_requests 60"
+    n = len(chat.asked)
+    again = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(
+        report, journal=tmp_path / "r", max_requests=60
+    )
+    assert as_dicts(again) == as_dicts(few)
+    assert len(chat.asked) == n
+    whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path / "r")
+    assert whole.report.ended is None
+    assert as_dicts(whole) == as_dicts(synthesizer(featurizer, dictionary, report).synthesize(report))
+    nothing = synthesizer(featurizer, dictionary, report).synthesize(report, max_seconds=0)
+    assert len(nothing.dataset) == 0
+    assert nothing.report.ended == "max_seconds 0"
+
+
+def test_max_samples_takes_first_samples_first(featurizer, dictionary, report):
+    result = synthesizer(featurizer, dictionary, report).synthesize(report, max_samples=5)
+    assert len(result.dataset) == 5
+    assert len(set(result.dataset["fac_feature"])) == 5
+
+
+def test_rows_of_a_pool_are_taken_before_new_ones_are_written(featurizer, dictionary, report):
+    plain = [
+        {"prompt": r["messages"], "completion": [{"role": "assistant", "content": "Yes."}]} for r in rows(30, seed=7)
+    ]
+    pool = Dataset.from_list(plain).map(FACScorer(featurizer), batched=True, new_fingerprint="pool")
+    result = synthesizer(featurizer, dictionary, report).synthesize(report, pool=pool)
+    taken = result.dataset.filter(lambda row: row["fac_way"] == "pool")
+    assert len(taken) > 3
+    assert set(result.dataset["fac_way"][: len(taken)]) == {"pool"}
+    filled = {f for text in taken["fac_provenance"] for f in json.loads(text)["fills"]}
+    written = set(result.dataset["fac_feature"][len(taken) :])
+    assert filled
+    assert not filled & written
+    assert filled | written == set(result.report.filled)
+
+
+def test_the_plan_bounds_what_is_spent(featurizer, dictionary, report):
+    for form in ("list", "text", "json"):
+        made = synthesizer(featurizer, dictionary, report, form=form)
+        plan = made.plan(report)
+        told = made.synthesize(report).report
+        assert plan.features == len(report.missing)
+        assert told.requests <= plan.requests
+        assert told.completion_tokens <= plan.completion_tokens
+        assert plan.seconds is None
+        assert "at most" in str(plan)
+    local = synthesizer(featurizer, dictionary, report, chat=LocalChat(featurizer.model, featurizer.tokenizer))
+    assert local.plan(report).seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ways": ("magic",)}, "ways is"),
+        ({"ways": ()}, "ways is"),
+        ({"form": "xml"}, "form is 'xml'"),
+        ({"samples_per_feature": 0}, "samples_per_feature is 0"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"task": "cooking"}, "no task 'cooking'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(featurizer, dictionary, report, settings, message):
+    with pytest.raises(ValueError, match=message):
+        synthesizer(featurizer, dictionary, report, **settings)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [([1, 1], "twice"), ([0.5], "integer ids"), ([D_SAE], r"must lie in \[0, 48\)"), ([-1], "must lie in")],
+)
+def test_features_that_cannot_be_are_refused(featurizer, dictionary, report, missing, message):
+    with pytest.raises(ValueError, match=message):
+        synthesizer(featurizer, dictionary, report).synthesize(missing)
+
+
+def test_no_missing_feature_is_no_work(featurizer, dictionary, report):
+    result = synthesizer(featurizer, dictionary, report).synthesize([])
+    assert len(result.dataset) == 0
+    assert result.report.requests == 0
+
+
+def test_a_dictionary_of_another_model_is_refused(dictionary, report):
+    other = SAEFeaturizer(tiny_model(seed=5), byte_level_tokenizer(), tiny_sae(), sink_norm=float("inf"))
+    with pytest.raises(ValueError, match="another model or SAE"):
+        synthesizer(other, dictionary, report)
+
+
+def test_the_fingerprint_tells_settings_apart(featurizer, dictionary, report):
+    one = synthesizer(featurizer, dictionary, report)
+    assert one.fingerprint() == synthesizer(featurizer, dictionary, report).fingerprint()
+    assert one.fingerprint() != synthesizer(featurizer, dictionary, report, seed=1).fingerprint()
