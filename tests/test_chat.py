@@ -710,8 +710,6 @@ def free_port() -> int:
 
 
 def test_transformers_serve_answers_over_the_wire(tmp_path: Path) -> None:
-    pytest.importorskip("uvicorn", reason="needs transformers[serving]")
-    pytest.importorskip("openai", reason="needs transformers[serving]")
     tokenizer = TOKENIZERS["llama"]
     model = tiny_model("llama", tokenizer).float()
     model.generation_config.update(do_sample=True, eos_token_id=2, pad_token_id=0, top_k=0)
