@@ -4,6 +4,7 @@ features, and the way to and from the Hub."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(help="The dictionary's folder.")]
 SampleSize = Annotated[int | None, typer.Option(help="Ask about so many features only, drawn at random.")]
-_DICTIONARY = "dictionary.parquet"
+_DICTIONARY, _PROGRESS = "dictionary.parquet", "progress"
 
 
 def interpret(
@@ -64,6 +65,7 @@ def interpret(
             max_length=max_length, on_error=on_error, preset=preset,
         )  # fmt: skip
         dictionary = _collected(featurizer, data, split, spans, output)
+    shutil.rmtree(output / _PROGRESS, ignore_errors=True)
     _print_summary(dictionary, output)
     if chat is None and base_url is None:
         return
@@ -202,15 +204,12 @@ def pull(
 
 
 def _collected(featurizer: SAEFeaturizer, data: str, split: str, spans: int, output: Path) -> FeatureDictionary:
-    import shutil
-
     import numpy as np
 
     from .spans import build_dictionary
 
-    progress = output / "progress"
     dictionary = build_dictionary(
-        featurizer, load_data(data, split), spans=spans, source=Path(data).stem, output_dir=progress, rank=0,
+        featurizer, load_data(data, split), spans=spans, source=Path(data).stem, output_dir=output / _PROGRESS, rank=0,
         world_size=1,
     )  # fmt: skip
     live = dictionary.features[np.array(dictionary.dataset["rows"]) > 0]
@@ -218,7 +217,6 @@ def _collected(featurizer: SAEFeaturizer, data: str, split: str, spans: int, out
         raise ValueError(f"{data} activates no feature: there is nothing to interpret.")
     dictionary = dictionary.select(live)
     dictionary.save(output)
-    shutil.rmtree(progress)
     return dictionary
 
 

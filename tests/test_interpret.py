@@ -283,7 +283,7 @@ def test_killed_at_any_point_it_loses_and_repeats_nothing(tmp_path) -> None:
     expected = run_all(whole, tmp_path / "whole")
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
     done = 0
-    for dies_after in (3, 9, 14):
+    for dies_after in (3, 9, 26):
         killed = subprocess.run([*command, str(dies_after)], capture_output=True, text=True, check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         journals = [tmp_path / "explain.jsonl", tmp_path / "rate.jsonl"]
@@ -293,6 +293,7 @@ def test_killed_at_any_point_it_loses_and_repeats_nothing(tmp_path) -> None:
         # What a kill in the middle of a write leaves.
         with journals[0].open("a") as file:
             file.write('{"key": "explain 4", "asked": "12')
+    assert journals[1].exists(), "the last kill came while features were rated"
     chat = ScriptedChat(script)
     assert run_all(chat, tmp_path) == expected
     assert len(chat.asked) == len(whole.asked) - done
