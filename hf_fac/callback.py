@@ -26,7 +26,7 @@ from .cards import merge_card
 from .coverage import FeatureCoverage
 from .refill import Refill, digest, read_parquet, write_parquet
 from .run_state import Ranks, preserved, replace_text
-from .trainer_data import PlannedRows, Prepare, trainer_data
+from .trainer_data import PlannedRows, Prepare, TrainerData, trainer_data
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .synthesis import FACSynthesizer
 
 RECORD = "fac_synthesis.json"  # in every checkpoint: which new rows the run trains on
-_FOLDER = "fac_synthesis"
+_FOLDER = "_fac_synthesis"  # what begins so is not pushed to the Hub with the model: it holds the training set
 
 
 class FACSynthesisCallback(TrainerCallback):
@@ -48,8 +48,9 @@ class FACSynthesisCallback(TrainerCallback):
     seed set comes first, the new rows after it. It works for SFTTrainer, RewardTrainer, DPOTrainer and the plain
     Trainer (through `prepare`); what it cannot do exactly it refuses when it is made.
 
-    Under `output_dir`/fac_synthesis it keeps `rows-<hash>.parquet` (new rows with provenance), `enlarged.parquet`,
+    Under `output_dir`/_fac_synthesis it keeps `rows-<hash>.parquet` (new rows with provenance), `enlarged.parquet`,
     `report.json`, and `work`, from which a run that died goes on; `work` can be deleted once training has ended.
+    None of it is pushed to the Hub with the model.
     Checkpoints name the rows by their hash: resuming from one restores them, nothing is written again. Nor is it by a
     second `train()`. With several processes that folder must lie on a file system that all of them share.
 
@@ -109,8 +110,9 @@ class FACSynthesisCallback(TrainerCallback):
         _check_arguments(self)
         with self._preserved():
             self._data = trainer_data(trainer, synthesizer.task, train_dataset=train_dataset, prepare=prepare)
+            self._refill.check(self._data.readable)
         if refresh == "epoch":
-            _check_can_grow(trainer)
+            _check_can_grow(trainer, self._data)
         # The Trainer fixes steps, schedule and the resumed position by its loader, before any callback is called.
         self._wrap("train", self._train)
         self._wrap("get_train_dataloader", self._get_train_dataloader)
@@ -201,7 +203,7 @@ class FACSynthesisCallback(TrainerCallback):
         ranks = Ranks.meet(self.folder / "work", self.trainer.args)
         try:
             added, self._report = self._refill.run(
-                self._data.seed.select_columns(self._data.read_columns), before, ranks, turn=epoch,
+                self._data.readable, before, ranks, turn=epoch,
                 max_samples=self._budget(len(before), epoch),
                 max_seconds=None if self.max_seconds is None else max(1.0, self.max_seconds - spent),
             )  # fmt: skip
@@ -276,6 +278,9 @@ class FACSynthesisCallback(TrainerCallback):
         rows = read_parquet(path)
         if digest(rows) != record["rows"]:
             raise ValueError(f"{path} does not hold the rows that {self._checkpoint} was trained on: it was changed.")
+        if path.parent != self.folder:  # the checkpoints to come are beside this one
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._save_rows(rows)
         self.new_rows, self._record, self.summary = rows, record, record["summary"]
         return rows
 
@@ -352,13 +357,12 @@ def _check_arguments(callback: FACSynthesisCallback) -> None:
         FeatureCoverage(featurizer.measurement) | anchor
 
 
-def _check_can_grow(trainer: Trainer) -> None:
+def _check_can_grow(trainer: Trainer, data: TrainerData) -> None:
     args = trainer.args
-    packing = isinstance(trainer.train_dataset, Dataset) and "seq_lengths" in trainer.train_dataset.column_names
     problems = {
         "a run of one epoch has no second one: train longer": args.max_steps <= 0 and args.num_train_epochs <= 1,
         "max_steps leaves open how many epochs there are: set num_train_epochs": args.max_steps > 0,
-        "packing arranges all rows anew: leave it out": packing,
+        "packing and shuffle_dataset arrange all rows anew: leave them out": data.arranged,
         f"train_sampling_strategy={args.train_sampling_strategy!r} sorts by lengths that change": (
             args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         ),

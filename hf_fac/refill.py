@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset
 from numpy.typing import ArrayLike
@@ -38,6 +39,26 @@ class Refill:
     synthesizer: FACSynthesizer
     anchor: Dataset | FeatureCoverage
     features: ArrayLike | None
+
+    def check(self, seed: Dataset) -> None:
+        """Raises: ValueError for what would only be found when all is measured: features and threshold out of range,
+        rows that cannot be read (the first of each set stands for the others)."""
+        featurizer, task = self.synthesizer.featurizer, self.synthesizer.task
+        if self.features is not None:
+            ids = np.asarray(self.features)
+            if not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= featurizer.d_sae:
+                raise ValueError(f"features must be ids in [0, {featurizer.d_sae:,}), one or more: {ids!r:.100}")
+        if np.min(self.synthesizer.threshold) < featurizer.keep_above:
+            raise ValueError(
+                f"The synthesizer's threshold {np.min(self.synthesizer.threshold):g} is below the featurizer's "
+                f"keep_above {featurizer.keep_above:g}: raise it, or make the featurizer with a lower floor."
+            )
+        for name, rows in (("training", seed), ("anchor", self.anchor)):
+            if isinstance(rows, Dataset):
+                try:
+                    featurizer.reader([_as_read(task, rows[0])])
+                except RowError as error:
+                    raise RowError(f"The {name} set: {error}") from error
 
     def none(self) -> Dataset:
         """Returns new rows, of which there are none yet."""
@@ -123,7 +144,7 @@ def _measured(featurizer: SAEFeaturizer, task: Task, rows: Dataset, *, ranks: Ra
         ranks.check()
         chunk = rows.select(range(start, min(start + _CHUNK, share.stop))).to_list()
         try:
-            reading = featurizer.read([task.as_read(row) if "text" in row else row for row in chunk])
+            reading = featurizer.read([_as_read(task, row) for row in chunk])
         except RowError as error:
             raise RowError(f"In rows from {start} on: {error}") from error
         coverage |= FeatureCoverage.from_activations(
@@ -140,6 +161,11 @@ def _measured(featurizer: SAEFeaturizer, task: Task, rows: Dataset, *, ranks: Ra
         part.unlink()
     coverage.save(path)
     return coverage
+
+
+def _as_read(task: Task, row: dict[str, Any]) -> Any:
+    # Only of a labelled task's rows, which are plain text, is it for the task to say; an anchor set may be of any type.
+    return task.as_read(row) if "text" in row else row
 
 
 def _numbers(before: FACReport, after: FACReport) -> dict[str, float]:

@@ -50,6 +50,7 @@ class TrainerData:
     """
 
     columns: tuple[str, ...] = ()  # what the trainer trains on
+    arranged = False  # whether where a row goes depends on all others, so that preparing begins anew with new rows
 
     def __init__(self, trainer: Trainer, task: Task, train_dataset: Dataset | None, prepare: Prepare | None) -> None:
         self.trainer, self.task, self.base = trainer, task, trainer.train_dataset
@@ -61,10 +62,11 @@ class TrainerData:
         self._check_preparation()
 
     @property
-    def read_columns(self) -> list[str]:
+    def readable(self) -> Dataset:
         """The columns of `seed` that say what a row reads like."""
         kind = _kind(self.seed.features)
-        return [name for name in (*kind[0], "tools", "chat_template_kwargs") if name in self.seed.column_names]
+        names = [name for name in (*kind[0], "tools", "chat_template_kwargs") if name in self.seed.column_names]
+        return self.seed.select_columns(names)
 
     def enlarged(self, rows: Dataset) -> tuple[Dataset, int]:
         """Returns the trainer's set with the new rows at its end, and how many of them its own filters dropped."""
@@ -139,7 +141,7 @@ class _Sft(TrainerData):
             raise ValueError("The training set has images, whose rows are not prepared beforehand: not supported.")
         self._prepares_itself = not trainer._skip_prepare_dataset
         # Packing keeps no rows, a shuffle no order: both are done again, with the new rows among the others.
-        self._whole = self._prepares_itself and (trainer.args.packing or trainer.args.shuffle_dataset)
+        self.arranged = self._prepares_itself and (trainer.args.packing or trainer.args.shuffle_dataset)
         reasons = {
             "packing": self._prepares_itself and trainer.args.packing,
             "shuffle_dataset": self._prepares_itself and trainer.args.shuffle_dataset,
@@ -161,7 +163,7 @@ class _Sft(TrainerData):
                     "The training set was tokenized before the trainer got it: pass train_dataset=, its raw rows, and "
                     "prepare=, the function that tokenized them."
                 )
-        if self._whole and self._prepare_rows is not None:
+        if self.arranged and self._prepare_rows is not None:
             raise ValueError(f"With {reason} the trainer has to prepare all rows itself: leave prepare= out.")
         _check_length_column(trainer)
 
@@ -174,7 +176,7 @@ class _Sft(TrainerData):
         )
 
     def enlarged(self, rows: Dataset) -> tuple[Dataset, int]:
-        if not self._whole or not len(rows):
+        if not self.arranged or not len(rows):
             return super().enlarged(rows)
         new = rows.select_columns(self._task_columns)
         new = new.cast(Features({name: self.seed.features[name] for name in self._task_columns}))
@@ -189,7 +191,7 @@ class _Sft(TrainerData):
             raise ValueError(f"dataset_text_field is {field!r}, new rows have their text in 'text': rename the column.")
 
     def _check_preparation(self) -> None:
-        if not self._whole:
+        if not self.arranged:
             return super()._check_preparation()
         base, again = self.base, self._prepared(self.seed)
         same = len(again) == len(base) and all(
@@ -248,8 +250,8 @@ class _Dpo(TrainerData):
 
 class _Plain(TrainerData):
     @property
-    def read_columns(self) -> list[str]:
-        return self._task_columns
+    def readable(self) -> Dataset:
+        return self.seed.select_columns(self._task_columns)
 
     def _check_settings(self) -> None:
         trainer = self.trainer

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -227,6 +228,10 @@ REFUSED = {
         {"prepare": lambda rows: rows, "train_dataset": examples("labelled", 7)}, "input_ids",
     ),
     "an anchor without rows": (sft, "messages", "messages", {}, {"anchor": Dataset.from_list([])}, "no rows"),
+    "features that are not there": (sft, "messages", "messages", {}, {"features": [3, 48]}, r"in \[0, 48\)"),
+    "an anchor that cannot be read": (
+        sft, "messages", "messages", {}, {"anchor": Dataset.from_list([{"question": "?"}])}, "The anchor set",
+    ),
     "no room": (sft, "messages", "messages", {}, {"refresh": "epoch"}, "max_samples"),
     "one epoch": (
         sft, "messages", "messages", {"num_train_epochs": 1}, {"refresh": "epoch", "max_samples": 4}, "one epoch",
@@ -236,6 +241,10 @@ REFUSED = {
     ),
     "growing, packed": (
         sft, "messages", "messages", {"packing": True, "max_length": 48},
+        {"refresh": "epoch", "max_samples": 4, "train_dataset": examples("messages", 7)}, "arrange",
+    ),
+    "growing, shuffled": (
+        sft, "messages", "messages", {"shuffle_dataset": True},
         {"refresh": "epoch", "max_samples": 4, "train_dataset": examples("messages", 7)}, "arrange",
     ),
     "growing by length": (
@@ -343,7 +352,7 @@ def test_what_it_tells(tmp_path):
             "fac/requests", "fac/completion_tokens", "fac/new_rows", "fac/dropped",
             "fac/seconds"} == callback.summary.keys()  # fmt: skip
 
-    folder = tmp_path / "fac_synthesis"
+    folder = tmp_path / "_fac_synthesis"
     report = json.loads((folder / "report.json").read_text())
     assert report["before"]["fac"] == callback.summary["fac/before"]
     assert len(report["before"]["missing"]) == len(callback.new_rows)
@@ -416,7 +425,7 @@ def test_a_checkpoint_without_its_rows_is_refused(tmp_path):
     callback_for(trainer, "messages")
     trained(trainer)
     (checkpoint,) = tmp_path.glob("checkpoint-4")
-    (file,) = (tmp_path / "fac_synthesis").glob("rows-*.parquet")
+    (file,) = (tmp_path / "_fac_synthesis").glob("rows-*.parquet")
 
     def resume(**extra):
         trainer = sft(rows, tmp_path, **settings)
@@ -450,6 +459,11 @@ def test_checkpoints_can_be_moved_with_their_rows(tmp_path):
     trained(resumed, resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-4"))
     assert callback.synthesizer.calls == 0
     assert_same_weights(resumed, trainer)
+    shutil.rmtree(tmp_path / "moved")
+    again = sft(rows, tmp_path / "b", **settings)
+    callback_for(again, "messages")
+    trained(again, resume_from_checkpoint=True)
+    assert_same_weights(again, trainer)
 
 
 def test_a_second_train_and_a_smaller_batch_write_nothing_again(tmp_path):
