@@ -14,6 +14,7 @@ from .hub import push_folder
 from .sae import read_settings, save_sae
 
 if TYPE_CHECKING:
+    import torch
     from sae_lens import SAE
 
 _LEFTOVERS = ["sae.safetensors", "sparsity.safetensors"]  # of another SAE in that folder, which SAELens would read
@@ -35,6 +36,7 @@ def push_sae_to_hub(
     repo_id: str,
     *,
     sae_id: str | None = None,
+    dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -46,10 +48,11 @@ def push_sae_to_hub(
 
     Args:
         sae_id: the SAE's folder in the repo; by default the name of the place it reads ("blocks.14.hook_resid_post").
+        dtype: what the weights are stored in, as in `save_sae`: float16 for half the size.
         others: those of `hub.push_folder`.
 
-    Raises: HubError; ValueError for weights that are not finite, an SAE of something else than the residual stream, and
-        one that does not say which place it reads, without sae_id.
+    Raises: HubError; ValueError for weights that are not finite or too large for dtype, an SAE of something else than
+        the residual stream, and one that does not say which place it reads, without sae_id.
     """
     settings, hook = read_settings(sae), sae.cfg.metadata.hook_name
     sae_id = (sae_id or hook or "").strip("/")
@@ -64,7 +67,7 @@ def push_sae_to_hub(
         "base_model": [model] if is_repo else None,
     }
     with tempfile.TemporaryDirectory() as folder:
-        save_sae(sae, folder)
+        save_sae(sae, folder, dtype=dtype)
         return push_folder(
             folder,
             repo_id,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hub_server import WRITE_TOKEN, HubServer, run_with_hub
 from transformers import AutoTokenizer
 
 from hf_fac import FACScorer, FeatureCoverage, embedded
@@ -75,6 +76,41 @@ def test_the_dictionary_is_that_of_the_anchor_set_and_of_these_features(featuriz
     for feature, span in spans:
         assert activations[span["row"]][feature] == pytest.approx(span["activation"], abs=1e-3)
         assert span["before"] + span["token"] + span["after"] in anchor[span["row"]]["messages"][0]["content"]
+
+
+def test_the_dictionary_and_the_sae_go_to_the_hub_and_back(tmp_path):
+    code = """
+from datasets import load_dataset
+from sae_lens import SAE
+from hf_fac import FeatureDictionary, push_sae_to_hub
+from hf_fac.embedded import load_dictionary, load_embedded_sae
+from hf_fac.hub import pull_folder
+
+dictionary, sae = load_dictionary(), load_embedded_sae()
+dictionary.push_to_hub("user/features")
+push_sae_to_hub(sae, "user/sae", dtype="float16")
+pulled = FeatureDictionary.from_pretrained("user/features")
+back = SAE.from_pretrained("user/sae", "blocks.14.hook_resid_post").state_dict()
+result = {
+    "features": pulled == dictionary == FeatureDictionary(load_dataset("user/features", split="train")),
+    "sae": all((value == back[name]).all().item() for name, value in sae.state_dict().items()),
+}
+"""
+    with HubServer() as server:
+        result = run_with_hub(server, code, token=WRITE_TOKEN)
+        features, sae = server.files("user/features", "datasets"), server.files("user/sae")
+    assert all(result.values()), result
+    data = Path(embedded.__file__).parent / "data"
+    assert features["dictionary.parquet"] == (data / "dictionary" / "dictionary.parquet").read_bytes()
+    assert sae["blocks.14.hook_resid_post/cfg.json"] == (data / "sae" / "cfg.json").read_bytes()
+    assert (
+        sae["blocks.14.hook_resid_post/sae_weights.safetensors"]
+        == (data / "sae" / "sae_weights.safetensors").read_bytes()
+    )
+    for line in ("3,989", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        assert line in features["README.md"].decode()
+    for line in ("HuggingFaceTB/SmolLM2-135M-Instruct", "| fraction of variance unexplained | 0.1587 |"):
+        assert line in sae["README.md"].decode()
 
 
 def test_the_narrow_seed_set_misses_much_of_the_anchor_set(featurizer):
