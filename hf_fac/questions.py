@@ -30,6 +30,11 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _RATED = re.compile(rf"\W*({'|'.join(RATINGS)})\b[\s.,:;*–—-]*(.*)\Z", re.IGNORECASE | re.DOTALL)
+# Small models repeat the list that they may choose from: "yes, probably", "yes: nearly all. probably: most".
+_LISTED = re.compile(
+    rf"\W*(?:{'|'.join(RATINGS)})(?:[\s,/;]+(?:or |and )?(?:{'|'.join(RATINGS)})\b|\b.*\b(?:{'|'.join(RATINGS)})\s*:)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def ask_explanation(spans: Sequence[MarkedSpan], form: Form) -> list[Message]:
@@ -102,6 +107,8 @@ def read_rating(text: str, form: Form) -> Answer:
         found = _RATED.match(text)
         if not found:
             return Answer(None, f"it does not begin with {_LEVELS}: {text[:80]!a}")
+        if _LISTED.match(text):
+            return Answer(None, f"it gives more than one rating: {text[:80]!a}")
         return Answer((found[1].lower(), " ".join(found[2].split())), None)
     value, reason = read_json(text)
     if reason is not None:

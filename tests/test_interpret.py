@@ -141,6 +141,10 @@ def test_answers_are_read_in_both_forms() -> None:
     assert read_rating('{"reason": "a", "rating": " No. "}', "json").value == ("no", "a")
     assert read_rating("**Probably** - most fit", "text").value == ("probably", "most fit")
     assert read_rating("Maybe", "text").value == ("maybe", "")
+    for text in ("Yes. There is no other word in them", "Yes. No excerpt lacks it.", "yes: they name rivers"):
+        assert read_rating(text, "text").value[0] == "yes"
+    for text in ("yes, probably.", "yes: nearly every excerpt. probably: most", "maybe, no, no", "Yes or no. It fits"):
+        assert "more than one rating" in str(read_rating(text, "text").reason)
     for text in ("Nothing fits", "It is maybe so", "", "yesterday", "Ja."):
         assert read_rating(text, "text").value is None
     found = {"Yes": True, "no.": False, "No, it is not": False, " yes\nNo more": True}
