@@ -506,6 +506,7 @@ def test_a_dictionary_of_another_model_or_sae_is_refused_with_what_differs(dicti
 def test_settings_and_what_lies_above_the_layer_make_no_other_features(dictionary) -> None:
     other = make_featurizer(keep_above=0.5, pool_over="user", side="rejected", activation="relu", max_length=9)
     other.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    other.model.config._name_or_path = "a/copy/elsewhere"
     with torch.no_grad():
         other.model.model.layers[2].mlp.up_proj.weight.zero_()
         other.model.lm_head.weight.zero_()

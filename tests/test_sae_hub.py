@@ -132,10 +132,14 @@ def test_what_another_sae_left_in_the_folder_goes(server: HubServer, folders: di
     assert held == {"a/cfg.json", "a/sae_weights.safetensors", "a/notes.txt", "b/sae.safetensors"}
 
 
-def test_a_model_that_is_no_repo_is_not_named_as_one(server: HubServer, tmp_path: Path) -> None:
-    folder = save_sae(make_sae(model_name="/home/me/model"), tmp_path / "sae")
-    child(server, 'push_sae_to_hub(load_sae(args["f"]), "user/x")', args={"f": str(folder)})
-    assert b"base_model" not in server.files("user/x")["README.md"]
+def test_a_model_that_is_no_repo_is_not_named_as_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cards = []
+    monkeypatch.setattr("hf_fac.sae_hub.push_folder", lambda *positional, card, **options: cards.append(card))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    for name in ("org/model", "/home/me/model", "runs/model", "gpt2-small", None):
+        push_sae_to_hub(make_sae(model_name=name), "user/x")
+    assert [metadata["base_model"] for metadata, _ in cards] == [["org/model"], None, None, None, None]
 
 
 def test_an_sae_without_a_place_needs_an_id() -> None:
