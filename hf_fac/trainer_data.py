@@ -289,18 +289,16 @@ def trainer_data(
     trainer: Trainer, task: Task, *, train_dataset: Dataset | None = None, prepare: Prepare | None = None
 ) -> TrainerData:
     """Returns what knows this trainer's training set. The arguments and errors are those of `TrainerData`."""
-    if train_dataset is not None and isinstance(train_dataset, Dataset) and not len(train_dataset):
-        raise ValueError("train_dataset has no rows: pass those that the trainer was given.")
-    for name, dataset in (("the trainer's training set", trainer.train_dataset), ("train_dataset", train_dataset)):
-        if dataset is None and name == "train_dataset":
+    for name, rows in (("train_dataset", train_dataset), ("the trainer's training set", trainer.train_dataset)):
+        if rows is None and name == "train_dataset":
             continue
-        if not isinstance(dataset, Dataset):
+        if not isinstance(rows, Dataset):
             raise ValueError(
-                f"{name} is a {type(dataset).__name__}; rows can be added to a datasets.Dataset only (an "
-                "IterableDataset has no length to plan steps by: take a part of it, or write it to disk first)."
+                f"{name} is a {type(rows).__name__}; rows can be added to a datasets.Dataset only (an IterableDataset "
+                "has no length to plan steps by: take a part of it, or write it to disk first)."
             )
-    if not len(trainer.train_dataset):
-        raise ValueError("The trainer's training set has no rows (its own filters may have dropped all).")
+        if not len(rows):
+            raise ValueError(f"{name} has no rows, which the trainer's own filters may have dropped.")
     name = next((kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"), None)
     if name is None:
         return _Plain(trainer, task, train_dataset, prepare)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from tiny import byte_level_tokenizer
 from trainer_runs import (
     TinySynthesizer,
     assert_same_run,
@@ -135,6 +136,30 @@ def test_the_model_in_training_may_be_the_one_that_writes(tmp_path):
     callback = callback_for(trainer, "messages", synthesizer=TinySynthesizer(featurizer, "messages", chat=chat))
     trained(trainer)
     assert_same_run(trainer, trained(sft(with_new(rows, callback.new_rows), tmp_path / "other")))
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_a_set_keeps_its_format(on_the_fly, tmp_path):
+    tokenizer = byte_level_tokenizer()
+
+    def transform(batch):
+        return {"input_ids": tokenizer(batch["text"])["input_ids"], "labels": batch["label"]}
+
+    def formatted(rows):
+        return rows.with_transform(transform) if on_the_fly else tokenized(rows).with_format("torch")
+
+    def make(rows, folder):
+        trainer = plain(rows, folder, remove_unused_columns=not on_the_fly)
+        trainer.train_dataset = formatted(rows)
+        return trainer
+
+    rows = examples("labelled", 7)
+    trainer = make(rows, tmp_path / "one")
+    prepare = (lambda rows: rows) if on_the_fly else tokenized
+    callback = callback_for(trainer, "labelled", train_dataset=rows, prepare=prepare)
+    trained(trainer)
+    assert trainer.train_dataset.format["type"] == ("custom" if on_the_fly else "torch")
+    assert_same_run(trainer, trained(make(with_new(rows, callback.new_rows), tmp_path / "other")))
 
 
 def test_evaluating_and_saving_in_between_changes_nothing(tmp_path):

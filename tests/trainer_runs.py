@@ -162,7 +162,7 @@ def classifier(*, num_labels: int = 1):
 ARGS = {
     "use_cpu": True, "report_to": [], "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
     "num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-    "seed": 7, "activation_checkpointing": False,
+    "seed": 7, "activation_checkpointing": False, "bf16": False,
 }  # fmt: skip
 
 
