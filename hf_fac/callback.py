@@ -63,8 +63,9 @@ class FACSynthesisCallback(TrainerCallback):
             shuffle_dataset, a formatting_func, rows tokenized by you).
         features: the ids that count, F_task; None for all.
         refresh: "start" fills the set once, before the first step. "epoch" measures and fills again before each epoch,
-            with the model as it then is if that is what the featurizer reads: the set has room for max_samples from
-            the first step on, and open places repeat seed rows in turn, so that steps and schedule never change.
+            with the model as it then is if that is what the featurizer reads. The set has room for max_samples from
+            the first step on, of which each time gets an equal share; open places repeat seed rows in turn, so that
+            steps and schedule never change.
         every: with "epoch", before every so many epochs.
         max_samples, max_seconds: bounds of all synthesis in the run. max_samples is needed with "epoch".
         on_error: "raise", or "warn" and train on what there is when measuring or writing fails.

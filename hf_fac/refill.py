@@ -125,7 +125,10 @@ def digest(rows: Dataset) -> str:
 def write_parquet(rows: Dataset, path: Path) -> None:
     """Write a file that is whole or not there."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    pq.write_table(rows.with_format("arrow")[:], partial)
+    schema = rows.features.arrow_schema
+    with pq.ParquetWriter(partial, schema) as writer:
+        for table in rows.with_format("arrow").iter(batch_size=10 * _CHUNK):
+            writer.write_table(table.cast(schema))
     os.replace(partial, path)
 
 

@@ -33,12 +33,10 @@ def preserved(models: list[nn.Module], tokenizers: list[PreTrainedTokenizerBase]
     the random state of Python, NumPy and torch (every GPU) are as they were."""
     # Not `model.train()` at the end: parts may be in another mode than the whole.
     modes = [(module, module.training) for model in models for module in model.modules()]
+    configs = [getattr(model, name, None) for model in models for name in ("config", "generation_config")]
     settings = [
         (owner, name, getattr(owner, name))
-        for owners, names in (
-            ([part for m in models for part in (m.config, getattr(m, "generation_config", None))], ["use_cache"]),
-            (tokenizers, ["padding_side", "truncation_side"]),
-        )
+        for owners, names in ((configs, ["use_cache"]), (tokenizers, ["padding_side", "truncation_side"]))
         for owner in owners
         for name in names
         if hasattr(owner, name)

@@ -220,7 +220,10 @@ class _Reward(TrainerData):
         rows = super()._raw_rows()
         if self._given is not None or "prompt" not in rows.column_names:
             return rows
-        return rows.map(_without_prompt, desc="Taking prompts off the completions", load_from_cache_file=False)
+        # In memory: processes would write to the same file of the cache.
+        return rows.map(
+            _without_prompt, desc="Taking prompts off the completions", keep_in_memory=True, load_from_cache_file=False
+        )
 
 
 class _Dpo(TrainerData):

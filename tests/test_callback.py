@@ -19,6 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import byte_level_tokenizer
+from tiny_models import tiny_model
 from trainer_runs import (
     TinySynthesizer,
     assert_same_run,
@@ -319,6 +320,15 @@ def test_streams_other_trainers_and_other_signatures_are_refused(tmp_path):
     callback_for(trainer, "messages")
     with pytest.raises(ValueError, match="already"):
         callback_for(trainer, "messages")
+
+
+def test_a_model_in_parts_needs_another_that_measures(tmp_path):
+    trainer = sft(examples("messages", 7), tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="a model of its own"):
+        callback_for(trainer, "messages")
+    frozen = featurizer_of(tiny_model(), trainer.processing_class)
+    callback_for(trainer, "messages", synthesizer=TinySynthesizer(frozen, "messages"))
 
 
 def test_rows_tokenized_by_the_user_need_the_function_that_did(tmp_path):
