@@ -65,7 +65,7 @@ class ScriptedChat:
     def _answer(self, prompt, seed, settings) -> Completion:
         kind = self._kind(prompt)
         marked = re.findall(r"<<(\w+)>>", prompt)
-        (feature,) = [i for i in WORDS if WORDS[i] in marked or (not marked and f"this: {TOPICS[i]}" in prompt)]
+        (feature,) = [i for i in WORDS if WORDS[i] in marked or (not marked and f"Description: {TOPICS[i]}" in prompt)]
         self.asked.append((kind, feature, seed, settings["temperature"]))
         self.prompts.append(prompt)
         texts = self.script.get((kind, feature), [])
@@ -84,7 +84,7 @@ class ScriptedChat:
 
     def _good(self, kind: str, feature: int, prompt: str) -> str:
         if kind == "detect":
-            return "Yes." if WORDS[feature] in prompt.partition("An excerpt")[2] else "no"
+            return "Yes." if WORDS[feature] in prompt.partition("Excerpt:")[2] else "no"
         if kind == "explain":
             return json.dumps({"explanation": TOPICS[feature]}) if self.form == "json" else f" {TOPICS[feature]} "
         return json.dumps({"rating": "yes", "reason": "it fits"}) if self.form == "json" else "Yes. it fits"
@@ -175,7 +175,7 @@ def test_explanations_verifications_and_detection_are_written_beside_the_spans()
         assert (row["detection"], row["detection_answers"]) == (1.0, 6)
         how = json.loads(row["settings"])
         assert how.pop("explain") == {
-            "chat": "ScriptedChat", "prompt_version": "1", "form": "json", "seed": 0, "spans": 2, "held_out": 3,
+            "chat": "ScriptedChat", "prompt_version": "2", "form": "json", "seed": 0, "spans": 2, "held_out": 3,
         }  # fmt: skip
         assert how == json.loads(dictionary[i]["settings"])
         assert row["spans"] == dictionary[i]["spans"]
@@ -194,7 +194,7 @@ def test_the_explanation_is_drawn_from_other_spans_than_the_detection_score() ->
     explained, verified, *detected = chat.prompts
     shown = [set(re.findall(r"1 text (\d)", prompt)) for prompt in (explained, verified)]
     assert shown == [{"0", "2"}, {"0", "1", "2", "3"}]
-    excerpts = [prompt.partition("An excerpt")[2] for prompt in detected]
+    excerpts = [prompt.partition("Excerpt:")[2] for prompt in detected]
     assert [text for text in excerpts if "<<" in text] == []
     assert {m for text in excerpts for m in re.findall(r"1 text (\d)", text)} == {"1", "3", "5"}
     negatives = [text for text in excerpts if "river" not in text]
