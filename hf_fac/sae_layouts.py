@@ -37,8 +37,8 @@ def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
     if path.is_file():
         weights = path if path.suffix == ".pth" else None
     else:
-        name = _weights({file.name for file in path.iterdir() if file.is_file()})
-        weights = name and path / name
+        name = _weights({file.name for file in path.glob("*") if file.is_file()})
+        weights = path / name if name else None
     if weights is None:
         patterns = ("*", "*/*.pth", f"*/{CONFIG}", f"*/*/{CONFIG}")
         inside = [file.relative_to(path).as_posix() for pattern in patterns for file in path.glob(pattern)]

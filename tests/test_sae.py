@@ -316,6 +316,8 @@ def test_missing_files_are_named(tmp_path):
         load_sae("empty")
     with pytest.raises(FileNotFoundError, match=r"empty' holds no single SAE: expected .*; give the folder or file"):
         load_sae(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match=r"empty:nowhere' holds no single SAE"):
+        load_sae(tmp_path / "empty", sae_id="nowhere")
     (tmp_path / "cfg.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"found cfg\.txt; give the folder or file that holds it"):
         load_sae(tmp_path / "cfg.txt")
