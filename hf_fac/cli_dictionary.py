@@ -4,6 +4,7 @@ features, and the way to and from the Hub."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -103,7 +104,7 @@ def rate(
     writer = make_chat(chat, base_url, key_env, max_tokens, form, folder / "journal", device)
     dictionary = rate_features(
         dictionary, task=wanted, chat=writer, features=_sampled(dictionary, sample, seed), form=form, seed=seed,
-        journal=folder / "journal" / f"rate-{wanted.name}.jsonl",
+        journal=folder / "journal" / f"rate-{re.sub(r'[^\w.-]+', '-', wanted.name)}.jsonl",
     )  # fmt: skip
     dictionary.save(folder)
     ratings = Counter(r["rating"] for row in dictionary for r in row["ratings"] if r["task"] == wanted.name)
