@@ -89,6 +89,7 @@ class Refill:
             data |= measured(before.select_columns(columns))
         found = after = compare(data)
         fingerprint, added, written = synthesizer.fingerprint(), before.select([]), None
+        ranks.compare("synthesizer", fingerprint)
         if len(found.missing) and max_samples != 0:
             journal = ranks.folder / f"journal-{_hash(fingerprint, found.missing.tolist(), turn)}"
             journal.mkdir(exist_ok=True)

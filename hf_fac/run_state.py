@@ -124,6 +124,20 @@ class Ranks:
         while self.world_size > 1 and any(self._read(rank) is None for rank in range(self.world_size)):
             time.sleep(_POLL_SECONDS)
 
+    def compare(self, name: str, value: str) -> None:
+        """Return when every process has come here with the same value.
+
+        Raises: RuntimeError, in all, when the values differ; OtherProcessFailed when one failed instead.
+        """
+        if self.world_size == 1:
+            return
+        files = [self.folder / f"run-{self.token}-{name}-{rank}" for rank in range(self.world_size)]
+        replace_text(files[self.rank], value)
+        self.wait(lambda: all(file.exists() for file in files))
+        found = [file.read_text(encoding="utf-8") for file in files]
+        if len(set(found)) > 1:
+            raise RuntimeError(f"The processes differ in their {name}: {', '.join(found)}; they must have the same.")
+
     def agree(self, value: Any, note: float) -> float:
         """Returns the first process's note when every process has come here with the same value.
 
@@ -136,7 +150,7 @@ class Ranks:
         self.check()
         found = [self._read(rank) for rank in range(self.world_size)]
         if any(other["value"] != value for other in found):
-            raise RuntimeError(f"The processes have come to different results: {[other['value'] for other in found]}.")
+            raise RuntimeError(f"The processes differ in their new rows: {[other['value'] for other in found]}.")
         return found[0]["note"]
 
     def _file(self, rank: int) -> Path:

@@ -17,6 +17,7 @@ from trainer_runs import (  # noqa: E402
     callback_for,
     examples,
     featurizer_of,
+    real_synthesizer,
     reward,
     sft,
     steps,
@@ -29,6 +30,8 @@ from trainer_runs import (  # noqa: E402
 def main(folder: Path, what: str, seconds: float) -> None:
     rank = int(os.environ["RANK"])
     kind, make = ("preference", reward) if "reward" in what else ("messages", sft)
+    if "real" in what:
+        kind = "prompt_completion"
     settings = {"ddp_timeout": 20, "save_strategy": "epoch"}
     rows = examples(kind, 7)
     extra = {}
@@ -41,8 +44,11 @@ def main(folder: Path, what: str, seconds: float) -> None:
     assert trainer.args.world_size == 2
     synthesizer = TinySynthesizer(
         featurizer_of(trainer.model, trainer.processing_class), kind,
-        seconds=seconds * rank, fails_in=1 if "fails" in what else None,
+        seconds=seconds * rank, words=8 + rank * ("differs" in what), fails_in=1 if "fails" in what else None,
     )  # fmt: skip
+    if "real" in what:
+        synthesizer = real_synthesizer(trainer, kind)
+        synthesizer.written, synthesizer.calls = [], 1
     callback = callback_for(
         trainer, kind, synthesizer=synthesizer, on_error="warn" if "warn" in what else "raise", **extra
     )

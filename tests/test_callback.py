@@ -29,6 +29,7 @@ from trainer_runs import (
     examples,
     featurizer_of,
     plain,
+    real_synthesizer,
     reward,
     sft,
     steps,
@@ -137,6 +138,19 @@ def test_the_model_in_training_may_be_the_one_that_writes(tmp_path):
     callback = callback_for(trainer, "messages", synthesizer=TinySynthesizer(featurizer, "messages", chat=chat))
     trained(trainer)
     assert_same_run(trainer, trained(sft(with_new(rows, callback.new_rows), tmp_path / "other")))
+
+
+@pytest.mark.parametrize(("make", "kind"), [(sft, "prompt_completion"), (reward, "preference")])
+def test_what_the_package_writes_fills_the_gaps(make, kind, tmp_path):
+    rows = examples(kind, 7)
+    trainer = make(rows, tmp_path / "one")
+    callback = callback_for(trainer, kind, synthesizer=real_synthesizer(trainer, kind))
+    trained(trainer)
+    numbers = callback.summary
+    assert numbers["fac/filled"] == len(callback.new_rows) > 2
+    assert numbers["fac/after"] >= numbers["fac/before"] + len(callback.new_rows) / 48
+    assert min(callback.new_rows["fac_activation"]) > callback.synthesizer.threshold
+    assert_same_run(trainer, trained(make(with_new(rows, callback.new_rows), tmp_path / "other")))
 
 
 @pytest.mark.parametrize("on_the_fly", [False, True])
@@ -588,7 +602,14 @@ def test_one_failing_process_stops_the_other_with_its_error(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["start reward", "start packed", "epoch resume", "fails warn"])
+def test_processes_with_different_synthesizers_stop(tmp_path):
+    (first, _), (second, _) = two_processes(tmp_path, "differs", fails=True)
+    assert "The processes differ in their synthesizer: messages 8, messages 9" in first
+    assert "The processes differ in their synthesizer: messages 8, messages 9" in second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["start reward", "start real", "start packed", "epoch resume", "fails warn"])
 def test_two_processes_in_every_way(what, tmp_path):
     first, second = two_processes(tmp_path, what)
     assert first["rows"] == second["rows"]

@@ -146,8 +146,24 @@ class TinySynthesizer:
         self.featurizer.tokenizer.padding_side = "left"
 
 
-def featurizer_of(model, tokenizer) -> SAEFeaturizer:
-    return SAEFeaturizer(model, tokenizer, tiny_sae(), sink_norm=float("inf"))
+def featurizer_of(model, tokenizer, **settings) -> SAEFeaturizer:
+    return SAEFeaturizer(model, tokenizer, tiny_sae(), sink_norm=float("inf"), **settings)
+
+
+def real_synthesizer(trainer, kind):
+    """The package's own, which writes for the model in training with random sentences."""
+    from writing_chat import WritingChat
+
+    from hf_fac.spans import build_dictionary
+    from hf_fac.synthesis import FACSynthesizer
+
+    task = {"prompt_completion": "instruction_following", "preference": "helpfulness"}[kind]
+    pool = {"prompt_completion": "user", "preference": "completion"}[kind]
+    featurizer = featurizer_of(trainer.model, trainer.processing_class, pool_over=pool)
+    anchor = examples(kind, 40, start=1000)
+    dictionary = build_dictionary(featurizer, anchor, before=3, after=2, rank=0, world_size=1)
+    return FACSynthesizer(WritingChat(), featurizer, dictionary, task=task, threshold=THRESHOLD, samples_per_feature=1,
+                          ways=("two_step",), form="list")  # fmt: skip
 
 
 def classifier(*, num_labels: int = 1):
