@@ -102,9 +102,10 @@ def rate(
 
     dictionary, wanted = FeatureDictionary.load(folder), get_task(task)
     writer = make_chat(chat, base_url, key_env, max_tokens, form, folder / "journal", device)
+    file_name = re.sub(r"[^\w.-]+", "-", wanted.name)
     dictionary = rate_features(
         dictionary, task=wanted, chat=writer, features=_sampled(dictionary, sample, seed), form=form, seed=seed,
-        journal=folder / "journal" / f"rate-{re.sub(r'[^\w.-]+', '-', wanted.name)}.jsonl",
+        journal=folder / "journal" / f"rate-{file_name}.jsonl",
     )  # fmt: skip
     dictionary.save(folder)
     ratings = Counter(r["rating"] for row in dictionary for r in row["ratings"] if r["task"] == wanted.name)
