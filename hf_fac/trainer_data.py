@@ -156,13 +156,12 @@ class _Sft(TrainerData):
             )
         if not self._prepares_itself and self._prepare_rows is None:
             raise ValueError("With skip_prepare_dataset you prepared the rows: pass prepare=, the function that does.")
-        if self._prepares_itself and self._prepare_rows is None:
-            tokenized = self._given if self._given is not None else trainer.train_dataset
-            if _kind(tokenized.features) is None and "input_ids" in tokenized.column_names:
-                raise ValueError(
-                    "The training set was tokenized before the trainer got it: pass train_dataset=, its raw rows, and "
-                    "prepare=, the function that tokenized them."
-                )
+        # The trainer leaves the raw columns beside the ids, but for packed rows.
+        if self._prepare_rows is None and not trainer.args.packing and _kind(self.base.features) is None:
+            raise ValueError(
+                "The training set was tokenized before the trainer got it: pass train_dataset=, its raw rows, and "
+                "prepare=, the function that tokenized them."
+            )
         if self.arranged and self._prepare_rows is not None:
             raise ValueError(f"With {reason} the trainer has to prepare all rows itself: leave prepare= out.")
         _check_length_column(trainer)

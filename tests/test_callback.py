@@ -353,6 +353,8 @@ def test_rows_tokenized_by_the_user_need_the_function_that_did(tmp_path):
     rows = examples("messages", 7)
     with pytest.raises(ValueError, match="tokenized before"):
         callback_for(sft(prepare(rows), tmp_path), "messages")
+    with pytest.raises(ValueError, match="tokenized before"):
+        callback_for(sft(prepare(rows), tmp_path), "messages", train_dataset=rows)
     skip = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     with pytest.raises(ValueError, match="skip_prepare_dataset"):
         callback_for(sft(prepare(rows), tmp_path, **skip), "messages", train_dataset=rows)
