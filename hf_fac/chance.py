@@ -73,7 +73,7 @@ def effect(
     for _ in range(_RESAMPLES):
         drawn = rng.integers(m, size=m)
         own, chance = _rates(counts[np.ix_(drawn, drawn)], texts[drawn], same=drawn[:, None] == drawn[None, :])
-        ratios.append(own / chance if chance else np.nan if not own else np.inf)
+        ratios.append(_ratio(own, chance))
     known = [ratio for ratio in ratios if not np.isnan(ratio)]
     return Effect(
         features=m,
@@ -83,7 +83,7 @@ def effect(
         filled_interval=_central(shares),
         hit_rate=rates[0],
         hits_by_chance=rates[1],
-        ratio=float(np.divide(*rates)) if rates[1] else (np.inf if rates[0] else np.nan),
+        ratio=_ratio(*rates),
         ratio_interval=_central(known) if known else nothing,
     )
 
@@ -93,7 +93,13 @@ def _rates(counts: np.ndarray, texts: np.ndarray, same: np.ndarray | None = None
     same = np.eye(len(texts), dtype=bool) if same is None else same
     pairs = (texts[:, None] * ~same).sum()
     own = np.diag(counts).sum() / texts.sum() if texts.sum() else 0.0
-    return float(own), float((counts * ~same).sum() / pairs) if pairs else 0.0
+    return float(own), float((counts * ~same).sum() / pairs) if pairs else np.nan
+
+
+def _ratio(own: float, chance: float) -> float:
+    if chance == 0:
+        return np.inf if own else np.nan
+    return own / chance
 
 
 def _derangement(m: int, rng: np.random.Generator) -> np.ndarray:

@@ -19,7 +19,9 @@ _TALK = re.compile(
     re.IGNORECASE,
 )
 _SCRAP = re.compile(r"\A[,;:.?!)\]}»”…-]|[,;:([{«“]\Z|\b(?:and|or|the|a|an|of|to|with|for|in)\Z", re.IGNORECASE)
+_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s)|[。！？]|\n")
 _FEWEST_WORDS = 3
+_DISTINCT, _LOOP_WORDS = 0.6, 40  # of a text's words so many must differ (of a long text's: of 40)
 _SHINGLE = 5  # characters
 
 
@@ -37,13 +39,20 @@ def copied_run(text: str, shown: Iterable[str]) -> int:
     return longest
 
 
-def unfit(text: str, *, finish: str) -> str | None:
-    """Returns why a text is no sample: cut off, a fragment, or talk about the request; None where nothing is wrong."""
-    if finish == "length":
-        return "cut off"
-    if len(words(text)) < _FEWEST_WORDS or _SCRAP.search(text.strip()):
+def unfit(text: str) -> str | None:
+    """Returns why a text is no sample: a fragment, a loop, or talk about the request; None where nothing is wrong."""
+    found = words(text)
+    if len(found) < _FEWEST_WORDS or _SCRAP.search(text.strip()):
         return "fragment"
+    if len(set(found)) < _DISTINCT * min(len(found), _LOOP_WORDS):
+        return "loop"
     return "talk about the request" if _TALK.search(text) else None
+
+
+def whole_sentences(text: str) -> str:
+    """Returns the text to the end of its last whole sentence, "" where none ends."""
+    ends = [match.end() for match in _END.finditer(text)]
+    return text[: ends[-1]].rstrip() if ends else ""
 
 
 class NearDuplicates:

@@ -6,6 +6,7 @@ describe.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -22,6 +23,7 @@ HINTS = (
     "Choose a situation and a kind of writer that none of the texts above has.",
 )
 Message = dict[str, str]
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?:\s|$)|[。！？]|\n")
 
 
 class MarkedSpan(NamedTuple):
@@ -95,7 +97,7 @@ def begin_list(
 ) -> list[Message]:
     """Returns a user's turn and the begun turn of the assistant (see `Task.begin`)."""
     pattern = _described(explanation, spans, positive)
-    texts = [" ".join("".join(MarkedSpan(*s)[:3]).split()) for s in [*spans, positive] if s is not None]
+    texts = [" ".join(_sentence(s).split()) for s in [*spans, positive] if s is not None]
     items = [_escaped(text[:300]) for text in dict.fromkeys(texts) if text]
     order = f"Write a numbered list. Each entry is {task.parts[task.carrier]}, on one line.\nThe pattern: {pattern}"
     begun = "\n".join(f"{number}. {text}" for number, text in enumerate([*items, ""], 1)).rstrip(" ")
@@ -118,6 +120,17 @@ def _described(explanation: str | None, spans: Sequence[MarkedSpan], positive: M
     if not spans and positive is None:
         raise ValueError("neither an explanation nor a span says what the feature is; give one of them")
     return "what the texts below have in common."
+
+
+def _sentence(span: MarkedSpan) -> str:
+    """The sentence or line that the token stands in: what follows a list of scraps is another scrap."""
+    before, token, after, _ = MarkedSpan(*span)
+    start = max((m.end() for m in _SENTENCE_END.finditer(before)), default=0)
+    # A token can hold the end itself.
+    end = _SENTENCE_END.search(token.lstrip() + after)
+    text = token.lstrip() + after
+    lead = token[: len(token) - len(token.lstrip())]
+    return before[start:] + lead + (text[: end.end()] if end and end.end() > len(token.lstrip()) else text)
 
 
 def _escaped(text: str) -> str:

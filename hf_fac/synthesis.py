@@ -180,7 +180,7 @@ class FACSynthesizer:
     def plan(self, missing: FACReport | ArrayLike) -> SynthesisPlan:
         """Returns what `synthesize(missing)` costs at most, if every feature resists to the end."""
         from .chat import LocalChat
-        from .writing import _STEERING_ROUNDS, steering_prompt
+        from .writing import _STEERING_ROUNDS
 
         features = _ids(missing)
         settings, tokenizer = self.settings, self.featurizer.tokenizer
@@ -191,7 +191,9 @@ class FACSynthesizer:
         requests = [writer._request(0, "words", f) for f in features[:50].tolist() if f in self.dictionary]
         texts = ["".join(m["content"] for m in r.conversation) + (r.begun or "") for r in requests]
         each = np.mean([len(tokenizer(text)["input_ids"]) for text in texts]) if texts else 0
-        neutral = len(tokenizer(steering_prompt(self.task)[0][0]["content"])["input_ids"])
+        neutral = (
+            0 if writer.neutral is None else len(tokenizer(writer.neutral.conversation[0]["content"])["input_ids"])
+        )
         m, n = len(features), settings.candidates
         samples, parts = m * settings.samples_per_feature, len(self.task.parts) - 1
         asked = m * n * len(rounds)
@@ -257,7 +259,8 @@ class FACSynthesizer:
             n_taken=len(taken),
             stop=stop or (lambda: None),
         )
-        outcomes = work.run(self.form)
+        asks = any(way != "steering" for way in self.settings.ways)
+        outcomes = work.run(self.form if asks else "text")
         seconds = time.perf_counter() - begun
         return make_result(self, missing, asked, taken, outcomes, work.ended, seconds=seconds, max_samples=max_samples)
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .gauge import Gauge, Measured, carrier_of
-from .originality import NearDuplicates, copied_run, unfit
+from .originality import NearDuplicates, copied_run, unfit, whole_sentences
 from .prompts import MarkedSpan
 
 if TYPE_CHECKING:
     from .chat import Chat, Completion
     from .dictionary import FeatureDictionary
     from .journal import Piece
-    from .steering import SteeredChat
+    from .steering import SteeredChat, UserTurn
     from .tasks import Task
 
 _AT_ONCE = 64  # conversations put to the chat at once, and what a kill can cost
@@ -31,9 +31,9 @@ _WARMER = 0.15  # what each round adds to the temperature
 _HOTTEST = 1.3
 _STEERING_ROUNDS = 3
 _PROBES = 2  # texts of each feature by which a form is judged
-FIRST_STRENGTH = 0.4
-_STRONGER, _WEAKER = 1.3, 0.75
-MAX_PERPLEXITY = 300.0
+# Of the mean norm of hidden states. Measured on SmolLM2-135M: below 0.4 little comes, above 0.8 word salad.
+_FIRST_STRENGTH, _STRONGER, _WEAKER = 0.5, 1.25, 0.8
+_MAX_PERPLEXITY = 150.0  # without steering; instructions that people wrote have a median of 71 and a 9th decile of 161
 
 
 class Stopped(Exception):
@@ -123,6 +123,8 @@ class SampleWriter:
         self.chat, self.steered, self.gauge, self.dictionary = chat, steered, gauge, dictionary
         self.settings, self.form, self.piece, self.known, self.allow = settings, form, piece, known, allow
         self.task = settings.task
+        # What is written where no feature is asked for: as a user's turn, or an answer to a request for the carrier.
+        self.neutral = None if steered is None else neutral_turn(self.task, steered)
         self.candidates: dict[int, list[Candidate]] = {}
         self.picked = NearDuplicates()
 
@@ -185,8 +187,7 @@ class SampleWriter:
         key, asked = f"{number}:{way}:{feature}", {"form": self.form}
         if way == "steering":
             strength = self._strength(feature)
-            conversation, begun = steering_prompt(self.task)
-            return Request(key, feature, conversation, begun, {"strength": strength})
+            return Request(key, feature, self.neutral.conversation, None, {"strength": strength})
         spans = self.dictionary.spans(feature) if known else []
         explanation = self.dictionary[feature]["explanation"] if known else None
         shown, positive, negative = spans[:_SHOWN], None, None
@@ -218,7 +219,7 @@ class SampleWriter:
         """The last strength that was tried, more where the feature stayed silent, less where the text broke."""
         tried = [c for c in self.candidates[feature] if c.way == "steering"]
         if not tried:
-            return FIRST_STRENGTH
+            return _FIRST_STRENGTH
         strength = tried[-1].asked["strength"]
         last = [c for c in tried if c.asked["strength"] == strength]
         if any(self._is_hit(c) for c in last):
@@ -232,9 +233,8 @@ class SampleWriter:
         """By key the texts and how each ended; what failed is asked again by the next run."""
         n = self.settings.candidates
         settings = {"n": n, "temperature": temperature, "seed": 1000 * self.settings.seed + 100 * number}
-        lists = self.form == "list" and not steered
         settings["max_tokens"] = self._most_tokens(steered)
-        settings["stop"] = ("\n",) if lists or steered else ()
+        settings["stop"] = self.neutral.stop if steered else ("\n",) if self.form == "list" else ()
         return self._complete(requests, settings, steered=steered)
 
     def _most_tokens(self, steered: bool) -> int:
@@ -255,7 +255,7 @@ class SampleWriter:
             chat: Any = self.chat
             more = {}
             if steered:
-                chat = self.steered
+                chat = self.neutral.steered
                 more["features"] = [request.feature for request in batch]
                 more["strengths"] = [request.asked["strength"] for request in batch]
             try:
@@ -302,12 +302,17 @@ class SampleWriter:
             entries = self.task.read_list(begun, text, ended=finish != "length")
             candidate.text, problem = entries[0].value or "", entries[0].reason
         else:
-            value, problem = self.task.read_part(self.task.carrier, text)
+            # What was cut off ends with its last whole sentence, and is measured so.
+            value, problem = self.task.read_part(
+                self.task.carrier, whole_sentences(text) if finish == "length" else text
+            )
             candidate.text = value or ""
-        if problem is not None:
-            candidate.refused = "cut off" if finish == "length" else f"unreadable: {problem}".split(" (")[0][:80]
-        elif reason := unfit(candidate.text, finish="stop" if candidate.row else finish):
-            candidate.refused = reason
+        if problem is not None and finish == "length":
+            candidate.refused = "cut off"
+        elif problem is not None:
+            candidate.refused = f"unreadable: {problem}"[:80]
+        else:
+            candidate.refused = unfit(candidate.text)
         return candidate
 
     def _measure(self, candidates: Sequence[Candidate], key: str) -> None:
@@ -335,7 +340,7 @@ class SampleWriter:
                 continue
             if measured.problem is not None:
                 candidate.refused = f"unreadable: {measured.problem}"[:80]
-            elif perplexity is not None and not 0 <= perplexity <= MAX_PERPLEXITY:
+            elif perplexity is not None and not 0 <= perplexity <= _MAX_PERPLEXITY:
                 candidate.refused = "not fluent"
             elif candidate.copied > self.settings.max_copied_words:
                 candidate.refused = "copy of what the prompt showed"
@@ -356,7 +361,8 @@ class SampleWriter:
 
     def _finish(self, features: Sequence[int]) -> None:
         """Make rows of the strongest hits: all first samples, then all second ones."""
-        for rank in range(self.settings.samples_per_feature):
+        most = max((len(self._hits(feature)) for feature in features), default=0)
+        for rank in range(min(self.settings.samples_per_feature, most)):
             while True:
                 new = [c for f in features if (c := self._next(f, rank)) is not None]
                 if not new:
@@ -449,6 +455,11 @@ class SampleWriter:
                 c.chosen = True
 
 
-def steering_prompt(task: Task) -> tuple[list[dict], str | None]:
-    """Returns the conversation that a steered model answers, which says nothing of any feature."""
-    return [{"role": "user", "content": f"Write {task.parts[task.carrier]}. Answer with that text alone."}], None
+def neutral_turn(task: Task, steered: SteeredChat) -> UserTurn:
+    """Returns what writes a carrier of the task without being told of any feature."""
+    from .steering import UserTurn
+
+    if task.carrier not in ("completion", "chosen"):
+        return steered.user_turn()
+    request = f"Write {task.parts[task.carrier]}. Answer with that text alone."
+    return UserTurn(steered, [{"role": "user", "content": request}], ())

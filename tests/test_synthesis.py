@@ -10,12 +10,14 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import Dataset
+from flaky_server import FlakyServer
 from tiny import byte_level_tokenizer
 from tiny_models import D_SAE, tiny_model, tiny_sae
 from writing_chat import WritingChat, sentence
 
 from hf_fac.chat import LocalChat
 from hf_fac.coverage import FeatureCoverage
+from hf_fac.endpoint import ChatError, EndpointChat
 from hf_fac.featurizer import SAEFeaturizer
 from hf_fac.gauge import carrier_of
 from hf_fac.originality import NearDuplicates, copied_run, words
@@ -385,3 +387,28 @@ def test_the_fingerprint_tells_settings_apart(featurizer, dictionary, report):
     one = synthesizer(featurizer, dictionary, report)
     assert one.fingerprint() == synthesizer(featurizer, dictionary, report).fingerprint()
     assert one.fingerprint() != synthesizer(featurizer, dictionary, report, seed=1).fingerprint()
+
+
+def test_a_flaky_endpoint_changes_the_time_and_not_the_samples(featurizer, dictionary, report):
+    results = []
+    for faults in ({}, {"rate": 0.3, "hang": 4}):
+        with FlakyServer(**faults) as server:
+            chat = EndpointChat("m", base_url=server.url, timeout=2, attempts=12)
+            settings = {"chat": chat, "form": "text", "rounds": 0, "candidates": 3}
+            results.append(synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:5]))
+            assert bool(server.failed.total()) == bool(faults)
+    assert len(results[0].dataset)
+    assert as_dicts(results[1]) == as_dicts(results[0])
+
+
+def test_an_endpoint_that_gives_up_keeps_what_it_answered(featurizer, dictionary, report, tmp_path):
+    with pytest.raises(ChatError, match="no credit left"):
+        synthesizer(featurizer, dictionary, report, chat=WritingChat(gives_up_after=7)).synthesize(
+            report.missing[:5], journal=tmp_path
+        )
+    chat = WritingChat()
+    found = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report.missing[:5], journal=tmp_path)
+    whole = WritingChat()
+    expected = synthesizer(featurizer, dictionary, report, chat=whole).synthesize(report.missing[:5])
+    assert as_dicts(found) == as_dicts(expected)
+    assert len(chat.asked) == len(whole.asked) - 5 - 3

@@ -314,11 +314,16 @@ def test_a_begun_list_goes_on_where_the_model_takes_over():
     assert (user["role"], begun["role"]) == ("user", "assistant")
     assert "water" in user["content"]
     assert INSTRUCTION_FOLLOWING.parts["prompt"] in user["content"]
-    lines = ["the town's river rises in the", "a deep brook near us", "line one two end", "the wide sea"]
+    # A span of several sentences or lines is cut to the one that its token stands in.
+    lines = ["the town's river rises in the", "a deep brook near us", "two end", "the wide sea"]
     assert begun["content"] == "".join(f"{n}. {line}\n" for n, line in enumerate(lines, 1)) + "5."
     answers = INSTRUCTION_FOLLOWING.read_list([user, begun], " How deep?\n6. How wide?\n")
     assert answers == [("How deep?", None), ("How wide?", None)]
     assert INSTRUCTION_FOLLOWING.begin("water", [])[1]["content"] == "1."
+    sentence = INSTRUCTION_FOLLOWING.begin(None, [("I went out. Then he", " looks", " at me! And")])[1]["content"]
+    assert sentence == "1. Then he looks at me!\n2."
+    at_its_end = INSTRUCTION_FOLLOWING.begin(None, [("One.\nIs it you", "?", " Yes.")])[1]["content"]
+    assert at_its_end == "1. Is it you?\n2."
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import signal
 from tiny import CORPUS
 
 from hf_fac.chat import Completion
+from hf_fac.endpoint import ChatError
 
 WORDS = sorted({word.strip(".,?") for text in CORPUS[:5] for word in text.split() if word.isascii() and word.isalpha()})
 
@@ -24,11 +25,12 @@ class WritingChat:
     """Its answers follow from conversation, seed and number alone. `asked`: every conversation with its settings.
 
     dies_after: kill the process once so many texts were written. wrong: the share of answers that are cut off, empty,
-    talk about the request, repeat what they were shown or fail.
+    talk about the request, repeat what they were shown or fail. gives_up_after: raise ChatError in the call in which so
+    many conversations were answered, three answers of that call in it.
     """
 
-    def __init__(self, *, dies_after: int | None = None, wrong: float = 0.0) -> None:
-        self.dies_after, self.wrong = dies_after, wrong
+    def __init__(self, *, dies_after: int | None = None, wrong: float = 0.0, gives_up_after: int | None = None) -> None:
+        self.dies_after, self.wrong, self.gives_up_after = dies_after, wrong, gives_up_after
         self.asked: list[tuple[str, int]] = []
         self.texts = 0
 
@@ -42,6 +44,10 @@ class WritingChat:
             self.texts += n
             if self.dies_after is not None and self.texts >= self.dies_after:
                 os.kill(os.getpid(), signal.SIGKILL)
+        if self.gives_up_after is not None and len(self.asked) >= self.gives_up_after:
+            error = ChatError("no credit left")
+            error.completions = done[:3] + [[Completion("", "failed", "no credit", 0, 0)]] * (len(done) - 3)
+            raise error
         return done
 
     def _answer(self, key: str, seed: int, i: int, request: str, before: str | None) -> Completion:
