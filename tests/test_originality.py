@@ -64,7 +64,7 @@ def test_the_source_of_a_near_duplicate_is_told():
         }
     )
     assert known.source_of("how deep is the  river near the town?") == "seed"
-    assert known.source_of("Bake some bread at home and let it rest for one hour.") == "test"
+    assert known.source_of("Bake some bread at home and let it rest for an hour!") == "test"
     assert known.source_of("What does the second payment cost?") is None
     assert known.source_of("") is None
 
