@@ -134,7 +134,7 @@ def make_result(
         curve=curve,
         kl_before=kl[0],
         kl_after=kl[1],
-        ways=_ways(synthesizer, written),
+        ways=by_way(written, seed=synthesizer.settings.seed),
         copied=sum(c["refused"] == "copy of what the prompt showed" for c in hits) / len(hits) if hits else 0.0,
         dropped=dict(Counter(c["refused"].split(":")[0].split(",")[0] for c in refused).most_common()),
         **{
@@ -254,14 +254,17 @@ def _kl(anchor_rows: np.ndarray, data_rows: np.ndarray) -> float:
     return float(np.sum(p * np.log(p / q)))
 
 
-def _ways(synthesizer: FACSynthesizer, written: list[dict]) -> dict[str, Effect]:
+def by_way(written: Sequence[dict], *, seed: int = 0) -> dict[str, Effect]:
+    """Returns what the texts of each way of writing did for their features, and of "all" where there are several.
+
+    Args:
+        written: records of candidates (`Candidate.record`).
+    """
     found = {}
     names = list(dict.fromkeys(c["way"] for c in written))
     for name in [*names, "all"] if len(names) > 1 else names:
         texts = [c for c in written if name in (c["way"], "all")]
         sound = [c for c in texts if c["text"] and (not c["refused"] or c["refused"].startswith(_SOUND))]
-        found[name] = effect(
-            [c["feature"] for c in texts], [c["feature"] for c in sound], [c["activates"] for c in sound],
-            seed=synthesizer.settings.seed,
-        )  # fmt: skip
+        features = [c["feature"] for c in texts]
+        found[name] = effect(features, [c["feature"] for c in sound], [c["activates"] for c in sound], seed=seed)
     return found

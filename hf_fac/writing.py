@@ -134,22 +134,24 @@ class SampleWriter:
         Args:
             enough: no more rounds once so many samples are found.
         """
-        self.candidates = {feature: [] for feature in features}
         stopped = None
-        try:
-            for number, way in enumerate(self._rounds()):
-                waiting = [f for f in features if len(self._hits(f)) < self.settings.samples_per_feature]
-                found = sum(min(len(self._hits(f)), self.settings.samples_per_feature) for f in features)
-                if not waiting or (enough is not None and found >= enough):
-                    break
-                self._round(number, way, waiting)
-        except Stopped as stop:
-            stopped = str(stop)
-        try:
-            self._finish(features)
-        except Stopped as stop:
-            stopped = str(stop)
+        for part in (lambda: self.search(features, enough=enough), lambda: self._finish(features)):
+            try:
+                part()
+            except Stopped as stop:
+                stopped = str(stop)
         return stopped
+
+    def search(self, features: Sequence[int], *, enough: int | None = None) -> None:
+        """Fill `candidates` round by round. Raises: Stopped."""
+        self.candidates = {feature: [] for feature in features}
+        most = self.settings.samples_per_feature
+        for number, way in enumerate(self._rounds()):
+            waiting = [feature for feature in features if len(self._hits(feature)) < most]
+            found = sum(min(len(self._hits(feature)), most) for feature in features)
+            if not waiting or (enough is not None and found >= enough):
+                break
+            self._round(number, way, waiting)
 
     def probe(self, features: Sequence[int]) -> float:
         """Returns the share of first texts that would be kept."""
