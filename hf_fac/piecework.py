@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .candidates import Stopped
 from .journal import Journal, digest, write_whole
-from .writing import SampleWriter, Stopped
+from .writing import SampleWriter
 
 FORMS = ("list", "text", "json")
-_PROBED = 8  # features by which the form of prompts is chosen
+PROBED = 8  # features by which the form of prompts is chosen
 _POLL_S = 0.2
 
 
@@ -128,7 +129,7 @@ class PieceWork:
 
     def _form(self) -> str | None:
         """The form of prompt whose texts are kept most often, tried on a few features; None when there was no time."""
-        features = self.features[:_PROBED].tolist()
+        features = self.features[:PROBED].tolist()
         if not features:
             return "text"
         while True:

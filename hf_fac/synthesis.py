@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .candidates import Candidate, Settings
 from .gauge import Gauge, carrier_of
 from .journal import Journal, digest
 from .originality import NearDuplicates, texts_of
-from .piecework import FORMS, Bounds, PieceWork
+from .piecework import FORMS, PROBED, Bounds, PieceWork
 from .prompts import HINTS
 from .prompts import PROMPT_VERSION as PROMPTS
 from .tasks import Task, get_task
-from .writing import Candidate, SampleWriter, Settings
+from .writing import PROBES, STEERING_ROUNDS, SampleWriter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +43,8 @@ _PIECE = 32  # features that are written for at the same time, and that one proc
 
 @dataclass(frozen=True)
 class SynthesisPlan:
-    """What `synthesize` may cost at most, told before anything is spent.
+    """What `synthesize` may cost at most, but for parts of rows that have to be written again; told before anything is
+    spent.
 
     requests: texts asked for. seconds: on this machine, by writing a few tokens; None for an endpoint.
     """
@@ -180,7 +182,6 @@ class FACSynthesizer:
     def plan(self, missing: FACReport | ArrayLike) -> SynthesisPlan:
         """Returns what `synthesize(missing)` costs at most, if every feature resists to the end."""
         from .chat import LocalChat
-        from .writing import _STEERING_ROUNDS
 
         features = _ids(missing)
         settings, tokenizer = self.settings, self.featurizer.tokenizer
@@ -196,9 +197,9 @@ class FACSynthesizer:
         )
         m, n = len(features), settings.candidates
         samples, parts = m * settings.samples_per_feature, len(self.task.parts) - 1
-        asked = m * n * len(rounds)
+        asked = m * n * len(rounds) + (len(FORMS) * PROBES * min(PROBED, m) if self.form is None else 0)
         # Prompts are counted as servers do: for every text.
-        prompt = m * n * (words * each + _STEERING_ROUNDS * neutral * ("steering" in settings.ways))
+        prompt = m * n * (words * each + STEERING_ROUNDS * neutral * ("steering" in settings.ways))
         prompt += samples * parts * (settings.max_tokens + 60)
         written = asked * writer._most_tokens(False) + samples * parts * settings.answer_tokens
         requests_ = asked + (samples * parts if form != "json" else 0)
@@ -214,6 +215,7 @@ class FACSynthesizer:
         self,
         missing: FACReport | ArrayLike,
         *,
+        features: ArrayLike | None = None,
         journal: str | os.PathLike[str] | None = None,
         pool: Dataset | None = None,
         max_samples: int | None = None,
@@ -225,6 +227,7 @@ class FACSynthesizer:
 
         Args:
             missing: a `FACReport`, whose missing features are written for and whose FAC is brought up to date, or ids.
+            features: write for these of the missing features only.
             journal: a folder where every answer, measurement and decision is kept as it comes; the same call goes on
                 there, in other processes at the same time too, and all get the same samples. None keeps nothing.
             pool: rows of the task's type, scored by `FACScorer`: of these the ones that activate most missing features
@@ -243,8 +246,12 @@ class FACSynthesizer:
             if bound is not None and not bound >= (0 if name == "max_seconds" else 1):
                 raise ValueError(f"{name} is {bound}; it must be at least 1, or None for no bound.")
         begun = time.perf_counter()
-        features, taken = _ids(missing), []
-        asked = features
+        wanted = _ids(missing)
+        if features is not None:
+            if (others := np.setdiff1d(_ids(features), wanted)).size:
+                raise ValueError(f"feature {others[0]} is none of the {len(wanted):,} missing features")
+            wanted = _ids(features)
+        features, taken = wanted, []
         if pool is not None:
             taken, features = self._from_pool(pool, features, max_samples)
         settings = {**self._describe(), "missing": digest(features.tolist())}
@@ -262,7 +269,7 @@ class FACSynthesizer:
         asks = any(way != "steering" for way in self.settings.ways)
         outcomes = work.run(self.form if asks else "text")
         seconds = time.perf_counter() - begun
-        return make_result(self, missing, asked, taken, outcomes, work.ended, seconds=seconds, max_samples=max_samples)
+        return make_result(self, missing, wanted, taken, outcomes, work.ended, seconds=seconds, max_samples=max_samples)
 
     def _gauge(self, features: np.ndarray) -> Gauge:
         return Gauge(self.featurizer, self.task, features, self.threshold)

@@ -20,8 +20,8 @@ from .chance import Effect, effect
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .candidates import Candidate
     from .synthesis import FACSynthesizer, SynthesisResult
-    from .writing import Candidate
 
 # A text that misses its feature, or that was not needed, is sound; one refused for any of these reasons is not.
 _SOUND = ("lost in its row", "no whole row", "the rejected answer", "near-duplicate of another sample")

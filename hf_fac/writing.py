@@ -7,97 +7,33 @@ request, and all else follows from them, so that a run started again goes throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .candidates import Asker, Candidate, Request, Settings, Stopped, neutral_turn
+from .finishing import RowWriter
 from .gauge import Gauge, Measured, carrier_of
+from .journal import digest
 from .originality import NearDuplicates, copied_run, unfit, whole_sentences
 from .prompts import MarkedSpan
 
 if TYPE_CHECKING:
-    from .chat import Chat, Completion
+    from .chat import Chat
     from .dictionary import FeatureDictionary
     from .journal import Piece
-    from .steering import SteeredChat, UserTurn
-    from .tasks import Task
+    from .steering import SteeredChat
 
-_AT_ONCE = 64  # conversations put to the chat at once, and what a kill can cost
 _SHOWN = 5  # spans in a prompt
-_ATTEMPTS = 3  # to write the other parts of a row
 _WARMER = 0.15  # what each round adds to the temperature
 _HOTTEST = 1.3
-_STEERING_ROUNDS = 3
-_PROBES = 2  # texts of each feature by which a form is judged
+STEERING_ROUNDS = 3
+PROBES = 2  # texts of each feature by which a form is judged
 # Of the mean norm of hidden states. Measured on SmolLM2-135M: below 0.4 little comes, above 0.8 word salad.
 _FIRST_STRENGTH, _STRONGER, _WEAKER = 0.5, 1.25, 0.8
 _MAX_PERPLEXITY = 150.0  # without steering; instructions that people wrote have a median of 71 and a 9th decile of 161
-
-
-class Stopped(Exception):
-    """A bound was reached: no request is sent any more. The reason is its message."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How texts are asked for: see `FACSynthesizer`."""
-
-    task: Task
-    ways: tuple[str, ...]
-    samples_per_feature: int
-    candidates: int
-    rounds: int
-    temperature: float
-    max_tokens: int
-    answer_tokens: int
-    max_copied_words: int
-    seed: int
-    keep: Callable[[Mapping[str, Any]], bool] | None = None
-
-
-class Request(NamedTuple):
-    """n texts asked for with one conversation. asked: what goes into a sample's provenance."""
-
-    key: str
-    feature: int
-    conversation: list[dict]
-    begun: str | None
-    asked: dict[str, Any]
-
-
-@dataclass
-class Candidate:
-    """A text written for a feature, and what became of it.
-
-    number: which of the request's answers. text: the carrier (`Task.carrier`), "" when the answer could not be read.
-    row: the whole sample, once there is one. copied: the most consecutive words shared with what the prompt showed.
-    refused: why it is no sample; None for one that is, that missed its feature, or that was not needed.
-    """
-
-    feature: int
-    way: str
-    request: str
-    number: int
-    text: str
-    asked: dict[str, Any]
-    row: dict[str, Any] | None = None
-    measured: Measured | None = None
-    copied: int = 0
-    refused: str | None = None
-    chosen: bool = False
-    picked: bool = False
-    parts: dict[str, str] = field(default_factory=dict)
-    attempts: int = 0
-
-    def record(self) -> dict[str, Any]:
-        activation, activates, _, _ = self.measured or Measured(0.0, [], None, None)
-        return {
-            "feature": self.feature, "way": self.way, "request": self.request, "number": self.number, "text": self.text,
-            "asked": self.asked, "row": self.row if self.chosen else None, "activation": activation,
-            "activates": activates, "copied": self.copied, "refused": self.refused, "chosen": self.chosen,
-        }  # fmt: skip
 
 
 class SampleWriter:
@@ -120,11 +56,12 @@ class SampleWriter:
         known: NearDuplicates,
         allow: Callable[[int], None],
     ) -> None:
-        self.chat, self.steered, self.gauge, self.dictionary = chat, steered, gauge, dictionary
-        self.settings, self.form, self.piece, self.known, self.allow = settings, form, piece, known, allow
+        self.steered, self.gauge, self.dictionary = steered, gauge, dictionary
+        self.settings, self.form, self.piece, self.known = settings, form, piece, known
         self.task = settings.task
-        # What is written where no feature is asked for: as a user's turn, or an answer to a request for the carrier.
         self.neutral = None if steered is None else neutral_turn(self.task, steered)
+        self.asker = Asker(chat, self.neutral, piece, allow)
+        self.rows = RowWriter(self.asker, gauge, settings, piece)
         self.candidates: dict[int, list[Candidate]] = {}
         self.picked = NearDuplicates()
 
@@ -155,16 +92,16 @@ class SampleWriter:
 
     def probe(self, features: Sequence[int]) -> float:
         """Returns the share of first texts that would be kept."""
-        self.settings = replace(self.settings, candidates=_PROBES)
+        self.settings = replace(self.settings, candidates=PROBES)
         self.candidates = {feature: [] for feature in features}
         self._round(0, "words", features)
-        return sum(len(self._hits(feature)) for feature in features) / (_PROBES * len(features))
+        return sum(len(self._hits(feature)) for feature in features) / (PROBES * len(features))
 
     def _rounds(self) -> list[str]:
         rounds = self.settings.rounds
         plan = {
             "one_step": ["words"] * (rounds + 1), "two_step": ["words"] + ["two_step"] * rounds,
-            "steering": ["steering"] * _STEERING_ROUNDS,
+            "steering": ["steering"] * STEERING_ROUNDS,
         }  # fmt: skip
         return [way for name in self.settings.ways for way in plan[name]]
 
@@ -180,7 +117,7 @@ class SampleWriter:
             for request in requests
             for i, (text, finish) in enumerate(answers[request.key])
         ]
-        self._measure(new, f"{number}:{way}")
+        self._measure(new)
         for candidate in new:
             self.candidates[candidate.feature].append(candidate)
 
@@ -237,57 +174,11 @@ class SampleWriter:
         settings = {"n": n, "temperature": temperature, "seed": 1000 * self.settings.seed + 100 * number}
         settings["max_tokens"] = self._most_tokens(steered)
         settings["stop"] = self.neutral.stop if steered else ("\n",) if self.form == "list" else ()
-        return self._complete(requests, settings, steered=steered)
+        return self.asker.answers(requests, settings, steered=steered)
 
     def _most_tokens(self, steered: bool) -> int:
         whole = self.form == "json" and not steered
         return self.settings.max_tokens + (self.settings.answer_tokens if whole else 0)
-
-    def _complete(
-        self, requests: Sequence[Request], settings: dict[str, Any], *, steered: bool = False
-    ) -> dict[str, list[tuple[str, str]]]:
-        from .endpoint import ChatError
-
-        waiting = [request for request in requests if request.key not in self.piece]
-        failed: dict[str, list[tuple[str, str]]] = {}
-        for start in range(0, len(waiting), _AT_ONCE):
-            batch = waiting[start : start + _AT_ONCE]
-            self.allow(len(batch) * settings["n"])
-            begun = [request.begun for request in batch]
-            chat: Any = self.chat
-            more = {}
-            if steered:
-                chat = self.neutral.steered
-                more["features"] = [request.feature for request in batch]
-                more["strengths"] = [request.asked["strength"] for request in batch]
-            try:
-                found = chat.complete([r.conversation for r in batch], begun=begun, **settings, **more)
-            except ChatError as error:
-                self._journal(batch, error.completions)
-                raise
-            failed |= self._journal(batch, found)
-        return failed | {
-            r.key: [tuple(a) for a in self.piece[r.key]["answers"]] for r in requests if r.key in self.piece
-        }
-
-    def _journal(self, batch: Sequence[Request], found: Sequence[Sequence[Completion]]) -> dict[str, list]:
-        whole = [
-            (r, answers)
-            for r, answers in zip(batch, found, strict=False)
-            if answers and not any(a.finish == "failed" for a in answers)
-        ]
-        self.piece.add(
-            (
-                r.key,
-                {
-                    "answers": [(a.text, a.finish) for a in answers],
-                    "prompt_tokens": sum(a.prompt_tokens for a in answers),
-                    "completion_tokens": sum(a.completion_tokens for a in answers),
-                },
-            )
-            for r, answers in whole
-        )
-        return {r.key: [(a.text, a.finish) for a in answers] for r, answers in zip(batch, found, strict=False)}
 
     def _read(self, request: Request, way: str, i: int, text: str, finish: str) -> Candidate:
         candidate = Candidate(request.feature, way, request.key, i, "", request.asked)
@@ -317,10 +208,10 @@ class SampleWriter:
             candidate.refused = unfit(candidate.text)
         return candidate
 
-    def _measure(self, candidates: Sequence[Candidate], key: str) -> None:
+    def _measure(self, candidates: Sequence[Candidate]) -> None:
         """What each text activates, how much of it is copied, and whether it is refused for that."""
         readable = [c for c in candidates if c.text]
-        key = f"measured:{key}"
+        key = f"measured:{digest([[c.request, c.number, c.text] for c in readable])}"
         if key not in self.piece:
             rows = [c.row for c in readable]
             features = [c.feature for c in readable]
@@ -369,7 +260,7 @@ class SampleWriter:
                 new = [c for f in features if (c := self._next(f, rank)) is not None]
                 if not new:
                     break
-                self._make_rows(new)
+                self.rows.make(new)
 
     def _next(self, feature: int, rank: int) -> Candidate | None:
         hits = self._hits(feature)
@@ -385,83 +276,3 @@ class SampleWriter:
             candidate.picked = True
             return candidate
         return None
-
-    def _make_rows(self, candidates: list[Candidate]) -> None:
-        open_ = candidates
-        for candidate in candidates:
-            if candidate.row is None:
-                candidate.parts = {self.task.carrier: candidate.text}
-        while open_:
-            requests = {}
-            for c in open_:
-                part = self.task.next_part(c.parts) if c.row is None else None
-                if part is not None:
-                    key = f"part:{c.request}:{c.number}:{part[0]}:{c.attempts}"
-                    requests[key] = (c, part[0], Request(key, c.feature, part[1], None, {}))
-            if requests:
-                self._write_parts(requests)
-            self._check_rows([c for c in open_ if c.row is not None and c.refused is None])
-            open_ = [c for c in open_ if not c.chosen and c.refused is None]
-
-    def _write_parts(self, requests: Mapping[str, tuple[Candidate, str, Request]]) -> None:
-        by_attempt: dict[int, list[Request]] = {}
-        for candidate, _, request in requests.values():
-            by_attempt.setdefault(candidate.attempts, []).append(request)
-        for attempt, wanted in by_attempt.items():
-            settings = {"n": 1, "temperature": 0.7, "max_tokens": self.settings.answer_tokens, "stop": ()}
-            answers = self._complete(wanted, settings | {"seed": 1000 * self.settings.seed + 100 * attempt + 99})
-            for request in wanted:
-                candidate, name, _ = requests[request.key]
-                [(text, finish)] = answers[request.key]
-                value, problem = self.task.read_part(name, text) if finish != "failed" else (None, "the chat failed")
-                if finish == "length":
-                    value, problem = None, "it is cut off"
-                if problem is None:
-                    candidate.parts[name] = value
-                    if set(candidate.parts) == set(self.task.parts):
-                        candidate.row, problem = self.task.row(candidate.parts)
-                if problem is not None:
-                    self._again(candidate, name, f"{name}: {problem}"[:80])
-
-    def _again(self, candidate: Candidate, part: str, problem: str) -> None:
-        candidate.attempts += 1
-        candidate.row = None
-        candidate.parts.pop(part, None)
-        if candidate.attempts == _ATTEMPTS:
-            candidate.refused = f"no whole row, {problem}"
-
-    def _check_rows(self, candidates: list[Candidate]) -> None:
-        """Drop rows that lost the feature on the way, pairs whose rejected answer has it, and what the caller drops."""
-        pairs = "rejected" in self.task.features() and self.task.carrier == "chosen"
-        for side in ("chosen", "rejected") if pairs else ("chosen",):
-            new = [c for c in candidates if f"row:{c.request}:{c.number}:{c.attempts}:{side}" not in self.piece]
-            found = self.gauge.rows([c.row for c in new], [c.feature for c in new], side=side)
-            self.piece.add(
-                (f"row:{c.request}:{c.number}:{c.attempts}:{side}", list(m)) for c, m in zip(new, found, strict=True)
-            )
-        for c in candidates:
-            key = f"row:{c.request}:{c.number}:{c.attempts}"
-            delta = self.gauge.delta[c.feature]
-            c.measured = Measured(*self.piece[f"{key}:chosen"])
-            if c.measured.activation <= delta:
-                c.refused = "lost in its row"
-            elif pairs and self.piece[f"{key}:rejected"][0] > delta:
-                problem = "the rejected answer activates the feature too"
-                if c.parts:
-                    self._again(c, "rejected", problem)
-                else:
-                    c.refused = problem
-            elif self.settings.keep is not None and not self.settings.keep(c.row):
-                c.refused = "the caller's own filter"
-            else:
-                c.chosen = True
-
-
-def neutral_turn(task: Task, steered: SteeredChat) -> UserTurn:
-    """Returns what writes a carrier of the task without being told of any feature."""
-    from .steering import UserTurn
-
-    if task.carrier not in ("completion", "chosen"):
-        return steered.user_turn()
-    request = f"Write {task.parts[task.carrier]}. Answer with that text alone."
-    return UserTurn(steered, [{"role": "user", "content": request}], ())

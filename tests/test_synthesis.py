@@ -253,10 +253,10 @@ def _write_in_child(folder, dies_after, queue):
 
 
 def test_killed_anywhere_it_ends_with_the_same_samples(tmp_path, monkeypatch):
+    import hf_fac.candidates as candidates
     import hf_fac.synthesis as synthesis
-    import hf_fac.writing as writing
 
-    monkeypatch.setattr(writing, "_AT_ONCE", 4)
+    monkeypatch.setattr(candidates, "_AT_ONCE", 4)
     monkeypatch.setattr(synthesis, "_PIECE", 8)
     expected, n = _write(tmp_path / "whole", None)
     context = multiprocessing.get_context("fork")
