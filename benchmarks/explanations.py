@@ -5,7 +5,8 @@
 
 Features of the embedded dictionary with ten spans are drawn by seed, explained from five of them and verified; then the
 same model must tell the other five from spans of other features, by the feature's own explanation and by another
-feature's. Where the second does as well, explanations say nothing. A run that was stopped goes on where it was.
+feature's. Where the second does as well, explanations say nothing; or the judge cannot tell: so it is also given, as
+an explanation, the tokens that were strongest in the five. A run that was stopped goes on where it was.
 """
 
 import argparse
@@ -78,6 +79,13 @@ def mean(values: list[float]) -> str:
     return f"{np.mean(values):.3f} (95 % interval {low:.3f} to {high:.3f}, {len(values)} features)"
 
 
+def by_tokens(row: dict) -> dict:
+    """An explanation without a model: the tokens that activate the feature in the spans that explanations come from."""
+    tokens = dict.fromkeys(span["token"].strip() for span in row["spans"][::2])
+    words = ", ".join(f'"{token}"' for token in tokens if token)
+    return {"explanation": f"The text contains {words}.", "explanation_state": "explained"}
+
+
 def run(base_url: str, model: str, options: argparse.Namespace) -> None:
     whole = load_dictionary()
     spans = np.array([len(part) for part in whole.dataset["spans"]])
@@ -91,6 +99,8 @@ def run(base_url: str, model: str, options: argparse.Namespace) -> None:
     journals = {name: options.output / f"{name}.jsonl" for name in ("explain", "shuffled")}
     found = explain(whole, chat, form=options.form, journal=journals["explain"], **how)
     other = detect(found, chat, shuffled=True, journal=journals["shuffled"], **how)
+    lexical = whole.updated({i: by_tokens(whole[i]) for i in features})
+    control = detect(lexical, chat, journal=options.output / "tokens.jsonl", **how)
     rows = [found[i] for i in features]
     found.select(features).save(options.output / "dictionary")
     print(f"explanations: {dict(Counter(row['explanation_state'] for row in rows))}")
@@ -102,6 +112,8 @@ def run(base_url: str, model: str, options: argparse.Namespace) -> None:
     both = sorted(true.keys() & shuffled.keys())
     print(f"detection (0.5 is chance) by the feature's own explanation: {mean(list(true.values()))}")
     print(f"detection by the explanation of another feature:            {mean(list(shuffled.values()))}")
+    tokens = [one.score for one in control.values() if one.score is not None]
+    print(f"detection by the tokens of the spans that were shown:       {mean(tokens)}")
     print(f"own minus other, feature by feature:                        {mean([true[i] - shuffled[i] for i in both])}")
     print(f"{chat.spent}, {time.monotonic() - start:.0f} s")
 
