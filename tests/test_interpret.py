@@ -23,6 +23,7 @@ from hf_fac.interpret import detect, explain
 from hf_fac.prompts import MarkedSpan
 from hf_fac.questions import (
     CANNOT_TELL,
+    PROMPT_VERSION,
     ask_detection,
     ask_explanation,
     read_detection,
@@ -175,7 +176,8 @@ def test_explanations_verifications_and_detection_are_written_beside_the_spans()
         assert (row["detection"], row["detection_answers"]) == (1.0, 6)
         how = json.loads(row["settings"])
         assert how.pop("explain") == {
-            "chat": "ScriptedChat", "prompt_version": "2", "form": "json", "seed": 0, "spans": 2, "held_out": 3,
+            "chat": "ScriptedChat", "prompt_version": PROMPT_VERSION, "form": "json", "seed": 0, "spans": 2,
+            "held_out": 3,
         }  # fmt: skip
         assert how == json.loads(dictionary[i]["settings"])
         assert row["spans"] == dictionary[i]["spans"]
