@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from .tasks import Task
 
-PROMPT_VERSION = "1"  # changes with any word of a prompt, so that answers to another wording are told apart
+PROMPT_VERSION = "2"  # changes with any word of a prompt, so that answers to another wording are told apart
 # What may be added to a request when a feature resists: `ask(..., variant=i)`.
 HINTS = (
     "",
