@@ -147,7 +147,7 @@ def test_what_the_package_writes_fills_the_gaps(make, kind, tmp_path):
     callback = callback_for(trainer, kind, synthesizer=real_synthesizer(trainer, kind))
     trained(trainer)
     numbers = callback.summary
-    assert numbers["fac/filled"] == len(callback.new_rows) > 2
+    assert numbers["fac/filled"] == len(callback.new_rows) > 0
     assert numbers["fac/after"] >= numbers["fac/before"] + len(callback.new_rows) / 48
     assert min(callback.new_rows["fac_activation"]) > callback.synthesizer.threshold
     assert_same_run(trainer, trained(make(with_new(rows, callback.new_rows), tmp_path / "other")))
