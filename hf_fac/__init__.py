@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callback import FACSynthesisCallback as FACSynthesisCallback
     from .chat import LocalChat as LocalChat
     from .conversations import RowError as RowError
     from .coverage import FACReport as FACReport
@@ -31,10 +32,17 @@ if TYPE_CHECKING:
     from .selection import select as select
     from .shards import score_shards as score_shards
     from .spans import build_dictionary as build_dictionary
+    from .steering import SteeredChat as SteeredChat
+    from .synthesis import FACSynthesizer as FACSynthesizer
+    from .synthesis import SynthesisResult as SynthesisResult
     from .tasks import Task as Task
     from .tasks import get_task as get_task
 
 _HOME = {
+    "FACSynthesisCallback": "callback",
+    "FACSynthesizer": "synthesis",
+    "SteeredChat": "steering",
+    "SynthesisResult": "synthesis",
     "ChatError": "endpoint",
     "EndpointChat": "endpoint",
     "FACReport": "coverage",

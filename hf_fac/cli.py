@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_dictionary
+from . import cli_dictionary, cli_synthesis
 from . import cli_options as opt
 from .cli_options import console, load_data, make_featurizer, scored
 
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 @app.command()
 def demo(top: opt.Top = 10) -> None:
-    """Score the embedded seed set against the anchor set with SmolLM2-135M-Instruct, offline."""
+    """Find what the embedded seed set misses of the anchor set with SmolLM2-135M-Instruct, and write it; offline."""
     from transformers.utils.logging import disable_progress_bar
 
     from .coverage import FeatureCoverage
@@ -46,9 +46,11 @@ def demo(top: opt.Top = 10) -> None:
         f"Seed set: {len(seed)} narrow instructions (Python, shell, SQL). "
         f"Anchor set: {len(anchor)} broad instructions on {len(set(anchor['topic']))} topics."
     )
+    avoid = {"the seed set": seed, "the anchor set": anchor}
     seed, anchor = scored(seed, featurizer, "seed set"), scored(anchor, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(seed).compare(FeatureCoverage.from_dataset(anchor))
     print_report(report, anchor, featurizer, top)
+    cli_synthesis.demo_samples(report, featurizer, avoid)
 
 
 @app.command()
@@ -185,6 +187,7 @@ for command in (
     cli_dictionary.interpret,
     cli_dictionary.rate,
     cli_dictionary.select,
+    cli_synthesis.synthesize,
     cli_dictionary.push,
     cli_dictionary.pull,
 ):

@@ -189,7 +189,7 @@ class FACSynthesizer:
         writer = self._writer(self._gauge(features), form, Journal(None, {}).read("plan"), lambda n: None)
         rounds = writer._rounds()
         words = sum(way != "steering" for way in rounds)
-        requests = [writer._request(0, "words", f) for f in features[:50].tolist() if f in self.dictionary]
+        requests = [writer._request(0, "words", f) for f in features[:50].tolist() if writer._is_known(f)]
         texts = ["".join(m["content"] for m in r.conversation) + (r.begun or "") for r in requests]
         each = np.mean([len(tokenizer(text)["input_ids"]) for text in texts]) if texts else 0
         neutral = (

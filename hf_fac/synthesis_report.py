@@ -31,7 +31,8 @@ _SOUND = ("lost in its row", "no whole row", "the rejected answer", "near-duplic
 class SynthesisReport:
     """What came of writing for features.
 
-    features, filled, resisted: int64 ids: all, those with a sample of their own, the others.
+    features, filled, resisted: int64 ids: all, those with a sample of their own, the others that were written for (the
+        rest was not tried, as a bound was reached or the dictionary does not know them).
     samples: rows kept.
     fac_before, fac_after: FAC of the data, and of the data and the samples, against the anchor of the `FACReport` that
         was given; NaN where ids were given. Samples may activate missing features that they were not written for.
@@ -122,12 +123,13 @@ def make_result(
     before, after, curve, kl = _coverage(synthesizer, missing, features, chosen)
     own = {c["feature"] for c in chosen} | {f for c in chosen for f in c["asked"].get("fills", [])}
     written = [c for c in records if c["way"] != "pool"]
+    tried = {c["feature"] for c in written}
     hits = [c for c in written if c["feature"] in c["activates"]]
     refused = [c for c in written if c["refused"]]
     report = SynthesisReport(
         features=features,
         filled=np.array([f for f in features.tolist() if f in own], np.int64),
-        resisted=np.array([f for f in features.tolist() if f not in own], np.int64),
+        resisted=np.array([f for f in features.tolist() if f in tried and f not in own], np.int64),
         samples=len(chosen),
         fac_before=before,
         fac_after=after,

@@ -106,7 +106,7 @@ class SampleWriter:
         return [way for name in self.settings.ways for way in plan[name]]
 
     def _round(self, number: int, way: str, features: Sequence[int]) -> None:
-        requests = [self._request(number, way, feature) for feature in features]
+        requests = [self._request(number, way, f) for f in features if way == "steering" or self._is_known(f)]
         step = number - self._rounds().index(way)
         temperature = min(self.settings.temperature + _WARMER * step, _HOTTEST)
         if way == "steering":
@@ -121,14 +121,18 @@ class SampleWriter:
         for candidate in new:
             self.candidates[candidate.feature].append(candidate)
 
+    def _is_known(self, feature: int) -> bool:
+        """Whether the dictionary says in words or spans what the feature is."""
+        if feature not in self.dictionary:
+            return False
+        return bool(self.dictionary[feature]["spans"] or self.dictionary[feature]["explanation"])
+
     def _request(self, number: int, way: str, feature: int) -> Request:
-        known = feature in self.dictionary
         key, asked = f"{number}:{way}:{feature}", {"form": self.form}
         if way == "steering":
             strength = self._strength(feature)
             return Request(key, feature, self.neutral.conversation, None, {"strength": strength})
-        spans = self.dictionary.spans(feature) if known else []
-        explanation = self.dictionary[feature]["explanation"] if known else None
+        spans, explanation = self.dictionary.spans(feature), self.dictionary[feature]["explanation"]
         shown, positive, negative = spans[:_SHOWN], None, None
         if number and len(spans) > _SHOWN:
             rng = np.random.default_rng([self.settings.seed, number, feature])

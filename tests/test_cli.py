@@ -107,9 +107,45 @@ def test_bad_input_is_one_clear_line(folders, arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def test_synthesize_plans_writes_and_goes_on(folders):
+    output, known = folders / "written", folders / "dictionary"
+    done = run(folders, "interpret", folders / "anchor.jsonl", "-o", known, *model_options(folders))
+    assert done.returncode == 0, done.stderr
+    command = [
+        "synthesize", folders / "data.jsonl", folders / "anchor.jsonl", "-o", output, "--dictionary", known,
+        "--chat", folders / "model", "--form", "list", "--threshold", 0.1, "--max-requests", 40,
+        *model_options(folders),
+    ]  # fmt: skip
+    done = run(folders, *command, "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "Plan: at most" in done.stdout
+    assert not (output / "report.json").exists()
+    done = run(folders, *command)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((output / "report.json").read_text())
+    assert 0 < report["requests"] <= 40
+    assert len(Dataset.from_parquet(str(output / "samples.parquet"))) == report["samples"]
+    assert len(Dataset.from_parquet(str(output / "dropped.parquet"))) == sum(report["dropped"].values())
+    journal = {file.name: file.read_bytes() for file in (output / "journal").glob("*.jsonl")}
+    again = run(folders, *command)
+    assert again.returncode == 0, again.stderr
+    assert {file.name: file.read_bytes() for file in (output / "journal").glob("*.jsonl")} == journal
+
+
 def test_help_names_every_command(folders):
     done = run(folders, "--help")
-    for command in ("demo", "score", "missing", "train-sae", "interpret", "rate", "select", "push", "pull"):
+    for command in (
+        "demo",
+        "score",
+        "missing",
+        "train-sae",
+        "interpret",
+        "rate",
+        "select",
+        "synthesize",
+        "push",
+        "pull",
+    ):
         assert command in done.stdout
 
 

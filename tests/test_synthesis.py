@@ -178,6 +178,15 @@ def test_a_feature_without_spans_or_candidates_borrows_or_is_left(featurizer, di
     assert result.report.resisted.tolist() == report.missing[:3].tolist()
 
 
+def test_a_feature_that_the_dictionary_does_not_know_is_not_asked_for_in_words(featurizer, dictionary, report):
+    unknown = report.missing[:2].tolist()
+    rest = dictionary.filter(lambda row: row["feature"] not in unknown)
+    chat = WritingChat()
+    result = synthesizer(featurizer, rest, report, chat=chat).synthesize(report.missing[:4])
+    assert not set(unknown) & {*result.report.filled, *result.report.resisted}
+    assert chat.asked
+
+
 def test_one_step_and_two_step_ask_for_as_many_texts(featurizer, dictionary, report):
     asked = []
     for ways in (("one_step",), ("two_step",)):
@@ -369,6 +378,15 @@ def test_settings_that_cannot_be_are_refused(featurizer, dictionary, report, set
 def test_features_that_cannot_be_are_refused(featurizer, dictionary, report, missing, message):
     with pytest.raises(ValueError, match=message):
         synthesizer(featurizer, dictionary, report).synthesize(missing)
+
+
+def test_some_of_the_missing_features_can_be_chosen(featurizer, dictionary, report):
+    some = report.missing[3:9]
+    result = synthesizer(featurizer, dictionary, report).synthesize(report, features=some)
+    assert set(result.dataset["fac_feature"]) <= set(some)
+    assert result.report.fac_before == report.fac < result.report.fac_after
+    with pytest.raises(ValueError, match="none of the"):
+        synthesizer(featurizer, dictionary, report).synthesize(report, features=report.covered[:1])
 
 
 def test_no_missing_feature_is_no_work(featurizer, dictionary, report):
