@@ -66,11 +66,12 @@ def fill() -> None:
         print(f"\n{name}: {len(result.report.filled) / len(features):.2f} filled by a whole sample\n{result.report}")
 
 
-def searched(features: np.ndarray, way: str, seed: int) -> list[dict]:
-    """All texts of a way, none left out because a feature was filled before."""
-    made = synthesizer(ways=[way], samples_per_feature=10**6, seed=seed)
-    with Journal(None, {}).claim("piece") as piece:
-        writer = made._writer(made._gauge(features), "list", piece, lambda n: None)
+def searched(features: np.ndarray, way: str, seed: int, journal: Journal) -> list[dict]:
+    """All texts of a way, none left out because a feature was filled before. The first round is the same of both ways,
+    and written once."""
+    made = synthesizer(ways=[way], samples_per_feature=10**6, rounds=1, seed=seed)
+    with journal.claim("piece") as piece:
+        writer = made._writer(made._gauge(features), "list", piece, lambda n, finishing: None)
         writer.search(features.tolist())
     return [c.record() for own in writer.candidates.values() for c in own]
 
@@ -80,10 +81,9 @@ def steps() -> None:
     differences = []
     for seed in range(options.seeds):
         features = draw(n, seed)
-        filled = {}
+        filled, journal = {}, Journal(None, {})
         for way in ("one_step", "two_step"):
-            written = searched(features, way, seed)
-            # Both begin with the same texts: of one step, in the first round.
+            written = searched(features, way, seed, journal)
             later = [c for c in written if not c["request"].startswith("0:")]
             everything = by_way([{**c, "way": way} for c in written])[way]
             second = by_way([{**c, "way": way} for c in later])[way]
@@ -105,7 +105,7 @@ def steps() -> None:
 def speed() -> None:
     features = draw(options.features or 40, options.seed)
     made = synthesizer(ways=["one_step"])
-    writer = made._writer(made._gauge(features), "list", None, lambda n: None)
+    writer = made._writer(made._gauge(features), "list", None, lambda n, finishing: None)
     requests = [writer._request(0, "words", feature) for feature in features.tolist()]
     settings = {"temperature": 0.8, "top_p": 0.9}
     model, tokenizer = featurizer.model, featurizer.tokenizer

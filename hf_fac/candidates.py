@@ -86,11 +86,15 @@ class Asker:
 
     Args:
         neutral: what writes without being told of a feature; None where nothing is steered.
-        piece: where answers are kept. allow: called with a number of texts before they are asked for; raises `Stopped`.
+        piece: where answers are kept. allow: called before texts are asked for with their number, `reserve` included,
+            and whether rows are being finished; raises `Stopped`.
+
+    reserve: texts that are still needed to finish what was found. finishing: no search any more.
     """
 
-    def __init__(self, chat: Chat, neutral: UserTurn | None, piece: Piece, allow: Callable[[int], None]) -> None:
+    def __init__(self, chat: Chat, neutral: UserTurn | None, piece: Piece, allow: Callable[[int, bool], None]) -> None:
         self.chat, self.neutral, self.piece, self.allow = chat, neutral, piece, allow
+        self.reserve, self.finishing = 0, False
 
     def answers(
         self, requests: Sequence[Request], settings: dict[str, Any], *, steered: bool = False
@@ -106,7 +110,7 @@ class Asker:
         failed: dict[str, list[tuple[str, str]]] = {}
         for start in range(0, len(waiting), _AT_ONCE):
             batch = waiting[start : start + _AT_ONCE]
-            self.allow(len(batch) * settings["n"])
+            self.allow(len(batch) * settings["n"] + self.reserve, self.finishing)
             begun = [request.begun for request in batch]
             chat: Any = self.chat
             more = {}

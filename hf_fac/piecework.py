@@ -42,7 +42,7 @@ class PieceWork:
 
     def __init__(
         self,
-        make_writer: Callable[[str, Any, Callable[[int], None]], SampleWriter],
+        make_writer: Callable[[str, Any, Callable[[int, bool], None]], SampleWriter],
         journal: Journal,
         pieces: dict[str, np.ndarray],
         bounds: Bounds,
@@ -116,15 +116,15 @@ class PieceWork:
     def _found_before(self, name: str) -> int:
         return sum(c["chosen"] for other, o in self.done.items() if other < name for c in o["candidates"])
 
-    def _allow(self, n: int) -> None:
-        """Raises: Stopped when a bound leaves no room for n more requests."""
+    def _allow(self, n: int, finishing: bool) -> None:
+        """Raises: Stopped when a bound leaves no room for n more requests; rows that were begun may take longer."""
         self.stop()
         _, most, seconds = self.bounds
         if most is not None:
             spent = sum(_cost(self.journal.read(name))["requests"] for name in [*self.pieces, "form"])
             if spent + n > most:
                 raise Stopped(f"max_requests {most:,}")
-        if seconds is not None and time.perf_counter() - self.begun > seconds:
+        if seconds is not None and not finishing and time.perf_counter() - self.begun > seconds:
             raise Stopped(f"max_seconds {seconds:g}")
 
     def _form(self) -> str | None:

@@ -186,7 +186,7 @@ class FACSynthesizer:
         features = _ids(missing)
         settings, tokenizer = self.settings, self.featurizer.tokenizer
         form = self.form or "text"
-        writer = self._writer(self._gauge(features), form, Journal(None, {}).read("plan"), lambda n: None)
+        writer = self._writer(self._gauge(features), form, Journal(None, {}).read("plan"), lambda n, finishing: None)
         rounds = writer._rounds()
         words = sum(way != "steering" for way in rounds)
         requests = [writer._request(0, "words", f) for f in features[:50].tolist() if writer._is_known(f)]
@@ -274,7 +274,7 @@ class FACSynthesizer:
     def _gauge(self, features: np.ndarray) -> Gauge:
         return Gauge(self.featurizer, self.task, features, self.threshold)
 
-    def _writer(self, gauge: Gauge, form: str, piece: Any, allow: Callable[[int], None]) -> SampleWriter:
+    def _writer(self, gauge: Gauge, form: str, piece: Any, allow: Callable[[int, bool], None]) -> SampleWriter:
         steered = self._steering() if "steering" in self.settings.ways else None
         return SampleWriter(self.chat, steered, gauge, self.dictionary, self.settings, form, piece, self._known, allow)
 

@@ -41,7 +41,7 @@ class SampleWriter:
 
     Args:
         known: texts that no sample may nearly repeat.
-        allow: called with a number of requests before they are sent; raises `Stopped`.
+        allow: as `Asker` calls it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SampleWriter:
         form: str,
         piece: Piece,
         known: NearDuplicates,
-        allow: Callable[[int], None],
+        allow: Callable[[int, bool], None],
     ) -> None:
         self.steered, self.gauge, self.dictionary = steered, gauge, dictionary
         self.settings, self.form, self.piece, self.known = settings, form, piece, known
@@ -72,11 +72,15 @@ class SampleWriter:
             enough: no more rounds once so many samples are found.
         """
         stopped = None
-        for part in (lambda: self.search(features, enough=enough), lambda: self._finish(features)):
-            try:
-                part()
-            except Stopped as stop:
-                stopped = str(stop)
+        try:
+            self.search(features, enough=enough)
+        except Stopped as stop:
+            stopped = str(stop)
+        self.asker.reserve, self.asker.finishing = 0, True
+        try:
+            self._finish(features)
+        except Stopped as stop:
+            stopped = str(stop)
         return stopped
 
     def search(self, features: Sequence[int], *, enough: int | None = None) -> None:
@@ -88,6 +92,7 @@ class SampleWriter:
             found = sum(min(len(self._hits(feature)), most) for feature in features)
             if not waiting or (enough is not None and found >= enough):
                 break
+            self.asker.reserve = 0 if self.form == "json" else found * (len(self.task.parts) - 1)
             self._round(number, way, waiting)
 
     def probe(self, features: Sequence[int]) -> float:

@@ -319,6 +319,18 @@ def test_bounds_end_the_work_and_keep_what_was_done(featurizer, dictionary, repo
     assert nothing.report.ended == "max_seconds 0"
 
 
+def test_rows_that_were_begun_are_finished_when_a_bound_is_reached(featurizer, dictionary, report):
+    slow = synthesizer(featurizer, dictionary, report, chat=WritingChat(seconds=0.6))
+    timed = slow.synthesize(report, max_seconds=0.5)
+    assert timed.report.ended == "max_seconds 0.5"
+    assert len(timed.dataset) > 3
+    assert set(timed.dataset["fac_way"]) == {"words"}
+    n = 4 * len(report.missing)
+    counted = synthesizer(featurizer, dictionary, report).synthesize(report, max_requests=n + 60)
+    assert counted.report.requests <= n + 60
+    assert len(counted.dataset) == len(timed.dataset), "requests for the answers were kept back"
+
+
 def test_max_samples_takes_first_samples_first(featurizer, dictionary, report):
     result = synthesizer(featurizer, dictionary, report).synthesize(report, max_samples=5)
     assert len(result.dataset) == 5

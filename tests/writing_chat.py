@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import time
 
 from tiny import CORPUS
 
@@ -26,16 +27,25 @@ class WritingChat:
 
     dies_after: kill the process once so many texts were written. wrong: the share of answers that are cut off, empty,
     talk about the request, repeat what they were shown or fail. gives_up_after: raise ChatError in the call in which so
-    many conversations were answered, three answers of that call in it.
+    many conversations were answered, three answers of that call in it. seconds: what each call takes at least.
     """
 
-    def __init__(self, *, dies_after: int | None = None, wrong: float = 0.0, gives_up_after: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        dies_after: int | None = None,
+        wrong: float = 0.0,
+        gives_up_after: int | None = None,
+        seconds: float = 0.0,
+    ) -> None:
         self.dies_after, self.wrong, self.gives_up_after = dies_after, wrong, gives_up_after
+        self.seconds = seconds
         self.asked: list[tuple[str, int]] = []
         self.texts = 0
 
     def complete(self, conversations, *, n=1, seed=0, begun=None, max_tokens=256, **settings):
         done = []
+        time.sleep(self.seconds)
         for number, conversation in enumerate(conversations):
             before = (begun or [None] * len(conversations))[number]
             key = json.dumps([conversation, before])
