@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .featurizer import SAEFeaturizer
     from .synthesis import SynthesisResult
 
-_DEMO_FEATURES = 12
-_DEMO_SECONDS = 40.0
+_DEMO_FEATURES = 10
+_DEMO_SECONDS = 30.0
 
 
 def synthesize(
@@ -104,7 +104,7 @@ def demo_samples(report: FACReport, featurizer: SAEFeaturizer, avoid: dict) -> N
     )
     synthesizer = FACSynthesizer(
         LocalChat(featurizer.model, featurizer.tokenizer, batch_size=96), featurizer, load_dictionary(),
-        task="instruction_following", threshold=report.threshold, samples_per_feature=1, form="list", candidates=6,
+        task="instruction_following", threshold=report.threshold, samples_per_feature=1, form="list", candidates=4,
         rounds=1, answer_tokens=128, avoid=avoid,
     )  # fmt: skip
     result = synthesizer.synthesize(report, features=features, max_seconds=_DEMO_SECONDS)
