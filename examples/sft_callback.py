@@ -1,6 +1,6 @@
 """SFT on a narrow set, with and without FACSynthesisCallback: FAC before and after, and the loss on broad requests.
 
-    python examples/sft_callback.py [--samples 20] [--steps 25] [--output runs/sft_callback]
+    python examples/sft_callback.py [--samples 10] [--steps 10] [--output runs/sft_callback]
 
 The embedded model learns how people put requests from 100 small programming jobs. Of the broad anchor set a part is
 held out, the rest says what is missing. The model in training measures and writes. Both runs take as many steps.
@@ -23,8 +23,8 @@ from hf_fac.synthesis import FACSynthesizer
 from hf_fac.tasks import get_task
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--samples", type=int, default=20, help="the most samples that are written")
-parser.add_argument("--steps", type=int, default=25)
+parser.add_argument("--samples", type=int, default=10, help="the most samples that are written")
+parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--output", type=Path, default=Path("runs/sft_callback"))
 
