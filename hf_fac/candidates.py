@@ -152,7 +152,7 @@ def neutral_turn(task: Task, steered: SteeredChat) -> UserTurn:
     """Returns what writes a carrier of the task without being told of any feature."""
     from .steering import UserTurn
 
-    if task.carrier not in ("completion", "chosen"):
+    if not task.reads_answers:
         return steered.user_turn()
     request = f"Write {task.parts[task.carrier]}. Answer with that text alone."
     return UserTurn(steered, [{"role": "user", "content": request}], ())

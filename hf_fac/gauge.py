@@ -57,7 +57,7 @@ class Gauge:
 
     def texts(self, texts: Sequence[str], features: Sequence[int]) -> list[Measured]:
         """Returns what carriers that stand alone activate (`Task.carrier`), each written for its feature."""
-        return self.rows([self._alone(text) for text in texts], features)
+        return self.rows([self.task.alone(text) for text in texts], features)
 
     def rows(
         self, rows: Sequence[Mapping[str, Any]], features: Sequence[int], *, side: str = "chosen"
@@ -86,14 +86,6 @@ class Gauge:
             )
         return found
 
-    def _alone(self, text: str) -> dict[str, Any]:
-        if self.task.type == "labelled":
-            return {"text": text}
-        if self.task.carrier in ("completion", "chosen"):
-            answer = [{"role": "assistant", "content": text}]
-            return {"prompt": [{"role": "user", "content": "Please answer."}], "completion": answer}
-        return {"messages": [{"role": "user", "content": text}]}
-
     def _reader(self, side: str) -> SAEFeaturizer:
         from .featurizer import SAEFeaturizer
 
@@ -106,15 +98,3 @@ class Gauge:
             )  # fmt: skip
             reader._fit = own._fit  # whether the SAE fits was checked, or will be, by what it is shown first
         return self._readers[side]
-
-
-def carrier_of(task: Task, row: Mapping[str, Any]) -> str:
-    """Returns the text of a row that has to activate the feature (of a contrastive item the question and choices)."""
-    answers = task.carrier in ("completion", "chosen")
-    if task.type == "labelled":
-        return row["text"]
-    if task.type == "messages":
-        return row["messages"][answers]["content"]
-    if task.type == "implicit_preference":
-        return row["chosen"][answers]["content"]
-    return row["chosen" if answers and "chosen" in row else "completion" if answers else "prompt"][0]["content"]

@@ -150,4 +150,4 @@ def digest(value: Any) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith((".partial", ".lock", ".jsonl"))
+    return name.endswith((".partial", ".lock", ".jsonl")) or name.startswith("result-")

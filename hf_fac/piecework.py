@@ -20,6 +20,7 @@ from .writing import SampleWriter
 FORMS = ("list", "text", "json")
 PROBED = 8  # features by which the form of prompts is chosen
 _POLL_S = 0.2
+_FORM = "form"  # the piece in which a form is chosen
 
 
 class Bounds(NamedTuple):
@@ -59,7 +60,8 @@ class PieceWork:
         self.done: dict[str, dict] = {}
 
     def run(self, form: str | None) -> dict[str, dict]:
-        """Returns by piece what came of it: its candidates, and what they cost. `ended` then says which bound ended it.
+        """Returns by piece what came of it: its candidates and what they cost ("form": what choosing one cost). `ended`
+        then says which bound ended it.
 
         Args:
             form: how words are asked for; None tries all.
@@ -71,8 +73,9 @@ class PieceWork:
             return outcome
         form = form or self._form()
         if form is not None:
-            with tqdm(total=len(self.features), desc="Writing samples", unit="feature", leave=False) as bar:
+            with tqdm(desc="Writing samples", unit="feature", leave=False) as bar:
                 while self.ended is None and (open_ := self._open()):
+                    bar.total = bar.n + sum(len(self.pieces[name]) for name in open_)
                     if not any(self._claim(name, form, bar) for name in open_):
                         self.stop()
                         time.sleep(_POLL_S)
@@ -121,11 +124,14 @@ class PieceWork:
         self.stop()
         _, most, seconds = self.bounds
         if most is not None:
-            spent = sum(_cost(self.journal.read(name))["requests"] for name in [*self.pieces, "form"])
+            spent = sum(self._spent(name)["requests"] for name in [*self.pieces, _FORM])
             if spent + n > most:
                 raise Stopped(f"max_requests {most:,}")
         if seconds is not None and not finishing and time.perf_counter() - self.begun > seconds:
             raise Stopped(f"max_seconds {seconds:g}")
+
+    def _spent(self, name: str) -> dict[str, int]:
+        return self.done.get(name) or _cost(self.journal.read(name))
 
     def _form(self) -> str | None:
         """The form of prompt whose texts are kept most often, tried on a few features; None when there was no time."""
@@ -133,27 +139,30 @@ class PieceWork:
         if not features:
             return "text"
         while True:
-            with self.journal.claim("form") as piece:
+            with self.journal.claim(_FORM) as piece:
                 if piece is not None:
-                    if "form" not in piece:
-                        kept = {}
-                        for form in FORMS:
-                            writer = self.make_writer(form, _Prefixed(piece, form), self._allow)
-                            try:
-                                kept[form] = writer.probe(features)
-                            except Stopped as stop:
-                                self.ended = str(stop)
-                                return None
-                        best = max(FORMS[::-1], key=lambda form: kept[form])
-                        piece.add([("form", {"kept": kept, "form": best})])
-                    return piece["form"]["form"]
+                    return self._chosen_form(piece, features)
             self.stop()
             time.sleep(_POLL_S)
+
+    def _chosen_form(self, piece: Any, features: list[int]) -> str | None:
+        if "form" not in piece:
+            kept = {}
+            for form in FORMS:
+                writer = self.make_writer(form, _Prefixed(piece, form), self._allow)
+                try:
+                    kept[form] = writer.probe(features)
+                except Stopped as stop:
+                    self.ended = str(stop)
+                    return None
+            best = max(FORMS[::-1], key=lambda form: kept[form])
+            piece.add([("form", {"kept": kept, "form": best})])
+        return piece["form"]["form"]
 
     def _stored_at(self) -> Path | None:
         if self.journal.folder is None:
             return None
-        return self.journal.folder / f"result-{digest(self.bounds)}.jsonl"
+        return self.journal.folder / f"result-{digest(self.bounds)}.json"
 
     def _stored(self) -> dict[str, dict] | None:
         """What an equal call ended with when it reached a bound."""
@@ -162,22 +171,26 @@ class PieceWork:
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
         self.ended = stored["ended"]
-        return {name: self.journal.read(name)[key] for name, key in stored["pieces"].items()}
+        return self._outcomes(stored["pieces"])
 
     def _outcome(self) -> dict[str, dict]:
         found = {}
         for name in self.pieces:
             if self.ended is not None:
                 self._wait_for(name)
-            piece = self.journal.read(name)
-            keys = [k for k in piece.values if k == "done" or k.startswith("stopped")]
+            keys = [k for k in self.journal.read(name).values if k == "done" or k.startswith("stopped")]
             if keys:
                 found[name] = "done" if "done" in keys else keys[-1]
         path = self._stored_at()
         if self.ended is not None and path is not None:
             write_whole(path, json.dumps({"ended": self.ended, "pieces": found}))
             return self._stored()
-        return {name: self.journal.read(name)[key] for name, key in found.items()}
+        return self._outcomes(found)
+
+    def _outcomes(self, keys: dict[str, str]) -> dict[str, dict]:
+        """By piece what stands under its key."""
+        outcomes = {name: self.journal.read(name)[key] for name, key in keys.items()}
+        return outcomes | {_FORM: {"candidates": [], **_cost(self.journal.read(_FORM))}}
 
     def _wait_for(self, name: str) -> None:
         """Until no process works on the piece: all have the same bounds."""

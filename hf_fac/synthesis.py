@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .candidates import Candidate, Settings
-from .gauge import Gauge, carrier_of
+from .gauge import Gauge
 from .journal import Journal, digest
 from .originality import NearDuplicates, texts_of
 from .piecework import FORMS, PROBED, Bounds, PieceWork
@@ -183,7 +183,7 @@ class FACSynthesizer:
         """Returns what `synthesize(missing)` costs at most, if every feature resists to the end."""
         from .chat import LocalChat
 
-        features = _ids(missing)
+        features = self._wanted(missing)
         settings, tokenizer = self.settings, self.featurizer.tokenizer
         form = self.form or "text"
         writer = self._writer(self._gauge(features), form, Journal(None, {}).read("plan"), lambda n, finishing: None)
@@ -237,8 +237,9 @@ class FACSynthesizer:
                 bounds then gives the same result; raise a bound to go on.
             stop: called between requests and while waiting for other processes; what it raises ends the call.
 
-        Raises: ValueError for features out of range, a bound below 1, a journal begun under other settings or for
-            other features; ChatError when the chat cannot answer anything: what it answered is kept in the journal.
+        Raises: ValueError for features out of range, a bound below 1, a FACReport of other measurements or a higher
+            delta, a journal begun under other settings or for other features; ChatError when the chat cannot answer
+            anything: what it answered is kept in the journal.
         """
         from .synthesis_report import make_result
 
@@ -246,7 +247,7 @@ class FACSynthesizer:
             if bound is not None and not bound >= (0 if name == "max_seconds" else 1):
                 raise ValueError(f"{name} is {bound}; it must be at least 1, or None for no bound.")
         begun = time.perf_counter()
-        wanted = _ids(missing)
+        wanted = self._wanted(missing)
         if features is not None:
             if (others := np.setdiff1d(_ids(features), wanted)).size:
                 raise ValueError(f"feature {others[0]} is none of the {len(wanted):,} missing features")
@@ -270,6 +271,20 @@ class FACSynthesizer:
         outcomes = work.run(self.form if asks else "text")
         seconds = time.perf_counter() - begun
         return make_result(self, missing, wanted, taken, outcomes, work.ended, seconds=seconds, max_samples=max_samples)
+
+    def _wanted(self, missing: FACReport | ArrayLike) -> np.ndarray:
+        from .coverage import FACReport
+
+        if isinstance(missing, FACReport):
+            if missing.measurement != self.featurizer.measurement:
+                raise ValueError("The FACReport was measured otherwise than by this featurizer: compare with it again.")
+            if np.any(np.asarray(self.threshold) < missing.threshold):
+                raise ValueError(
+                    f"The FACReport's delta is {missing.threshold!s:.100}, the synthesizer keeps what exceeds "
+                    f"{self.threshold!s:.100}: samples would not cover what they are written for. Pass "
+                    "threshold=report.threshold."
+                )
+        return _ids(missing)
 
     def _gauge(self, features: np.ndarray) -> Gauge:
         return Gauge(self.featurizer, self.task, features, self.threshold)
@@ -311,7 +326,7 @@ class FACSynthesizer:
             left -= set(new)
             sample = {name: row[name] for name in columns}
             measured = Measured(acts[best], sorted(new), None, None)
-            text = carrier_of(self.task, sample)
+            text = self.task.carried_by(sample)
             asked = {"pool_row": number, "fills": sorted(new)}
             candidates.append(Candidate(best, "pool", "pool", number, text, asked, sample, measured, chosen=True))
         return candidates, np.array([f for f in features.tolist() if f in left], dtype=np.int64)

@@ -112,7 +112,7 @@ def make_result(
 
     Args:
         missing: what was asked for, a `FACReport` or ids. features: its ids.
-        taken: rows of a pool. outcomes: what was written, by piece (`_Work.run`).
+        taken: rows of a pool. outcomes: what was written, by piece (`PieceWork.run`).
     """
     from .synthesis import SynthesisResult
 
@@ -195,9 +195,7 @@ def _dataset(synthesizer: FACSynthesizer, chosen: list[dict]) -> Dataset:
     ]
     own = {"fac_feature": "int32", "fac_activation": "float32", "fac_way": "string", "fac_provenance": "string"}
     features = Features({**synthesizer.task.features(), **{name: Value(kind) for name, kind in own.items()}})
-    return (
-        Dataset.from_list(rows, features=features) if rows else Dataset.from_dict({n: [] for n in features}, features)
-    )
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features)
 
 
 def _dropped(refused: list[dict]) -> Dataset:
@@ -223,8 +221,6 @@ def _coverage(
     own, task = synthesizer.featurizer, synthesizer.task
     rows = [c["row"] if own.reader.pool_over == "all" else task.as_read(c["row"]) for c in chosen]
     if isinstance(missing, FACReport):
-        if missing.measurement != own.measurement:
-            raise ValueError("The FACReport was measured otherwise than by this featurizer: compare with it again.")
         table = missing.table
         ids, delta = table["feature"], table["delta"]
         covered = table["covered"].copy()

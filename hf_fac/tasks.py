@@ -100,6 +100,28 @@ class Task:
         """The part that has to activate the feature, by whose tokens are read."""
         return _PARTS[self.type][self.pool_over in ("assistant", "completion")]
 
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the carrier is what the assistant says."""
+        return self.carrier in _ANSWERS
+
+    def carried_by(self, row: Mapping[str, Any]) -> str:
+        """Returns the text of a row that has to activate the feature (of a contrastive item question and choices)."""
+        if self.type == "labelled":
+            return row["text"]
+        if self.type in ("messages", "implicit_preference"):
+            return row[_COLUMNS[self.type][0]][self.reads_answers]["content"]
+        return row[self.carrier if self.reads_answers else "prompt"][0]["content"]
+
+    def alone(self, text: str) -> dict[str, Any]:
+        """Returns a row for a featurizer with this `pool_over` in which a carrier is all that is read."""
+        if self.type == "labelled":
+            return {"text": text}
+        if self.reads_answers:
+            answer = [{"role": "assistant", "content": text}]
+            return {"prompt": [{"role": "user", "content": "Please answer."}], "completion": answer}
+        return {"messages": [{"role": "user", "content": text}]}
+
     def ask(
         self,
         explanation: str | None,

@@ -8,14 +8,13 @@ request, and all else follows from them, so that a run started again goes throug
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .candidates import Asker, Candidate, Request, Settings, Stopped, neutral_turn
 from .finishing import RowWriter
-from .gauge import Gauge, Measured, carrier_of
+from .gauge import Gauge, Measured
 from .journal import digest
 from .originality import NearDuplicates, copied_run, unfit, whole_sentences
 from .prompts import MarkedSpan
@@ -93,13 +92,12 @@ class SampleWriter:
             if not waiting or (enough is not None and found >= enough):
                 break
             self.asker.reserve = 0 if self.form == "json" else found * (len(self.task.parts) - 1)
-            self._round(number, way, waiting)
+            self._round(number, way, waiting, n=self.settings.candidates)
 
     def probe(self, features: Sequence[int]) -> float:
         """Returns the share of first texts that would be kept."""
-        self.settings = replace(self.settings, candidates=PROBES)
         self.candidates = {feature: [] for feature in features}
-        self._round(0, "words", features)
+        self._round(0, "words", features, n=PROBES)
         return sum(len(self._hits(feature)) for feature in features) / (PROBES * len(features))
 
     def _rounds(self) -> list[str]:
@@ -110,13 +108,13 @@ class SampleWriter:
         }  # fmt: skip
         return [way for name in self.settings.ways for way in plan[name]]
 
-    def _round(self, number: int, way: str, features: Sequence[int]) -> None:
+    def _round(self, number: int, way: str, features: Sequence[int], *, n: int) -> None:
         requests = [self._request(number, way, f) for f in features if way == "steering" or self._is_known(f)]
         step = number - self._rounds().index(way)
         temperature = min(self.settings.temperature + _WARMER * step, _HOTTEST)
         if way == "steering":
             temperature = self.settings.temperature
-        answers = self._ask(requests, number, temperature, steered=way == "steering")
+        answers = self._ask(requests, number, temperature, n, steered=way == "steering")
         new = [
             self._read(request, way, i, text, finish)
             for request in requests
@@ -176,10 +174,9 @@ class SampleWriter:
         return strength * (_WEAKER if 2 * broken > len(last) else _STRONGER)
 
     def _ask(
-        self, requests: Sequence[Request], number: int, temperature: float, *, steered: bool
+        self, requests: Sequence[Request], number: int, temperature: float, n: int, *, steered: bool
     ) -> dict[str, list[tuple[str, str]]]:
         """By key the texts and how each ended; what failed is asked again by the next run."""
-        n = self.settings.candidates
         settings = {"n": n, "temperature": temperature, "seed": 1000 * self.settings.seed + 100 * number}
         settings["max_tokens"] = self._most_tokens(steered)
         settings["stop"] = self.neutral.stop if steered else ("\n",) if self.form == "list" else ()
@@ -198,7 +195,7 @@ class SampleWriter:
         if form == "json":
             row, problem = self.task.read(text)
             if row is not None:
-                candidate.row, candidate.text = row, carrier_of(self.task, row)
+                candidate.row, candidate.text = row, self.task.carried_by(row)
         elif form == "list":
             begun = [{"role": "assistant", "content": request.begun}]
             entries = self.task.read_list(begun, text, ended=finish != "length")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from hf_fac.chat import LocalChat
 from hf_fac.coverage import FeatureCoverage
 from hf_fac.endpoint import ChatError, EndpointChat
 from hf_fac.featurizer import SAEFeaturizer
-from hf_fac.gauge import carrier_of
 from hf_fac.originality import NearDuplicates, copied_run, words
 from hf_fac.scorer import FACScorer
 from hf_fac.spans import build_dictionary
@@ -124,7 +124,7 @@ def test_no_sample_is_a_copy_a_near_duplicate_or_a_scrap(featurizer, dictionary,
     result = synthesizer(
         featurizer, dictionary, report, chat=chat, avoid={"the evaluation set": avoided}, max_copied_words=2
     ).synthesize(report)
-    texts = [carrier_of(get_task("instruction_following"), row) for row in result.dataset]
+    texts = [get_task("instruction_following").carried_by(row) for row in result.dataset]
     known = NearDuplicates({"the evaluation set": [row["text"] for row in avoided]})
     for text, feature in zip(texts, result.dataset["fac_feature"], strict=True):
         assert known.source_of(text) is None
@@ -203,7 +203,9 @@ def test_the_form_that_is_kept_most_often_is_chosen(featurizer, dictionary, repo
             found = super()._answer(key, seed, i, request, before)
             return found._replace(text="no idea") if before is None and "numbered list" not in key else found
 
-    result = synthesizer(featurizer, dictionary, report, chat=NoJSON(), form=None).synthesize(report.missing)
+    chat = NoJSON()
+    result = synthesizer(featurizer, dictionary, report, chat=chat, form=None).synthesize(report.missing)
+    assert result.report.requests == chat.texts  # what choosing cost is counted too
     forms = {json.loads(text)["form"] for text in result.dataset["fac_provenance"]}
     assert forms == {"list"}
 
@@ -390,6 +392,16 @@ def test_settings_that_cannot_be_are_refused(featurizer, dictionary, report, set
 def test_features_that_cannot_be_are_refused(featurizer, dictionary, report, missing, message):
     with pytest.raises(ValueError, match=message):
         synthesizer(featurizer, dictionary, report).synthesize(missing)
+
+
+def test_a_report_measured_otherwise_is_refused_before_anything_is_asked(featurizer, dictionary, report):
+    chat = WritingChat()
+    with pytest.raises(ValueError, match="measured otherwise"):
+        synthesizer(make_featurizer(), dictionary, report, chat=chat).synthesize(report)
+    lower = SimpleNamespace(threshold=0.5 * report.threshold)
+    with pytest.raises(ValueError, match="threshold=report.threshold"):
+        synthesizer(featurizer, dictionary, lower, chat=chat).synthesize(report)
+    assert not chat.asked
 
 
 def test_some_of_the_missing_features_can_be_chosen(featurizer, dictionary, report):

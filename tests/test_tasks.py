@@ -89,6 +89,10 @@ def test_a_featurizer_reads_the_part_that_has_to_carry_the_feature(task, pool_ov
     assert task.carrier == expected
     if pool_over not in ("all", "user"):
         assert "river" not in content
+    carrier = task.carried_by(row)
+    assert PARTS[task.type][expected] in carrier
+    alone = ConversationReader(tokenizer, pool_over=task.pool_over)([task.as_read(task.alone(carrier))])
+    assert tokenizer.decode(alone.ids[0][alone.content[0]]) == carrier
 
 
 def test_only_a_labelled_row_whose_user_is_read_is_shown_differently_to_a_featurizer():
