@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .answers import Answer
+from .journal import differences, put_lines, whole_lines
 
 if TYPE_CHECKING:
     from .chat import Chat, Completion
@@ -52,14 +53,13 @@ class Journal:
             self._append([{"journal": _JOURNAL, "settings": self.settings}])
 
     def _read(self) -> None:
-        content, begun = self.path.read_bytes(), b'{"journal"'
-        whole = content[: content.rfind(b"\n") + 1]
-        if content[: len(begun)] != begun[: len(content)]:
+        begun = b'{"journal"'
+        with self.path.open("rb") as file:
+            found = file.read(len(begun))
+        if found != begun[: len(found)]:
             raise ValueError(f"{self.path} is no journal: choose another file.")
-        if whole:
-            self._read_lines(whole.splitlines())
-        if whole != content:
-            os.truncate(self.path, len(whole))
+        if lines := whole_lines(self.path, mend=True):
+            self._read_lines(lines)
 
     def _read_lines(self, lines: list[bytes]) -> None:
         try:
@@ -71,9 +71,7 @@ class Journal:
                 self._answers.setdefault(entry["key"], []).append(entry)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no journal: choose another file ({error!r}).") from error
-        keys = sorted(k for k in found.keys() | self.settings.keys() if found.get(k) != self.settings.get(k))
-        if keys:
-            values = "; ".join(f"{key}: there {found.get(key)!r}, now {self.settings.get(key)!r}" for key in keys)
+        if values := differences(found, self.settings):
             raise ValueError(f"{self.path} holds answers given under other settings ({values}): choose another file.")
 
     def answers(self, question: Question) -> list[dict[str, Any]]:
@@ -98,9 +96,7 @@ class Journal:
 
     def _append(self, entries: list[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
-            file.flush()
-            os.fsync(file.fileno())
+            put_lines(file, [json.dumps(entry) for entry in entries])
 
 
 def ask(

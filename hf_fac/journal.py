@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _SETTINGS = "settings.json"
 _FORMAT = "hf_fac journal 1"
@@ -49,9 +49,8 @@ class Journal:
             raise ValueError(f"{path} is no journal's ({error!r}): choose another folder.") from error
         if format_ != _FORMAT:
             raise ValueError(f"{path}: expected {_FORMAT!r}, found {format_!r}; choose another folder.")
-        if keys := sorted(k for k in settings.keys() | self.settings if settings.get(k) != self.settings.get(k)):
-            values = "; ".join(f"{k}: there {settings.get(k)!r:.200}, now {self.settings.get(k)!r:.200}" for k in keys)
-            raise ValueError(f"{self.folder} was begun under other settings ({values}): choose another folder.")
+        if found := differences(settings, self.settings):
+            raise ValueError(f"{self.folder} was begun under other settings ({found}): choose another folder.")
 
     @contextmanager
     def claim(self, name: str) -> Iterator[Piece | None]:
@@ -92,17 +91,11 @@ class Piece:
         self._file = None
         if path is None:
             return
-        if path.exists():
-            content = path.read_bytes()
-            # A kill can leave half a line.
-            whole = content[: content.rfind(b"\n") + 1]
-            try:
-                for key, value in map(json.loads, whole.splitlines()):
-                    self.values[key] = value
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} is not as it was written ({error}): choose another folder.") from error
-            if writing and whole != content:
-                os.truncate(path, len(whole))
+        try:
+            for key, value in map(json.loads, whole_lines(path, mend=writing)):
+                self.values[key] = value
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not as it was written ({error}): choose another folder.") from error
         if writing:
             self._file = path.open("a", encoding="utf-8")
 
@@ -118,16 +111,43 @@ class Piece:
         for key, value in entries:
             if key in self.values:
                 raise ValueError(f"{key!r} is in the journal already.")
-            lines.append(json.dumps([key, value]) + "\n")
+            lines.append(json.dumps([key, value]))
             self.values[key] = json.loads(lines[-1])[1]
-        if self._file is not None and lines:
-            self._file.write("".join(lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if self._file is not None:
+            put_lines(self._file, lines)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def whole_lines(path: Path, *, mend: bool) -> list[bytes]:
+    """Returns a file's lines without half a last one, as a kill can leave it; mend: take that off the file too."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if mend and whole != content:
+        os.truncate(path, len(whole))
+    return whole.splitlines()
+
+
+def put_lines(file: TextIO, lines: list[str]) -> None:
+    """Write lines that are on disk when this returns."""
+    if lines:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns in words what differs between settings, "" where nothing does."""
+    found = []
+    for key in sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):
+        one, other = there.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found.append(f"{key}: {differences(one, other)}")
+        else:
+            found.append(f"{key}: there {one!r:.200}, now {other!r:.200}")
+    return "; ".join(found)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -138,8 +158,12 @@ def write_whole(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileExistsError):
+        try:
             os.link(partial, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

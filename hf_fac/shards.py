@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .conversations import RowError
+from .journal import differences, write_whole
 from .scorer import COLUMNS, FACScorer
 
 if TYPE_CHECKING:
@@ -89,12 +90,7 @@ def _check_manifest(path: Path, featurizer: SAEFeaturizer, dataset: Dataset, sha
         "data": xxhash.xxh3_64_hexdigest(json.dumps(probe, sort_keys=True, default=repr).encode()),
     }
     if path.exists():
-        found = json.loads(path.read_text())
-        different = [name for name in manifest if found.get(name) != manifest[name]]
-        if different:
-            values = "; ".join(f"{name}: there {found.get(name)}, now {manifest[name]}" for name in different)
+        if values := differences(json.loads(path.read_text()), manifest):
             raise ValueError(f"{path.parent} holds shards of another run ({values}): choose another folder.")
         return
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(manifest, indent=1))
-    os.replace(partial, path)
+    write_whole(path, json.dumps(manifest, indent=1))

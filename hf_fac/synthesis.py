@@ -157,7 +157,7 @@ class FACSynthesizer:
             max_copied_words=max_copied_words, seed=seed, keep=keep,
         )  # fmt: skip
         avoided = {name: list(texts_of(rows)) for name, rows in (avoid or {}).items()}
-        self._avoided = hashlib.sha256(json.dumps(avoided, sort_keys=True).encode()).hexdigest()[:16]
+        self._avoided = digest(avoided)
         self._known = NearDuplicates(avoided)
         self._steered: Any = None
 
@@ -171,7 +171,7 @@ class FACSynthesizer:
             **settings,
             "version": VERSION, "prompts": PROMPTS, "hints": len(HINTS), "form": self.form,
             "chat": chat_name(self.chat), "avoid": self._avoided, "measured_by": self.featurizer.fingerprint(),
-            "threshold": float(delta) if not delta.ndim else hashlib.sha256(delta.tobytes()).hexdigest()[:16],
+            "threshold": float(delta) if not delta.ndim else digest(delta.tolist()),
             "dictionary": _digest_of(self.dictionary),
         }  # fmt: skip
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .journal import differences
+
 if TYPE_CHECKING:
     from .conversations import Pieces
     from .reading import Reading
@@ -105,8 +107,7 @@ class TopSpans:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata()
                 found = json.loads(metadata["settings"])
-                if different := sorted(key for key in settings if found.get(key) != settings[key]):
-                    values = "; ".join(f"{key}: there {found.get(key)}, now {settings[key]}" for key in different)
+                if values := differences(found, settings):
                     raise ValueError(f"{path} is of another pass ({values}): choose another output_dir.")
                 vars(self).update({name: file.get_tensor(name) for name in _ARRAYS})
                 vars(self).update({name: json.loads(metadata[name]) for name in _COUNTS})

@@ -399,7 +399,7 @@ def test_a_report_measured_otherwise_is_refused_before_anything_is_asked(featuri
     with pytest.raises(ValueError, match="measured otherwise"):
         synthesizer(make_featurizer(), dictionary, report, chat=chat).synthesize(report)
     lower = SimpleNamespace(threshold=0.5 * report.threshold)
-    with pytest.raises(ValueError, match="threshold=report.threshold"):
+    with pytest.raises(ValueError, match=r"threshold=report\.threshold"):
         synthesizer(featurizer, dictionary, lower, chat=chat).synthesize(report)
     assert not chat.asked
 
