@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from .cards import merge_card
 from .coverage import FeatureCoverage
-from .refill import Refill, digest, read_parquet, write_parquet
+from .refill import Refill, read_parquet, rows_digest, write_parquet
 from .run_state import Ranks, preserved, replace_text
 from .trainer_data import PlannedRows, Prepare, TrainerData, trainer_data
 
@@ -210,7 +210,7 @@ class FACSynthesisCallback(TrainerCallback):
             )  # fmt: skip
             rows = concatenate_datasets([before, added]) if len(before) else added
             self._save_rows(rows)
-            seconds = ranks.agree(digest(rows), time.monotonic() - start)
+            seconds = ranks.agree(rows_digest(rows), time.monotonic() - start)
         except BaseException as error:
             ranks.fail(error)
             if self.on_error == "raise" or not isinstance(error, Exception):
@@ -231,7 +231,7 @@ class FACSynthesisCallback(TrainerCallback):
 
     def _save_rows(self, rows: Dataset) -> None:
         if self.trainer.args.process_index == 0:
-            write_parquet(rows, self.folder / f"rows-{digest(rows)}.parquet")
+            write_parquet(rows, self.folder / f"rows-{rows_digest(rows)}.parquet")
 
     def _keep(self, rows: Dataset, *, dropped: int, epoch: int) -> None:
         """What the rows are called in checkpoints, what is logged of them, and both with the whole set on disk."""
@@ -241,7 +241,7 @@ class FACSynthesisCallback(TrainerCallback):
             "fac/new_rows": len(rows), "fac/dropped": dropped, "fac/seconds": seconds
         }  # fmt: skip
         self._record = {
-            "rows": digest(rows), "epoch": epoch, "refresh": self.refresh, "max_samples": self.max_samples,
+            "rows": rows_digest(rows), "epoch": epoch, "refresh": self.refresh, "max_samples": self.max_samples,
             "seconds": seconds, "summary": self.summary,
         }  # fmt: skip
         self._unlogged = True
@@ -277,7 +277,7 @@ class FACSynthesisCallback(TrainerCallback):
                 f"in {folders[1]}. Copy it there, or start again without resuming."
             )
         rows = read_parquet(path)
-        if digest(rows) != record["rows"]:
+        if rows_digest(rows) != record["rows"]:
             raise ValueError(f"{path} does not hold the rows that {self._checkpoint} was trained on: it was changed.")
         if path.parent != self.folder:  # the checkpoints to come are beside this one
             self.folder.mkdir(parents=True, exist_ok=True)

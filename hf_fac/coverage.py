@@ -193,15 +193,16 @@ class FeatureCoverage:
         anchor: FeatureCoverage,
         *,
         features: ArrayLike | None = None,
-        threshold: float | None = None,
+        threshold: float | ArrayLike | None = None,
         relative: float | None = None,
     ) -> FACReport:
         """FAC of this data set against `anchor`, |F(D) & F(anchor)| / |F(anchor)|, over the ids `features` (None: all).
 
         A set activates feature i when its maximum exceeds delta (PAPER.md, Definitions). delta is `threshold`, in the
-        SAE's units; or `relative` times the anchor's maximum of i, but not below the floor; or, with neither, is
-        calibrated: the smallest level of the grid above the floor at which the median anchor row activates at most 1 %
-        (at least one) of the features live in the anchor, that is above the floor. `threshold_source` says which.
+        SAE's units, one number or [d_sae]; or `relative` times the anchor's maximum of i, but not below the floor; or,
+        with neither, is calibrated: the smallest level of the grid above the floor at which the median anchor row
+        activates at most 1 % (at least one) of the features live in the anchor, that is above the floor.
+        `threshold_source` says which.
 
         Raises ValueError for another measurement; a delta negative, not finite or below the floor; features that are
         out of range, not integers, or none; a calibration that finds no level. Warns (UserWarning) where F(anchor) is
@@ -256,17 +257,17 @@ class FeatureCoverage:
             table={"feature": ids, "covered": covered} | {n: c[ids] for n, c in zip(names, columns, strict=True)},
         )
 
-    def _choose_threshold(self, threshold: float | None, relative: float | None) -> tuple[np.ndarray, str]:
+    def _choose_threshold(self, threshold: float | ArrayLike | None, relative: float | None) -> tuple[np.ndarray, str]:
         floor, live = self.keep_above, np.count_nonzero(self.maximum)
         if threshold is not None and relative is not None:
             raise ValueError("give threshold or relative, not both")
         if threshold is not None:
-            if not 0 <= threshold < math.inf:
-                raise ValueError(f"threshold must be a finite number and not negative, got {threshold}")
-            if threshold < floor:
+            delta = check_threshold(threshold, self.d_sae)
+            if (least := delta.min()) < floor:
                 remedy = "score both data sets again with a lower keep_above, or raise the threshold"
-                raise ValueError(f"threshold {threshold:g} is below the floor keep_above = {floor:g}: {remedy}")
-            return np.array(threshold, np.float64), f"{threshold:.4g}, as given"
+                raise ValueError(f"threshold {least:g} is below the floor keep_above = {floor:g}: {remedy}")
+            values = f"{least:.4g}" if not delta.ndim else f"{least:.4g} to {delta.max():.4g}, one for each feature"
+            return delta, f"{values}, as given"
         if relative is not None:
             if not 0 < relative < 1:
                 raise ValueError(f"relative must lie between 0 and 1, got {relative}")
@@ -317,7 +318,7 @@ class FACReport:
 
     fac: float  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
     interval: tuple[float, float]
-    threshold: float | np.ndarray  # delta in the SAE's units; with relative= float64 [d_sae]
+    threshold: float | np.ndarray  # delta in the SAE's units; float64 [d_sae] with relative=, or where given so
     threshold_source: str
     features: np.ndarray | None  # int64, rising: the subset F_task; None for all features
     covered: np.ndarray  # int64 ids, rising
@@ -329,7 +330,7 @@ class FACReport:
     rows_without_tokens: int
     anchor_rows: int
     anchor_rows_without_tokens: int
-    active_share: float  # features above delta in the median row, of d_sae; NaN with relative=
+    active_share: float  # features above delta in the median row, of d_sae; NaN where delta is [d_sae]
     anchor_active_share: float
     measurement: dict[str, Any]
     table: dict[str, np.ndarray] = field(repr=False)
@@ -356,6 +357,16 @@ class FACReport:
             f"rows: {self.rows:,} ({self.rows_without_tokens:,} without tokens), anchor {self.anchor_rows:,} "
             f"({self.anchor_rows_without_tokens:,} without tokens); KL(anchor || data) {self.kl_divergence:.3f} nats"
         ) + "".join(f"\nmissing: feature {i}, {least}{n:,} anchor rows" for i, n in strongest)
+
+
+def check_threshold(threshold: float | ArrayLike, d_sae: int) -> np.ndarray:
+    """Returns delta, float64 [] or [d_sae]. Raises: ValueError where it is negative, not finite or of another shape."""
+    delta = np.array(threshold, np.float64)
+    if delta.shape not in ((), (d_sae,)) or not (np.isfinite(delta) & (delta >= 0)).all():
+        raise ValueError(
+            f"threshold must be one finite number or {d_sae:,} of them, none negative; got {threshold!r:.100}"
+        )
+    return delta
 
 
 def _arrow_parts(ds: Dataset | IterableDataset) -> Iterator[tuple]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .coverage import check_threshold
+
 if TYPE_CHECKING:
     from .featurizer import SAEFeaturizer
     from .tasks import Task
@@ -42,16 +44,10 @@ class Gauge:
     """
 
     def __init__(self, featurizer: SAEFeaturizer, task: Task, wanted: np.ndarray, threshold: float | ArrayLike) -> None:
-        delta = np.asarray(threshold, np.float64)
-        if delta.shape not in ((), (featurizer.d_sae,)) or not (np.isfinite(delta) & (delta >= 0)).all():
-            raise ValueError(
-                f"threshold must be one number or {featurizer.d_sae:,} of them, finite and not negative; got "
-                f"{threshold!r:.100}"
-            )
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < featurizer.d_sae:
             raise ValueError(f"features must lie in [0, {featurizer.d_sae:,}), got {wanted.min()} to {wanted.max()}")
         self.task, self.wanted = task, np.sort(wanted)
-        self.delta = np.broadcast_to(delta, featurizer.d_sae)
+        self.delta = np.broadcast_to(check_threshold(threshold, featurizer.d_sae), featurizer.d_sae)
         self._featurizer = featurizer
         self._readers: dict[str, SAEFeaturizer] = {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
 import os
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from numpy.typing import ArrayLike
 
 from .conversations import RowError
 from .coverage import FACReport, FeatureCoverage
+from .journal import digest
 from .run_state import Ranks
 
 if TYPE_CHECKING:
@@ -91,10 +93,10 @@ class Refill:
         fingerprint, added, written = synthesizer.fingerprint(), before.select([]), None
         ranks.compare("synthesizer", fingerprint)
         if len(found.missing) and max_samples != 0:
-            journal = ranks.folder / f"journal-{_hash(fingerprint, found.missing.tolist(), turn)}"
+            journal = ranks.folder / f"journal-{digest([fingerprint, found.missing.tolist(), turn])}"
             journal.mkdir(exist_ok=True)
             result = synthesizer.synthesize(
-                found.missing, journal=journal, max_samples=max_samples, max_seconds=max_seconds, stop=ranks.check
+                found, journal=journal, max_samples=max_samples, max_seconds=max_seconds, stop=ranks.check
             )
             added, written = result.dataset, result.report
         if len(added):
@@ -114,7 +116,7 @@ class Refill:
         return added, report
 
 
-def digest(rows: Dataset) -> str:
+def rows_digest(rows: Dataset) -> str:
     """Returns a hash of the rows' content, whatever they lie in."""
     found = hashlib.sha256()
     for start in range(0, len(rows), _CHUNK):
@@ -139,32 +141,34 @@ def read_parquet(path: Path) -> Dataset:
 
 
 def _measured(featurizer: SAEFeaturizer, task: Task, rows: Dataset, *, ranks: Ranks) -> FeatureCoverage:
-    measurement = featurizer.measurement
-    path = ranks.folder / f"coverage-{_hash(measurement, task.name, digest(rows))}.safetensors"
-    if path.exists():
-        return FeatureCoverage.load(path)
-    coverage, share = FeatureCoverage(measurement), ranks.share(len(rows))
-    for start in range(share.start, share.stop, _CHUNK):
-        ranks.check()
-        chunk = rows.select(range(start, min(start + _CHUNK, share.stop))).to_list()
-        try:
-            reading = featurizer.read([_as_read(task, row) for row in chunk])
-        except RowError as error:
-            raise RowError(f"In rows from {start} on: {error}") from error
-        coverage |= FeatureCoverage.from_activations(
-            reading.activations, measurement=measurement, tokens=reading.tokens
-        )
-    parts = [path.with_suffix(f".{ranks.token}-{rank}") for rank in range(ranks.world_size)]
-    if ranks.rank > 0:
-        coverage.save(parts[ranks.rank])
-        ranks.wait(path.exists)
-        return FeatureCoverage.load(path)
-    ranks.wait(lambda: all(part.exists() for part in parts[1:]))
-    for part in parts[1:]:
-        coverage |= FeatureCoverage.load(part)
-        part.unlink()
-    coverage.save(path)
-    return coverage
+    """The coverage of all rows. Each process measures its share, from where an earlier run of as many stopped."""
+    name = f"coverage-{digest([featurizer.measurement, task.name, rows_digest(rows)])}"
+    path, share = ranks.folder / f"{name}.safetensors", ranks.share(len(rows))
+    parts = [ranks.folder / f"{name}.{rank}-of-{ranks.world_size}" for rank in range(ranks.world_size)]
+    own = parts[ranks.rank]
+    if not own.exists() and not path.exists():
+        begun = own.with_name(f"{own.name}.begun")
+        coverage = FeatureCoverage.load(begun) if begun.exists() else FeatureCoverage(featurizer.measurement)
+        for start in range(share.start + coverage.rows, share.stop, _CHUNK):
+            ranks.check()
+            chunk = rows.select(range(start, min(start + _CHUNK, share.stop))).to_list()
+            try:
+                reading = featurizer.read([_as_read(task, row) for row in chunk])
+            except RowError as error:
+                raise RowError(f"In rows from {start} on: {error}") from error
+            coverage |= FeatureCoverage.from_activations(
+                reading.activations, measurement=featurizer.measurement, tokens=reading.tokens
+            )
+            coverage.save(begun)
+        coverage.save(own)
+        begun.unlink(missing_ok=True)
+    if ranks.rank == 0 and not path.exists():
+        ranks.wait(lambda: all(part.exists() for part in parts))
+        functools.reduce(operator.or_, map(FeatureCoverage.load, parts)).save(path)
+        for part in parts:  # last: who finds its part gone finds the whole
+            part.unlink()
+    ranks.wait(path.exists)
+    return FeatureCoverage.load(path)
 
 
 def _as_read(task: Task, row: dict[str, Any]) -> Any:
@@ -179,7 +183,3 @@ def _numbers(before: FACReport, after: FACReport) -> dict[str, float]:
         "fac/covered": len(after.covered),
         "fac/missing": len(before.missing),
     }
-
-
-def _hash(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .candidates import Candidate, Settings
+from .coverage import FACReport, check_threshold
 from .gauge import Gauge
 from .journal import Journal, digest
 from .originality import NearDuplicates, texts_of
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from .chat import Chat
-    from .coverage import FACReport
     from .dictionary import FeatureDictionary
     from .featurizer import SAEFeaturizer
     from .synthesis_report import SynthesisReport
@@ -136,6 +136,7 @@ class FACSynthesizer:
         self.chat, self.featurizer, self.dictionary = chat, featurizer, dictionary
         self.task, self.threshold, self.form = get_task(task), threshold, form
         dictionary.check(featurizer)
+        check_threshold(threshold, featurizer.d_sae)
         if ways is None:
             ways = ("two_step", "steering") if _can_write(featurizer) else ("two_step",)
         if not ways or any(way not in WAYS for way in ways) or len(set(ways)) < len(ways):
@@ -273,8 +274,6 @@ class FACSynthesizer:
         return make_result(self, missing, wanted, taken, outcomes, work.ended, seconds=seconds, max_samples=max_samples)
 
     def _wanted(self, missing: FACReport | ArrayLike) -> np.ndarray:
-        from .coverage import FACReport
-
         if isinstance(missing, FACReport):
             if missing.measurement != self.featurizer.measurement:
                 raise ValueError("The FACReport was measured otherwise than by this featurizer: compare with it again.")

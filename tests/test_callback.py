@@ -564,6 +564,35 @@ def test_a_run_that_died_while_writing_goes_on_with_its_journal(tmp_path):
     assert_same_run(trainer, whole)
 
 
+def test_a_run_that_died_while_measuring_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_fac.refill._CHUNK", 10)
+    rows, read = examples("messages", 7), []
+
+    def run(folder, *, dies_after):
+        trainer = sft(rows, folder)
+        callback = callback_for(trainer, "messages")
+        counted = callback.synthesizer.featurizer.read
+
+        def reading(rows):
+            if len(read) == dies_after:
+                raise KeyboardInterrupt
+            read.append(len(rows))
+            return counted(rows)
+
+        callback.synthesizer.featurizer.read = reading
+        trained(trainer)
+        return trainer, callback
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", dies_after=3)  # in the middle of the anchor set
+    trainer, callback = run(tmp_path / "a", dies_after=None)
+    resumed, read[:] = sum(read), []
+    whole, expected = run(tmp_path / "b", dies_after=None)
+    assert resumed == sum(read), "nothing is measured twice"
+    assert callback.summary["fac/before"] == expected.summary["fac/before"]
+    assert_same_run(trainer, whole)
+
+
 def two_processes(folder, what, *, seconds=0.0, fails=False):
     """What the two processes of a run leave behind."""
     with socket.socket() as free:

@@ -129,6 +129,10 @@ def test_a_relative_delta_is_a_share_of_each_features_maximum_in_the_anchor(seed
     assert report.covered.tolist() == expected["covered"]
     assert "0.5 of each feature's maximum" in report.threshold_source
     assert math.isnan(report.active_share)
+    given = quiet(cover(data), cover(anchor), threshold=report.threshold)
+    assert given.missing.tolist() == report.missing.tolist()
+    assert given.fac == report.fac
+    assert "one for each feature, as given" in given.threshold_source
 
 
 def test_a_relative_delta_stops_at_the_floor_and_says_for_how_many_features():
@@ -434,9 +438,11 @@ def test_a_data_set_that_was_not_scored_names_the_column_and_the_remedy():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"threshold": -1.0}, "not negative, got -1"),
+        ({"threshold": -1.0}, r"none negative; got -1"),
         ({"threshold": math.nan}, "got nan"),
         ({"threshold": math.inf}, "got inf"),
+        ({"threshold": [1.0] * 7}, r"one finite number or 8 of them"),
+        ({"threshold": [1.0] * 7 + [0.1]}, r"threshold 0\.1 is below the floor"),
         ({"threshold": 0.1}, r"below the floor keep_above = 0\.25: score both data sets again with a lower keep_above"),
         ({"threshold": 1.0, "relative": 0.5}, "not both"),
         ({"relative": 0.0}, "between 0 and 1"),

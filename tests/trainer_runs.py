@@ -92,7 +92,7 @@ class TinySynthesizer:
         self.calls += 1
         self.budgets.append(max_samples)
         self._misbehave()
-        wanted = np.asarray(missing)[:max_samples].tolist()
+        wanted = missing.missing[:max_samples].tolist()
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             stop()
