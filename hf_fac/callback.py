@@ -7,6 +7,7 @@ one that the trainer would have made had it been given that set; the new rows, t
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from datasets import Dataset, Features, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
 from numpy.typing import ArrayLike
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -70,6 +71,7 @@ class FACSynthesisCallback(TrainerCallback):
         max_samples, max_seconds: bounds of all synthesis in the run. max_samples is needed with "epoch".
         on_error: "raise", or "warn" and train on what there is when measuring or writing fails.
         output_dir: by default the trainer's.
+        log_rows: log the new rows as a table too, where W&B or Trackio are reported to.
         prepare: raw rows (Dataset) to rows as the training set has them; for the plain Trainer, and for rows that you
             tokenized yourself.
 
@@ -94,12 +96,13 @@ class FACSynthesisCallback(TrainerCallback):
         max_seconds: float | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         output_dir: str | os.PathLike[str] | None = None,
+        log_rows: bool = False,
         prepare: Prepare | None = None,
     ) -> None:
         self.trainer, self.synthesizer, self.anchor = trainer, synthesizer, anchor
         self._refill = Refill(synthesizer, anchor, features)
         self.refresh, self.every, self.on_error = refresh, every, on_error
-        self.max_samples, self.max_seconds = max_samples, max_seconds
+        self.max_samples, self.max_seconds, self.log_rows = max_samples, max_seconds, log_rows
         self.folder = Path(output_dir or trainer.args.output_dir) / _FOLDER
         self.new_rows: Dataset | None = None
         self.summary: dict[str, float] = {}
@@ -299,6 +302,8 @@ class FACSynthesisCallback(TrainerCallback):
         if self._unlogged:
             # Not the trainer's own: TRL's would close its running averages with it.
             Trainer.log(self.trainer, dict(self.summary))
+            if self.log_rows and self.trainer.is_world_process_zero():
+                _log_table(self.new_rows, self.trainer.args.report_to)
             self._unlogged = False
 
     def _create_model_card(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -386,6 +391,18 @@ def _paragraph(summary: dict[str, float]) -> str:
             f"{numbers['after']:.3f}"
         )
     return f"## FAC Synthesis\n\n{text} ([arXiv 2602.10388](https://arxiv.org/abs/2602.10388), hf-fac)."
+
+
+def _log_table(rows: Dataset, report_to: list[str]) -> None:
+    """Log rows to the trackers that have tables, conversations as JSON."""
+    table = rows.to_pandas()
+    for name, kind in rows.features.items():
+        if not isinstance(kind, Value):
+            table[name] = [json.dumps(value, ensure_ascii=False) for value in rows[name]]
+    for name in ("wandb", "trackio"):
+        if name in report_to:
+            tracker = importlib.import_module(name)
+            tracker.log({"fac/rows": tracker.Table(dataframe=table)})
 
 
 def _all_rows(seed: Dataset, new: Dataset) -> Dataset:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -417,6 +418,21 @@ def test_what_it_tells(tmp_path):
     assert "hf_fac" in card.split("---")[1]
     trainer.create_model_card()
     assert (tmp_path / "README.md").read_text().count("FAC Synthesis\n") == 1
+
+
+def test_new_rows_are_logged_as_a_table_where_that_is_asked_for(tmp_path, monkeypatch):
+    logged = []
+    tracker = SimpleNamespace(Table=lambda dataframe: dataframe, log=logged.append)
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    for log_rows in (False, True):
+        trainer = sft(examples("messages", 7), tmp_path / str(log_rows))
+        callback = callback_for(trainer, "messages", log_rows=log_rows)
+        trainer.args.report_to = ["tensorboard", "trackio"]
+        trained(trainer)
+    [table] = (values["fac/rows"] for values in logged)
+    assert list(table.columns) == callback.new_rows.column_names
+    assert [json.loads(text) for text in table["messages"]] == callback.new_rows["messages"][:]
+    assert table["fac_feature"].tolist() == callback.new_rows["fac_feature"][:]
 
 
 def test_failing_stops_the_run_or_is_a_warning(tmp_path):
