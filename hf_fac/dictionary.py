@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .dictionary_schema import RATINGS, STATES, checked, schema
-from .prompts import MarkedSpan
+from .marked_span import MarkedSpan
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,16 +12,17 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from . import activations as acts
 from .calibration import FitCheck, calibrate_sinks
-from .conversations import ConversationReader, PoolOver, RowError, Side, Span
+from .conversations import ConversationReader, PoolOver, RowError, Side
 from .encoder import Encoder
 from .fingerprint import TensorHash, model_settings, parameters_up_to, tokenizer_settings
+from .marked_span import MarkedSpan, cut_span
 from .reading import HostBatch, Maxima, Reading, Transfer, UniquePieces, merge_windows, unique_pieces
 from .sae import check_sae, load_sae, read_settings
 
@@ -43,28 +44,6 @@ def _remember_fork() -> None:
 
 if os.name == "posix":
     os.register_at_fork(after_in_child=_remember_fork)
-
-
-class MarkedSpan(NamedTuple):
-    """A stretch of a row's text around one token: `before + token + after` is the text."""
-
-    before: str
-    token: str
-    after: str
-
-
-def cut_span(
-    text: str, offsets: Sequence[tuple[int, int]], contents: Sequence[Span], position: int, before: int, after: int
-) -> MarkedSpan:
-    """Returns the text around a token: within the content that holds it, so many tokens to each side."""
-    start, end = offsets[position]
-    first = offsets[max(position - before, 0)][0]
-    last = offsets[min(position + after, len(offsets) - 1)][1]
-    for content in contents:
-        if content.start < end and start < content.end:
-            first, last = max(first, content.start), min(last, content.end)
-    first = min(first, start)
-    return MarkedSpan(text[first:start], text[start:end], text[end : max(last, end)])
 
 
 class SAEFeaturizer:

@@ -71,7 +71,7 @@ class Gauge:
             own = np.flatnonzero(ids == feature)
             span = None
             if own.size:
-                span = tuple(reader.span(rows[i], int(reading.positions[part][own[0]]), before=20, after=10))
+                span = reader.span(rows[i], int(reading.positions[part][own[0]]), before=20, after=10)[:3]
             found.append(
                 Measured(
                     activation=float(values[own[0]]) if own.size else 0.0,

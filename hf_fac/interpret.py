@@ -16,7 +16,7 @@ import numpy as np
 
 from .asking import Journal, Question, ask, chat_name
 from .dictionary_schema import FAILED
-from .prompts import MarkedSpan
+from .marked_span import MarkedSpan
 from .questions import (
     CANNOT_TELL,
     PROMPT_VERSION,

@@ -7,9 +7,10 @@ describe.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
+
+from .marked_span import MarkedSpan, escaped, mark_span
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -24,30 +25,6 @@ HINTS = (
 )
 Message = dict[str, str]
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?:\s|$)|[。！？]|\n")
-
-
-class MarkedSpan(NamedTuple):
-    """A text that activates a feature: what stands before the activating token, the token, what stands after it, and
-    the activation there in the SAE's units (None: not told). A plain tuple of these serves as well."""
-
-    before: str
-    token: str
-    after: str = ""
-    activation: float | None = None
-
-
-def mark_span(span: MarkedSpan, *, width: int = 200) -> str:
-    """Returns the span on one line as a prompt shows it: before<<token>>after, the token's leading space before <<.
-
-    Control characters, line breaks, bidirectional marks and lone surrogates are shown as escapes, << and >> of the text
-    itself as \\<< and \\>>. At most `width` characters are kept on each side and of the token; an ellipsis tells more.
-    """
-    before, token, after, _ = MarkedSpan(*span)
-    bare = token.lstrip() or token
-    before += token[: len(token) - len(bare)]
-    parts = ("…" * (len(before) > width), before[-width:]), ("", bare[:width]), ("", after[:width])
-    shown = [lead + _escaped(text).replace("<<", r"\<<").replace(">>", r"\>>") for lead, text in parts]
-    return f"{shown[0]}<<{shown[1]}{'…' * (len(bare) > width)}>>{shown[2]}{'…' * (len(after) > width)}"
 
 
 def request_sample(
@@ -98,7 +75,7 @@ def begin_list(
     """Returns a user's turn and the begun turn of the assistant (see `Task.begin`)."""
     pattern = _described(explanation, spans, positive)
     texts = [" ".join(_sentence(s).split()) for s in [*spans, positive] if s is not None]
-    items = [_escaped(text[:300]) for text in dict.fromkeys(texts) if text]
+    items = [escaped(text[:300]) for text in dict.fromkeys(texts) if text]
     order = f"Write a numbered list. Each entry is {task.parts[task.carrier]}, on one line.\nThe pattern: {pattern}"
     begun = "\n".join(f"{number}. {text}" for number, text in enumerate([*items, ""], 1)).rstrip(" ")
     return [{"role": "user", "content": order}, {"role": "assistant", "content": begun}]
@@ -116,7 +93,7 @@ def request_part(task: Task, name: str, parts: Mapping[str, str]) -> list[Messag
 
 def _described(explanation: str | None, spans: Sequence[MarkedSpan], positive: MarkedSpan | None) -> str:
     if explanation and explanation.strip():
-        return _escaped(" ".join(explanation.split())[:1000])
+        return escaped(" ".join(explanation.split())[:1000])
     if not spans and positive is None:
         raise ValueError("neither an explanation nor a span says what the feature is; give one of them")
     return "what the texts below have in common."
@@ -131,14 +108,3 @@ def _sentence(span: MarkedSpan) -> str:
     text = token.lstrip() + after
     lead = token[: len(token) - len(token.lstrip())]
     return before[start:] + lead + (text[: end.end()] if end and end.end() > len(token.lstrip()) else text)
-
-
-def _escaped(text: str) -> str:
-    # Cf holds bidirectional marks, but also the joiners that some scripts and emoji need.
-    shown = (
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\u200c\u200d"
-        else c
-        for c in text
-    )
-    return "".join(shown)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from .answers import Answer, check_text, read_json, read_text
 from .dictionary_schema import RATINGS
-from .prompts import MarkedSpan, Message, mark_span
+from .marked_span import MarkedSpan, mark_span
+from .prompts import Message
 
 PROMPT_VERSION = "3"  # changes with any word of a question, so that answers to another wording are told apart
 CANNOT_TELL = "cannot tell"

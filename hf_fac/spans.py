@@ -184,7 +184,7 @@ def _cut(
     featurizer: SAEFeaturizer, rows: _Rows, top: TopSpans, ids: np.ndarray, before: int, after: int, source: str | None
 ) -> list[list[dict[str, Any]]]:
     """The spans of each feature as texts: as `SAEFeaturizer.span` cuts them, but each row is tokenized once."""
-    from .featurizer import cut_span
+    from .marked_span import cut_span
     from .merging import strongest
 
     found: list[list[dict[str, Any]]] = [[] for _ in ids]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from .answers import Answer, check_text, read_json, read_list, read_text
 from .conversations import PoolOver
-from .prompts import MarkedSpan, Message, begin_list, request_part, request_sample
+from .marked_span import MarkedSpan
+from .prompts import Message, begin_list, request_part, request_sample
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -16,8 +16,8 @@ from .candidates import Asker, Candidate, Request, Settings, Stopped, neutral_tu
 from .finishing import RowWriter
 from .gauge import Gauge, Measured
 from .journal import digest
+from .marked_span import MarkedSpan
 from .originality import NearDuplicates, copied_run, unfit, whole_sentences
-from .prompts import MarkedSpan
 
 if TYPE_CHECKING:
     from .chat import Chat

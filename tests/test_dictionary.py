@@ -90,7 +90,7 @@ def slow_spans(featurizer, rows, *, n, before, after) -> tuple[dict[int, list], 
     for feature, places in found.items():
         best = sorted(places.values(), key=lambda p: (-p[0], p[1]))[:n]
         spans[feature] = [
-            (value, r, *featurizer.span(rows[r], position, before=before, after=after)) for value, r, position in best
+            (value, r, *featurizer.span(rows[r], place, before=before, after=after)[:3]) for value, r, place in best
         ]
     return spans, values
 

@@ -437,8 +437,8 @@ def test_a_span_marks_the_token_that_reached_the_maximum_within_its_message(toke
         assert marked.before == text[max(encoded["offset_mapping"][max(position - 10, 0)][0], begins) : start]
         assert marked.after == text[end : min(encoded["offset_mapping"][position + 5][1], ends)]
         whole = featurizer.span(row, position, before=1000, after=1000)
-        assert whole == (text[begins:start], text[start:end], text[end:ends])
-    assert featurizer.span(row, position, before=0, after=0) == ("", marked.token, "")
+        assert whole == (text[begins:start], text[start:end], text[end:ends], None)
+    assert featurizer.span(row, position, before=0, after=0) == ("", marked.token, "", None)
 
 
 def test_a_span_of_an_sae_with_bos_counts_the_bos():

@@ -20,7 +20,7 @@ from hf_fac.chat import Completion
 from hf_fac.dictionary import FeatureDictionary
 from hf_fac.endpoint import ChatError
 from hf_fac.interpret import detect, explain
-from hf_fac.prompts import MarkedSpan
+from hf_fac.marked_span import MarkedSpan
 from hf_fac.questions import (
     CANNOT_TELL,
     PROMPT_VERSION,

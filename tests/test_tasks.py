@@ -18,7 +18,8 @@ from hf_fac.answers import read_json, read_list, read_text
 from hf_fac.builtin_tasks import HELPFULNESS, INSTRUCTION_FOLLOWING, SURVIVAL_INSTINCT, SYCOPHANCY, TASKS, TOXICITY
 from hf_fac.conversations import ConversationReader
 from hf_fac.dictionary_schema import RATINGS
-from hf_fac.prompts import HINTS, MarkedSpan, mark_span
+from hf_fac.marked_span import MarkedSpan, mark_span
+from hf_fac.prompts import HINTS
 from hf_fac.tasks import Task, get_task
 
 MESSAGES = replace(INSTRUCTION_FOLLOWING, type="messages")
