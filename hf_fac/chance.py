@@ -52,33 +52,26 @@ def effect(
     ids = np.unique(np.asarray(features, dtype=np.int64))
     place = {feature: i for i, feature in enumerate(ids.tolist())}
     m, n = len(ids), len(written_for)
-    # counts[i, j]: texts written for i that activate j.
-    counts, texts = np.zeros((m, m)), np.zeros(m)
-    for feature, hits in zip(written_for, activates, strict=True):
-        texts[place[feature]] += 1
-        for hit in hits:
-            if hit in place:
-                counts[place[feature], place[hit]] += 1
+    texts = np.bincount(np.array([place[feature] for feature in written_for], dtype=np.int64), minlength=m)
+    hits, own = _hits(place, written_for, activates)
+    filled = float((own > 0).mean()) if m and n else np.nan
     nothing = (np.nan, np.nan)
     if n == 0 or m < 2:
-        own = float((np.diag(counts) > 0).mean()) if m and n else np.nan
-        rate = float(np.trace(counts) / n) if n else np.nan
-        return Effect(m, n, own, np.nan, nothing, rate, np.nan, np.nan, nothing)
+        rate = float(own.sum() / n) if n else np.nan
+        return Effect(m, n, filled, np.nan, nothing, rate, np.nan, np.nan, nothing)
     rng = np.random.default_rng(seed)
-    any_hit = counts > 0
-    columns = np.arange(m)
-    shares = np.array([any_hit[_derangement(m, rng), columns].mean() for _ in range(_RESAMPLES)])
-    rates = _rates(counts, texts)
+    # Column j gets the texts of order[j], never its own.
+    shares = np.array([(_derangement(m, rng)[hits.column] == hits.row).sum() / m for _ in range(_RESAMPLES)])
+    rates = _rates(texts, own, hits, np.ones(m, dtype=np.int64))
     ratios = []
     for _ in range(_RESAMPLES):
-        drawn = rng.integers(m, size=m)
-        own, chance = _rates(counts[np.ix_(drawn, drawn)], texts[drawn], same=drawn[:, None] == drawn[None, :])
-        ratios.append(_ratio(own, chance))
+        times = np.bincount(rng.integers(m, size=m), minlength=m)
+        ratios.append(_ratio(*_rates(texts, own, hits, times)))
     known = [ratio for ratio in ratios if not np.isnan(ratio)]
     return Effect(
         features=m,
         texts=n,
-        filled=float(np.diag(any_hit).mean()),
+        filled=filled,
         filled_by_chance=float(shares.mean()),
         filled_interval=_central(shares),
         hit_rate=rates[0],
@@ -88,12 +81,44 @@ def effect(
     )
 
 
-def _rates(counts: np.ndarray, texts: np.ndarray, same: np.ndarray | None = None) -> tuple[float, float]:
-    """The share of texts that hit their own feature, and of pairs with another feature that hit."""
-    same = np.eye(len(texts), dtype=bool) if same is None else same
-    pairs = (texts[:, None] * ~same).sum()
-    own = np.diag(counts).sum() / texts.sum() if texts.sum() else 0.0
-    return float(own), float((counts * ~same).sum() / pairs) if pairs else np.nan
+class _Hits(NamedTuple):
+    """Pairs of different features that a text hits, by place: `count` texts written for `row` activate `column`."""
+
+    row: np.ndarray
+    column: np.ndarray
+    count: np.ndarray
+
+
+def _hits(
+    place: dict[int, int], written_for: Sequence[int], activates: Sequence[Sequence[int]]
+) -> tuple[_Hits, np.ndarray]:
+    """The hits of other features, and per feature the texts of its own that hit it."""
+    m = len(place)
+    cells = (
+        place[feature] * m + place[hit]
+        for feature, hits in zip(written_for, activates, strict=True)
+        for hit in hits
+        if hit in place
+    )
+    cell, count = np.unique(np.fromiter(cells, dtype=np.int64), return_counts=True)
+    row, column = np.divmod(cell, max(m, 1))
+    other = row != column
+    own = np.zeros(m, dtype=np.int64)
+    own[row[~other]] = count[~other]
+    return _Hits(row[other], column[other], count[other]), own
+
+
+def _rates(texts: np.ndarray, own: np.ndarray, hits: _Hits, times: np.ndarray) -> tuple[float, float]:
+    """The share of texts that hit their own feature, and of pairs with another feature that hit; NaN without a pair.
+
+    Args:
+        times: how often each feature is drawn, [m]; two draws of one feature are no pair.
+    """
+    pairs = (times * texts) @ (times.sum() - times)
+    if not pairs:
+        return np.nan, np.nan
+    hit = (times[hits.row] * times[hits.column]) @ hits.count
+    return float(times @ own / (times @ texts)), float(hit / pairs)
 
 
 def _ratio(own: float, chance: float) -> float:

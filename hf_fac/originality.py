@@ -6,9 +6,13 @@ In: a text, the spans that its prompt showed, the texts that are known. Out: the
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
+
+import numpy as np
+import xxhash
 
 # Scripts that set no spaces between words count by character.
 _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
@@ -23,6 +27,7 @@ _END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s)|[。！？]|\n")
 _FEWEST_WORDS = 3
 _DISTINCT, _LOOP_WORDS = 0.6, 40  # of a text's words so many must differ (of a long text's: of 40)
 _SHINGLE = 5  # characters
+_HASHES = 128  # of a text's MinHash
 
 
 def words(text: str) -> list[str]:
@@ -68,9 +73,13 @@ class NearDuplicates:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold}; it must be above 0 and at most 1.")
         self.threshold = threshold
-        # A lower threshold here: what is missed here is never compared.
-        self._index = MinHashLSH(threshold=0.8 * threshold, num_perm=128)
-        self._known: list[tuple[str, frozenset[str]]] = []
+        # A lower threshold here: what is missed here is never compared. MinHashLSH only says how many bands of how many
+        # hashes are best: its own tables take four times the memory of ours.
+        best = MinHashLSH(threshold=0.8 * threshold, num_perm=_HASHES)
+        self._bands, self._rows = best.b, best.r
+        self._latest: dict[int, int] = {}  # by a band's key: the latest text that has it
+        self._before = array("i")  # [texts * bands]: the text before it that has the same key, or -1
+        self._known: list[tuple[str, str]] = []
         for source, texts in (known or {}).items():
             for text in texts:
                 self.add(text, source)
@@ -78,19 +87,38 @@ class NearDuplicates:
     def add(self, text: str, source: str) -> None:
         shingles = _shingles(text)
         if shingles:
-            self._index.insert(len(self._known), _minhash(shingles), check_duplication=False)
-            self._known.append((source, shingles))
+            number = len(self._known)  # one object for all bands
+            for key in self._keys(shingles):
+                self._before.append(self._latest.get(key, -1))
+                self._latest[key] = number
+            self._known.append((source, text))
 
     def source_of(self, text: str) -> str | None:
         """Returns where a near-duplicate of the text is from, None where there is none."""
         ours = _shingles(text)
         if not ours:
             return None
-        for number in sorted(self._index.query(_minhash(ours))):
-            source, theirs = self._known[number]
-            if len(ours & theirs) >= self.threshold * len(ours | theirs):
+        for number in sorted(self._candidates(ours)):
+            source, known = self._known[number]
+            theirs = _shingles(known)
+            shared = len(ours & theirs)
+            if shared >= self.threshold * (len(ours) + len(theirs) - shared):
                 return source
         return None
+
+    def _candidates(self, shingles: frozenset[str]) -> set[int]:
+        found = set()
+        for band, key in enumerate(self._keys(shingles)):
+            number = self._latest.get(key, -1)
+            while number >= 0:
+                found.add(number)
+                number = self._before[number * self._bands + band]
+        return found
+
+    def _keys(self, shingles: frozenset[str]) -> list[int]:
+        """A key a band: equal where all of the band's hashes are."""
+        bands = _minhash(shingles)[: self._bands * self._rows].reshape(self._bands, self._rows)
+        return [xxhash.xxh3_64_intdigest(hashes.tobytes(), seed=band) for band, hashes in enumerate(bands)]
 
 
 def texts_of(rows: Iterable[Any]) -> Iterator[str]:
@@ -111,9 +139,9 @@ def _shingles(text: str) -> frozenset[str]:
     return frozenset(text[i : i + _SHINGLE] for i in range(max(1, len(text) - _SHINGLE + 1))) if text else frozenset()
 
 
-def _minhash(shingles: frozenset[str]) -> Any:
+def _minhash(shingles: frozenset[str]) -> np.ndarray:
     from datasketch import MinHash
 
-    found = MinHash(num_perm=128)
+    found = MinHash(num_perm=_HASHES)
     found.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles])
-    return found
+    return found.hashvalues

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
+from datasketch import MinHash, MinHashLSH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from writing_chat import sentence
@@ -54,6 +56,65 @@ def test_near_duplicates_are_those_whose_shingles_overlap_enough(seed):
         assert max(overlaps) >= 0.6
     elif max(overlaps) >= 0.85:
         pytest.fail("MinHash may miss what is near the threshold, not what is far above it")
+
+
+def set_of_shingles(text):
+    text = " ".join(text.casefold().split())
+    return {text[i : i + 5] for i in range(max(1, len(text) - 4))} if text else set()
+
+
+class SetsOfShingles:
+    """Every known text's set kept, datasketch's own index: a near-duplicate is from the first that overlaps enough."""
+
+    def __init__(self, known, threshold):
+        self.threshold, self.sets = threshold, [set_of_shingles(text) for text in known]
+        self.index = MinHashLSH(threshold=0.8 * threshold, num_perm=128)
+        for number, shingles in enumerate(self.sets):
+            if shingles:
+                self.index.insert(number, self.minhash(shingles))
+
+    def minhash(self, shingles):
+        found = MinHash(num_perm=128)
+        found.update_batch([shingle.encode() for shingle in shingles])
+        return found
+
+    def source_of(self, text):
+        ours = set_of_shingles(text)
+        for number in sorted(self.index.query(self.minhash(ours))) if ours else []:
+            theirs = self.sets[number]
+            if len(ours & theirs) >= self.threshold * len(ours | theirs):
+                return str(number)
+        return None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.2, 0.5, 0.7, 0.9, 1.0]))
+def test_the_first_near_duplicate_is_found_as_by_an_index_of_sets(seed, threshold):
+    rng = random.Random(seed)
+    own = sentence(rng, n=12)
+    known = ["", "  ", "abc", *(sentence(rng, n=12) for _ in range(3)), own, own.upper()]
+    for changes in rng.sample(range(1, 9), 5):
+        words_of_it = own.split()
+        for place in rng.sample(range(len(words_of_it)), changes):
+            words_of_it[place] = rng.choice(["river", "otherwise", ""])
+        known.append(" ".join(words_of_it))
+    rng.shuffle(known)
+    index = NearDuplicates({str(number): [text] for number, text in enumerate(known)}, threshold=threshold)
+    reference = SetsOfShingles(known, threshold)
+    for text in [*known, sentence(rng, n=12), "ABC"]:
+        assert index.source_of(text) == reference.source_of(text)
+
+
+def test_a_known_text_keeps_no_set_of_its_shingles():
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefghij ", k=2000)) for _ in range(100)]
+    known = NearDuplicates({"first": ["what is imported, or made once, is here"]})
+    tracemalloc.start()
+    for text in texts:
+        known.add(text, "later")
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept / len(texts) < 4000  # a set takes 100,000 bytes and more, datasketch's index 7,000
 
 
 def test_the_source_of_a_near_duplicate_is_told():
