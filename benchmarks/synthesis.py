@@ -20,6 +20,7 @@ from hf_fac import FeatureCoverage
 from hf_fac.chat import LocalChat
 from hf_fac.embedded import load_anchor, load_dictionary, load_featurizer, load_seed
 from hf_fac.journal import Journal
+from hf_fac.piecework import unbounded
 from hf_fac.synthesis import FACSynthesizer
 from hf_fac.synthesis_report import by_way
 
@@ -71,7 +72,7 @@ def searched(features: np.ndarray, way: str, seed: int, journal: Journal) -> lis
     and written once."""
     made = synthesizer(ways=[way], samples_per_feature=10**6, rounds=1, seed=seed)
     with journal.claim("piece") as piece:
-        writer = made._writer(made._gauge(features), "list", piece, lambda n, finishing: None)
+        writer = made._writer(made._gauge(features), "list", piece, unbounded)
         writer.search(features.tolist())
     return [c.record() for own in writer.candidates.values() for c in own]
 
@@ -105,7 +106,7 @@ def steps() -> None:
 def speed() -> None:
     features = draw(options.features or 40, options.seed)
     made = synthesizer(ways=["one_step"])
-    writer = made._writer(made._gauge(features), "list", None, lambda n, finishing: None)
+    writer = made._writer(made._gauge(features), "list", None, unbounded)
     requests = [writer._request(0, "words", feature) for feature in features.tolist()]
     settings = {"temperature": 0.8, "top_p": 0.9}
     model, tokenizer = featurizer.model, featurizer.tokenizer

@@ -17,6 +17,8 @@ from .answers import Answer
 from .journal import differences, put_lines, whole_lines
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .chat import Chat, Completion
     from .prompts import Message
 
@@ -171,10 +173,15 @@ def chat_name(chat: Chat) -> str:
     from .endpoint import EndpointChat
 
     if isinstance(chat, LocalChat):
-        return chat.model.config._name_or_path or type(chat.model).__name__
+        return model_name(chat.model)
     if isinstance(chat, EndpointChat):
         return str(chat.model or chat.base_url)
     return type(chat).__name__
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """What is recorded of a model: where it is from, or else its class."""
+    return model.config._name_or_path or type(model).__name__
 
 
 def _digest(question: Question) -> str:

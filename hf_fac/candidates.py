@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .chat import NOT_ASKED
 from .gauge import Measured
 
 if TYPE_CHECKING:
@@ -14,7 +16,13 @@ if TYPE_CHECKING:
     from .steering import SteeredChat, UserTurn
     from .tasks import Task
 
+TOKENS = ("prompt_tokens", "completion_tokens")
 _AT_ONCE = 64  # conversations put to the chat at once, and what a kill can cost
+
+
+# Given the fewest texts of use, and whether rows are being finished: a context in which texts may be asked for,
+# and how many. Raises `Stopped` when there is no room for so many.
+Allow = Callable[[int, bool], AbstractContextManager[int]]
 
 
 class Stopped(Exception):
@@ -68,7 +76,6 @@ class Candidate:
     copied: int = 0
     refused: str | None = None
     chosen: bool = False
-    picked: bool = False
     parts: dict[str, str] = field(default_factory=dict)
     attempts: int = 0
 
@@ -86,66 +93,105 @@ class Asker:
 
     Args:
         neutral: what writes without being told of a feature; None where nothing is steered.
-        piece: where answers are kept. allow: called before texts are asked for with their number, `reserve` included,
-            and whether rows are being finished; raises `Stopped`.
+        piece: where answers are kept.
+        allow: see `Allow`.
 
-    reserve: texts that are still needed to finish what was found. finishing: no search any more.
+    reserve: texts that are still needed to finish what was found. spare: as many again for each request that finds
+    something. finishing: no search any more.
+    stopped: why requests were left unasked, None where none were. failures: texts that the chat did not write, and
+    failure: why not the first of them.
     """
 
-    def __init__(self, chat: Chat, neutral: UserTurn | None, piece: Piece, allow: Callable[[int, bool], None]) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        neutral: UserTurn | None,
+        piece: Piece,
+        allow: Allow,
+    ) -> None:
         self.chat, self.neutral, self.piece, self.allow = chat, neutral, piece, allow
-        self.reserve, self.finishing = 0, False
+        self.reserve, self.spare, self.finishing = 0, 0, False
+        self.stopped: str | None = None
+        self.failures, self.failure = 0, ""
 
     def answers(
         self, requests: Sequence[Request], settings: dict[str, Any], *, steered: bool = False
     ) -> dict[str, list[tuple[str, str]]]:
-        """Returns by key the texts and how each ended; those that failed are asked for again by another run.
+        """Returns by key n texts and how each ended, "failed" where there is none: another run asks for those again.
+
+        Requests that were left unasked are missing, and `stopped` says why.
 
         Args:
             settings: those of `Chat.complete`. steered: with the feature and strength of each request.
         """
+        self.stopped = None
+        known = [request for request in requests if request.key in self.piece]
+        self._ask([request for request in requests if request.key not in self.piece], settings, steered)
+        for number in range(settings["n"]):
+            again = [request for request in known if number not in self._answered(request.key)]
+            self._ask(again, settings | {"n": 1, "seed": settings["seed"] + number}, steered, number)
+        found = {request.key: self._answered(request.key) for request in requests if request.key in self.piece}
+        numbers = range(settings["n"])
+        return {key: [texts.get(number, ("", "failed")) for number in numbers] for key, texts in found.items()}
+
+    def _ask(self, waiting: Sequence[Request], settings: dict[str, Any], steered: bool, number: int = 0) -> None:
+        """Ask for n texts, those from `number` on."""
         from .endpoint import ChatError
 
-        waiting = [request for request in requests if request.key not in self.piece]
-        failed: dict[str, list[tuple[str, str]]] = {}
-        for start in range(0, len(waiting), _AT_ONCE):
-            batch = waiting[start : start + _AT_ONCE]
-            self.allow(len(batch) * settings["n"] + self.reserve, self.finishing)
-            begun = [request.begun for request in batch]
-            chat: Any = self.chat
-            more = {}
-            if steered:
-                chat = self.neutral.steered
-                more["features"] = [request.feature for request in batch]
-                more["strengths"] = [request.asked["strength"] for request in batch]
+        each = settings["n"] + self.spare
+        while waiting and self.stopped is None:
             try:
-                found = chat.complete([r.conversation for r in batch], begun=begun, **settings, **more)
+                with self.allow(each + self.reserve, self.finishing) as room:
+                    batch = waiting[: min(_AT_ONCE, (room - self.reserve) // each)]
+                    waiting = waiting[len(batch) :]
+                    self._journal(batch, self._complete(batch, settings, steered), number)
             except ChatError as error:
-                self._journal(batch, error.completions)
+                self._journal(batch, error.completions, number)
                 raise
-            failed |= self._journal(batch, found)
-        return failed | {
-            r.key: [tuple(a) for a in self.piece[r.key]["answers"]] for r in requests if r.key in self.piece
-        }
+            except Stopped as stop:
+                self.stopped = str(stop)
 
-    def _journal(self, batch: Sequence[Request], found: Sequence[Sequence[Completion]]) -> dict[str, list]:
-        whole = [
-            (r, answers)
-            for r, answers in zip(batch, found, strict=False)
-            if answers and not any(a.finish == "failed" for a in answers)
-        ]
-        self.piece.add(
-            (
-                r.key,
-                {
-                    "answers": [(a.text, a.finish) for a in answers],
-                    "prompt_tokens": sum(a.prompt_tokens for a in answers),
-                    "completion_tokens": sum(a.completion_tokens for a in answers),
-                },
-            )
-            for r, answers in whole
-        )
-        return {r.key: [(a.text, a.finish) for a in answers] for r, answers in zip(batch, found, strict=False)}
+    def _complete(
+        self, batch: Sequence[Request], settings: dict[str, Any], steered: bool
+    ) -> Sequence[Sequence[Completion]]:
+        conversations, begun = [r.conversation for r in batch], [r.begun for r in batch]
+        if not steered:
+            return self.chat.complete(conversations, begun=begun, **settings)
+        return self.neutral.steered.complete(
+            conversations, begun=begun, features=[r.feature for r in batch],
+            strengths=[r.asked["strength"] for r in batch], **settings,
+        )  # fmt: skip
+
+    def _journal(self, batch: Sequence[Request], found: Sequence[Sequence[Completion]], number: int) -> None:
+        entries = []
+        for request, answers in zip(batch, found, strict=False):
+            asked = [(number + i, a) for i, a in enumerate(answers) if not (a.error or "").startswith(NOT_ASKED)]
+            failed = [a.error for a in answers if a.finish == "failed"]
+            self.failure = self.failure or (failed[0] or "it does not say why" if failed else "")
+            self.failures += len(failed)
+            if len(asked) < len(answers):
+                self.stopped = f"the chat: {failed[-1]}"
+            if asked:
+                texts = [(i, a.text, a.finish) for i, a in asked if a.finish != "failed"]
+                tokens = {name: sum(getattr(a, name) for _, a in asked) for name in TOKENS}
+                entries.append((self._free_key(request.key), {"asked": len(asked), "answers": texts, **tokens}))
+        self.piece.add(entries)
+
+    def _answered(self, key: str) -> dict[int, tuple[str, str]]:
+        """By number the texts of a request, in all entries that there are of it."""
+        found, entry, times = {}, key, 0
+        while entry in self.piece:
+            found |= {number: (text, finish) for number, text, finish in self.piece[entry]["answers"]}
+            times += 1
+            entry = f"{key}+{times}"
+        return found
+
+    def _free_key(self, key: str) -> str:
+        entry, times = key, 0
+        while entry in self.piece:
+            times += 1
+            entry = f"{key}+{times}"
+        return entry
 
 
 def neutral_turn(task: Task, steered: SteeredChat) -> UserTurn:

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 _CONTEXT = 8  # tokens decoded before a text: at the very beginning a tokenizer may drop a leading space
 
 
+NOT_ASKED = "Not asked: "
+
+
 class Completion(NamedTuple):
     """One answer.
 
     text: what was written, without what was begun for it and without a stop string; "" where nothing came.
-    finish: "stop" for an end of its own or a stop string, "length" at max_tokens, "failed" where `error` says why.
+    finish: "stop" for an end of its own or a stop string, "length" at max_tokens, "failed" where `error` says why;
+        where the chat is at its end and never asked, `error` begins with NOT_ASKED.
     prompt_tokens, completion_tokens: as the model or server counts them, 0 where it does not say.
     """
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .chat import Completion, before_stop, check_arguments, progress_bar
+from .chat import NOT_ASKED, Completion, before_stop, check_arguments, progress_bar
 
 if TYPE_CHECKING:
     from httpx2 import Response
@@ -257,7 +257,7 @@ class EndpointChat:
         if run.halt.is_set():
             raise _Failed(_UNASKED.error)
         if run.lost >= _LOST_IN_A_ROW:
-            raise _Failed(f"Not asked: the server failed {run.lost} requests in a row, the last so: {run.last}.")
+            raise _Failed(f"{NOT_ASKED}the server failed {run.lost} requests in a row, the last so: {run.last}.")
         self._count_request()
         extra = dict(self.extra_body)
         messages = list(request.messages)
@@ -360,7 +360,7 @@ class EndpointChat:
                 ("max_tokens_total", self.max_tokens_total, used),
             ):
                 if cap is not None and value >= cap:
-                    raise _Failed(f"Not asked: {name} is {cap}, and {value} were used.")
+                    raise _Failed(f"{NOT_ASKED}{name} is {cap}, and {value} were used.")
             self.spent = replace(self.spent, requests=self.spent.requests + 1)
 
     def _count(self, **more: int) -> None:
@@ -370,7 +370,7 @@ class EndpointChat:
             )
 
 
-_UNASKED = Completion("", "failed", "Not asked: the run ended before its turn.", 0, 0)
+_UNASKED = Completion("", "failed", f"{NOT_ASKED}the run ended before its turn.", 0, 0)
 
 
 @dataclass(frozen=True)

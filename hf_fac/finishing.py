@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .candidates import Asker, Candidate, Request, Settings
+from .candidates import Asker, Candidate, Request, Settings, Stopped
 from .gauge import Gauge, Measured
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ class RowWriter:
         self.task = settings.task
 
     def make(self, candidates: list[Candidate]) -> None:
-        """Give each candidate its row and mark it as chosen, or say why it is refused. Raises: Stopped."""
+        """Give each candidate its row and mark it as chosen, or say why it is refused.
+
+        Raises: Stopped when parts were left unasked; what is whole by then is marked.
+        """
         open_ = candidates
         for candidate in candidates:
             if candidate.row is None:
@@ -37,6 +40,8 @@ class RowWriter:
             if requests:
                 self._write_parts(requests)
             self._check_rows([c for c in open_ if c.row is not None and c.refused is None])
+            if self.asker.stopped is not None:
+                raise Stopped(self.asker.stopped)
             open_ = [c for c in open_ if not c.chosen and c.refused is None]
 
     def _write_parts(self, requests: Mapping[str, tuple[Candidate, str, Request]]) -> None:
@@ -47,6 +52,8 @@ class RowWriter:
             settings = {"n": 1, "temperature": 0.7, "max_tokens": self.settings.answer_tokens, "stop": ()}
             answers = self.asker.answers(wanted, settings | {"seed": 1000 * self.settings.seed + 100 * attempt + 99})
             for request in wanted:
+                if request.key not in answers:
+                    continue
                 candidate, name, _ = requests[request.key]
                 [(text, finish)] = answers[request.key]
                 value, problem = self.task.read_part(name, text) if finish != "failed" else (None, "the chat failed")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _SETTINGS = "settings.json"
-_FORMAT = "hf_fac journal 1"
+_FORMAT = "hf_fac journal 2"
 
 
 class Journal:
@@ -174,4 +174,5 @@ def digest(value: Any) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith((".partial", ".lock", ".jsonl")) or name.startswith("result-")
+    # Another process may have put the settings there in between.
+    return name.endswith((".partial", ".lock", ".jsonl")) or name.startswith("result-") or name == _SETTINGS

@@ -6,21 +6,24 @@ In: what makes a writer for a piece, the pieces' features. Out: what came of eve
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .candidates import Stopped
-from .journal import Journal, digest, write_whole
-from .writing import SampleWriter
+from .candidates import TOKENS, Allow, Asker, Stopped
+from .journal import Journal, Piece, digest, write_whole
+from .writing import ENOUGH, SampleWriter
 
 FORMS = ("list", "text", "json")
 PROBED = 8  # features by which the form of prompts is chosen
 _POLL_S = 0.2
 _FORM = "form"  # the piece in which a form is chosen
+_ASKING = "asking"  # who has this one may ask, where the number of texts is bounded
 
 
 class Bounds(NamedTuple):
@@ -29,6 +32,11 @@ class Bounds(NamedTuple):
     max_samples: int | None = None
     max_requests: int | None = None
     max_seconds: float | None = None
+
+
+def unbounded(_least: int, _finishing: bool) -> AbstractContextManager[int]:
+    """Allows any number of texts."""
+    return nullcontext(sys.maxsize)
 
 
 class PieceWork:
@@ -43,7 +51,7 @@ class PieceWork:
 
     def __init__(
         self,
-        make_writer: Callable[[str, Any, Callable[[int, bool], None]], SampleWriter],
+        make_writer: Callable[[str, Any, Allow], SampleWriter],
         journal: Journal,
         pieces: dict[str, np.ndarray],
         bounds: Bounds,
@@ -57,21 +65,24 @@ class PieceWork:
         self.begun = time.perf_counter()
         self.ended: str | None = None
         self.features = np.concatenate([*pieces.values(), np.zeros(0, np.int64)])
-        self.done: dict[str, dict] = {}
+        self.closed: dict[str, dict] = {}  # what came of pieces that this call is through with
+        self.failures, self.failure = 0, ""  # texts that the chat did not write, why not the first
 
     def run(self, form: str | None) -> dict[str, dict]:
-        """Returns by piece what came of it: its candidates and what they cost ("form": what choosing one cost). `ended`
-        then says which bound ended it.
+        """Returns by piece what came of it: its candidates, whether all was `tried`, and what it cost ("form": what
+        choosing one cost). `ended` then says what ended the work before all was tried.
 
         Args:
             form: how words are asked for; None tries all.
         """
         from tqdm.auto import tqdm
 
-        outcome = self._stored()
-        if outcome is not None:
-            return outcome
-        form = form or self._form()
+        stored = self._stored()
+        if stored is not None and not stored["again"]:
+            return self._outcomes(stored)
+        if stored is not None:
+            self._stored_at().unlink(missing_ok=True)  # the chat had failed: ask again
+        form = form or (self._form() if self._open() else "text")
         if form is not None:
             with tqdm(desc="Writing samples", unit="feature", leave=False) as bar:
                 while self.ended is None and (open_ := self._open()):
@@ -79,7 +90,11 @@ class PieceWork:
                     if not any(self._claim(name, form, bar) for name in open_):
                         self.stop()
                         time.sleep(_POLL_S)
-        return self._outcome()
+        if self.ended is None and len(self.closed) < len(self.pieces):
+            self.ended = f"max_samples {self.bounds.max_samples:,}"
+        if self.ended is None and self.failures:
+            self.ended = f"texts that the chat did not write ({self.failures:,}; the first: {self.failure})"
+        return self._outcomes(self._settled())
 
     def _open(self) -> list[str]:
         """The pieces to be worked on: up to the one at which there are samples enough."""
@@ -87,10 +102,10 @@ class PieceWork:
         for name in self.pieces:
             if most is not None and found >= most and not open_:
                 break
-            if name not in self.done and "done" in (piece := self.journal.read(name)):
-                self.done[name] = piece["done"]
-            if name in self.done:
-                found += sum(c["chosen"] for c in self.done[name]["candidates"])
+            if name not in self.closed and "done" in (piece := self.journal.read(name)):
+                self.closed[name] = piece["done"]
+            if name in self.closed:
+                found += sum(c["chosen"] for c in self.closed[name]["candidates"])
             else:
                 open_.append(name)
                 if most is not None and found + self._expected(open_) >= most:
@@ -109,97 +124,117 @@ class PieceWork:
             writer = self.make_writer(form, piece, self._allow)
             most = self.bounds.max_samples
             enough = None if most is None else most - self.n_taken - self._found_before(name)
-            self.ended = writer.write(self.pieces[name].tolist(), enough=enough)
-            outcome = {"candidates": [c.record() for own in writer.candidates.values() for c in own], **_cost(piece)}
-            key = "done" if self.ended is None else f"stopped:{sum(k.startswith('stopped') for k in piece.values)}"
-            piece.add([(key, outcome)])
+            try:
+                ended = writer.write(self.pieces[name].tolist(), enough=enough)
+                self.ended = f"max_samples {most:,}" if ended == ENOUGH else ended
+            finally:
+                # Also where the chat raised: what was made by then is kept.
+                tried = self.ended is None and not writer.asker.failures and sys.exception() is None
+                candidates = [c.record() for own in writer.candidates.values() for c in own]
+                outcome = {"candidates": candidates, "tried": tried, **_cost(piece)}
+                piece.add([("done" if tried else f"stopped:{_stops(piece)}", outcome)])
+                self._note(writer.asker)
+            self.closed[name] = outcome
             bar.update(len(self.pieces[name]))
             return True
 
-    def _found_before(self, name: str) -> int:
-        return sum(c["chosen"] for other, o in self.done.items() if other < name for c in o["candidates"])
+    def _note(self, asker: Asker) -> None:
+        self.failures += asker.failures
+        self.failure = self.failure or asker.failure
 
-    def _allow(self, n: int, finishing: bool) -> None:
-        """Raises: Stopped when a bound leaves no room for n more requests; rows that were begun may take longer."""
+    def _found_before(self, name: str) -> int:
+        return sum(c["chosen"] for other, o in self.closed.items() if other < name for c in o["candidates"])
+
+    @contextmanager
+    def _allow(self, least: int, finishing: bool) -> Iterator[int]:
+        """Yields how many texts may be asked for; with a bound on them one process asks at a time.
+
+        Raises: Stopped when they are fewer than `least`, or when the time is up, but rows that were begun may take
+            longer.
+        """
         self.stop()
         _, most, seconds = self.bounds
-        if most is not None:
-            spent = sum(self._spent(name)["requests"] for name in [*self.pieces, _FORM])
-            if spent + n > most:
-                raise Stopped(f"max_requests {most:,}")
         if seconds is not None and not finishing and time.perf_counter() - self.begun > seconds:
             raise Stopped(f"max_seconds {seconds:g}")
+        if most is None:
+            yield sys.maxsize
+            return
+        with self._turn(_ASKING):
+            left = most - sum(self._spent(name)["requests"] for name in [*self.pieces, _FORM])
+            if left < least:
+                raise Stopped(f"max_requests {most:,}")
+            yield left
 
-    def _spent(self, name: str) -> dict[str, int]:
-        return self.done.get(name) or _cost(self.journal.read(name))
-
-    def _form(self) -> str | None:
-        """The form of prompt whose texts are kept most often, tried on a few features; None when there was no time."""
-        features = self.features[:PROBED].tolist()
-        if not features:
-            return "text"
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[Piece]:
+        """Yields a piece as soon as no other process has it."""
         while True:
-            with self.journal.claim(_FORM) as piece:
+            with self.journal.claim(name) as piece:
                 if piece is not None:
-                    return self._chosen_form(piece, features)
+                    yield piece
+                    return
             self.stop()
             time.sleep(_POLL_S)
 
-    def _chosen_form(self, piece: Any, features: list[int]) -> str | None:
-        if "form" not in piece:
-            kept = {}
-            for form in FORMS:
-                writer = self.make_writer(form, _Prefixed(piece, form), self._allow)
-                try:
-                    kept[form] = writer.probe(features)
-                except Stopped as stop:
-                    self.ended = str(stop)
-                    return None
-            best = max(FORMS[::-1], key=lambda form: kept[form])
-            piece.add([("form", {"kept": kept, "form": best})])
-        return piece["form"]["form"]
+    def _spent(self, name: str) -> dict[str, int]:
+        return self.closed.get(name) or _cost(self.journal.read(name))
+
+    def _form(self) -> str | None:
+        """The form of prompt whose texts are kept most often, or else read, tried on a few features; None when there
+        was no time."""
+        features = self.features[:PROBED].tolist()
+        if not features:
+            return "text"
+        with self._turn(_FORM) as piece:
+            if "form" not in piece:
+                kept = {}
+                for form in FORMS:
+                    writer = self.make_writer(form, _Prefixed(piece, form), self._allow)
+                    try:
+                        kept[form] = writer.probe(features)
+                    except Stopped as stop:
+                        self.ended = str(stop)
+                        self._note(writer.asker)
+                        return None
+                best = max(FORMS[::-1], key=lambda form: kept[form])
+                piece.add([("form", {"kept": kept, "form": best})])
+            return piece["form"]["form"]
 
     def _stored_at(self) -> Path | None:
+        """What an equal call ended with."""
         if self.journal.folder is None:
             return None
         return self.journal.folder / f"result-{digest(self.bounds)}.json"
 
-    def _stored(self) -> dict[str, dict] | None:
-        """What an equal call ended with when it reached a bound."""
+    def _stored(self) -> dict[str, Any] | None:
         path = self._stored_at()
-        if path is None or not path.exists():
+        try:
+            return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
             return None
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        self.ended = stored["ended"]
-        return self._outcomes(stored["pieces"])
 
-    def _outcome(self) -> dict[str, dict]:
+    def _settled(self) -> dict[str, Any]:
+        """Which of a piece's outcomes count: what one process settles first, all take."""
         found = {}
         for name in self.pieces:
             if self.ended is not None:
-                self._wait_for(name)
-            keys = [k for k in self.journal.read(name).values if k == "done" or k.startswith("stopped")]
-            if keys:
-                found[name] = "done" if "done" in keys else keys[-1]
-        path = self._stored_at()
-        if self.ended is not None and path is not None:
-            write_whole(path, json.dumps({"ended": self.ended, "pieces": found}))
-            return self._stored()
-        return self._outcomes(found)
+                with self._turn(name):
+                    pass  # nobody is at work on it: all have the same bounds
+            piece = self.journal.read(name)
+            if n := _stops(piece):
+                found[name] = f"stopped:{n - 1}"
+            if "done" in piece:
+                found[name] = "done"
+        settled = {"ended": self.ended, "again": bool(self.failures), "pieces": found}
+        if (path := self._stored_at()) is not None:
+            write_whole(path, json.dumps(settled))
+        return self._stored() or settled
 
-    def _outcomes(self, keys: dict[str, str]) -> dict[str, dict]:
-        """By piece what stands under its key."""
-        outcomes = {name: self.journal.read(name)[key] for name, key in keys.items()}
-        return outcomes | {_FORM: {"candidates": [], **_cost(self.journal.read(_FORM))}}
-
-    def _wait_for(self, name: str) -> None:
-        """Until no process works on the piece: all have the same bounds."""
-        while True:
-            with self.journal.claim(name) as piece:
-                if piece is not None:
-                    return
-            self.stop()
-            time.sleep(_POLL_S)
+    def _outcomes(self, settled: dict[str, Any]) -> dict[str, dict]:
+        """By piece what stands under the key that was settled on."""
+        self.ended = settled["ended"]
+        outcomes = {name: self.journal.read(name)[key] for name, key in settled["pieces"].items()}
+        return outcomes | {_FORM: {"candidates": [], "tried": True, **_cost(self.journal.read(_FORM))}}
 
 
 class _Prefixed:
@@ -218,10 +253,11 @@ class _Prefixed:
         self.piece.add((f"{self.prefix}:{key}", value) for key, value in entries)
 
 
-def _cost(piece: Any) -> dict[str, int]:
+def _stops(piece: Piece) -> int:
+    return sum(key.startswith("stopped:") for key in piece.values)
+
+
+def _cost(piece: Piece) -> dict[str, int]:
     answered = [v for v in piece.values.values() if isinstance(v, dict) and "answers" in v]
-    return {
-        "requests": sum(len(v["answers"]) for v in answered),
-        "prompt_tokens": sum(v["prompt_tokens"] for v in answered),
-        "completion_tokens": sum(v["completion_tokens"] for v in answered),
-    }
+    tokens = {name: sum(v[name] for v in answered) for name in TOKENS}
+    return {"requests": sum(v["asked"] for v in answered), **tokens}

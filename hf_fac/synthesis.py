@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .candidates import Candidate, Settings
+from .candidates import Allow, Settings
+from .conversations import RowError
 from .coverage import FACReport, check_threshold
 from .gauge import Gauge
 from .journal import Journal, digest
 from .originality import NearDuplicates, texts_of
-from .piecework import FORMS, PROBED, Bounds, PieceWork
+from .piecework import FORMS, Bounds, PieceWork, unbounded
 from .prompts import HINTS
 from .prompts import PROMPT_VERSION as PROMPTS
 from .tasks import Task, get_task
-from .writing import PROBES, STEERING_ROUNDS, SampleWriter
+from .writing import SampleWriter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,33 +36,13 @@ if TYPE_CHECKING:
     from .chat import Chat
     from .dictionary import FeatureDictionary
     from .featurizer import SAEFeaturizer
+    from .pool import FromPool
+    from .synthesis_plan import SynthesisPlan
     from .synthesis_report import SynthesisReport
 
-VERSION = 1  # changes when the same settings and answers would give other samples
+VERSION = 2  # changes when the same settings and answers would give other samples
 WAYS = ("one_step", "two_step", "steering")
 _PIECE = 32  # features that are written for at the same time, and that one process claims
-
-
-@dataclass(frozen=True)
-class SynthesisPlan:
-    """What `synthesize` may cost at most, but for parts of rows that have to be written again; told before anything is
-    spent.
-
-    requests: texts asked for. seconds: on this machine, by writing a few tokens; None for an endpoint.
-    """
-
-    features: int
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float | None
-
-    def __str__(self) -> str:
-        time_ = "" if self.seconds is None else f", {self.seconds / 60:.1f} minutes"
-        return (
-            f"at most {self.requests:,} texts for {self.features:,} features: {self.prompt_tokens:,} tokens of prompts "
-            f"and {self.completion_tokens:,} written{time_}"
-        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +86,8 @@ class FACSynthesizer:
             texts are kept most often.
         candidates: texts asked for at a time for each feature. rounds: of the second step.
         temperature: of the first round; each further round is 0.15 hotter.
-        max_tokens, answer_tokens: the most tokens of a carrier, and of all other parts together.
+        max_tokens, answer_tokens: the most tokens of a carrier, and of each other part (with "json": of all the others
+            together).
         avoid: data that no sample may nearly repeat, by name: {"seed": rows, "evaluation": rows}.
         max_copied_words: a text that shares more consecutive words with a span of its feature is dropped.
         keep: the caller's own filter, a function of a row; rows for which it is false are dropped.
@@ -137,6 +120,13 @@ class FACSynthesizer:
         self.task, self.threshold, self.form = get_task(task), threshold, form
         dictionary.check(featurizer)
         check_threshold(threshold, featurizer.d_sae)
+        try:
+            featurizer.reader([self.task.as_read(self.task.example(), featurizer.reader.pool_over)])
+        except RowError as error:
+            raise ValueError(
+                f"The featurizer reads pool_over={featurizer.reader.pool_over!r}, rows of task {self.task.name!r} have "
+                f"no such part ({error}): make it with pool_over={self.task.pool_over!r}."
+            ) from error
         if ways is None:
             ways = ("two_step", "steering") if _can_write(featurizer) else ("two_step",)
         if not ways or any(way not in WAYS for way in ways) or len(set(ways)) < len(ways):
@@ -166,11 +156,10 @@ class FACSynthesizer:
         """All that shapes results, as JSON values."""
         from .asking import chat_name
 
-        settings = {**asdict(self.settings), "keep": self.settings.keep is not None}
+        settings = vars(self.settings) | {"task": asdict(self.task), "keep": self.settings.keep is not None}
         delta = np.asarray(self.threshold, np.float64)
         return {
-            **settings,
-            "version": VERSION, "prompts": PROMPTS, "hints": len(HINTS), "form": self.form,
+            **settings, "version": VERSION, "prompts": PROMPTS, "hints": len(HINTS), "form": self.form,
             "chat": chat_name(self.chat), "avoid": self._avoided, "measured_by": self.featurizer.fingerprint(),
             "threshold": float(delta) if not delta.ndim else digest(delta.tolist()),
             "dictionary": _digest_of(self.dictionary),
@@ -182,35 +171,13 @@ class FACSynthesizer:
 
     def plan(self, missing: FACReport | ArrayLike) -> SynthesisPlan:
         """Returns what `synthesize(missing)` costs at most, if every feature resists to the end."""
-        from .chat import LocalChat
+        from .synthesis_plan import make_plan
 
         features = self._wanted(missing)
-        settings, tokenizer = self.settings, self.featurizer.tokenizer
-        form = self.form or "text"
-        writer = self._writer(self._gauge(features), form, Journal(None, {}).read("plan"), lambda n, finishing: None)
-        rounds = writer._rounds()
-        words = sum(way != "steering" for way in rounds)
-        requests = [writer._request(0, "words", f) for f in features[:50].tolist() if writer._is_known(f)]
-        texts = ["".join(m["content"] for m in r.conversation) + (r.begun or "") for r in requests]
-        each = np.mean([len(tokenizer(text)["input_ids"]) for text in texts]) if texts else 0
-        neutral = (
-            0 if writer.neutral is None else len(tokenizer(writer.neutral.conversation[0]["content"])["input_ids"])
-        )
-        m, n = len(features), settings.candidates
-        samples, parts = m * settings.samples_per_feature, len(self.task.parts) - 1
-        asked = m * n * len(rounds) + (len(FORMS) * PROBES * min(PROBED, m) if self.form is None else 0)
-        # Prompts are counted as servers do: for every text.
-        prompt = m * n * (words * each + STEERING_ROUNDS * neutral * ("steering" in settings.ways))
-        prompt += samples * parts * (settings.max_tokens + 60)
-        written = asked * writer._most_tokens(False) + samples * parts * settings.answer_tokens
-        requests_ = asked + (samples * parts if form != "json" else 0)
-        seconds = None
-        if isinstance(self.chat, LocalChat) and len(features):
-            start = time.perf_counter()
-            conversation = [{"role": "user", "content": "Write a long story."}]
-            tried = self.chat.complete([conversation], n=16, max_tokens=16, temperature=1.0)[0]
-            seconds = written * (time.perf_counter() - start) / sum(c.completion_tokens for c in tried)
-        return SynthesisPlan(m, int(requests_), int(prompt), int(written), seconds)
+        gauge, piece = self._gauge(features), Journal(None, {}).read("plan")
+        forms = FORMS if self.form is None else (self.form,)
+        writers = [self._writer(gauge, form, piece, unbounded) for form in forms]
+        return make_plan(self.chat, writers, features, self.featurizer.tokenizer)
 
     def synthesize(
         self,
@@ -232,15 +199,20 @@ class FACSynthesizer:
             journal: a folder where every answer, measurement and decision is kept as it comes; the same call goes on
                 there, in other processes at the same time too, and all get the same samples. None keeps nothing.
             pool: rows of the task's type, scored by `FACScorer`: of these the ones that activate most missing features
-                are taken first (`select`), and what they fill is not written for.
+                are taken first (`select`), but for those that `avoid` or `keep` rules out, and what they fill is not
+                written for.
             max_samples, max_requests, max_seconds: bounds on samples, texts asked for, and time: once one is reached
-                nothing new is begun (rows begun are finished, but for max_requests). The same call with the same
-                bounds then gives the same result; raise a bound to go on.
+                nothing new is begun (rows begun are finished, within max_requests). The same call with the same bounds
+                then gives the same result; raise a bound to go on. How many processes share the work shapes what
+                max_samples and max_seconds leave of it.
             stop: called between requests and while waiting for other processes; what it raises ends the call.
 
-        Raises: ValueError for features out of range, a bound below 1, a FACReport of other measurements or a higher
-            delta, a journal begun under other settings or for other features; ChatError when the chat cannot answer
-            anything: what it answered is kept in the journal.
+        Where the chat leaves texts unwritten (a server that fails, a cap of tokens) the rest comes with a warning,
+        and the same call asks for them again.
+
+        Raises: ValueError for features out of range, a bound below 1, a FACReport or pool measured otherwise, a higher
+            delta in the report, a journal begun under other settings or for other features; ChatError when the chat
+            cannot answer anything: what it answered is kept in the journal, and max_requests=1 returns what came of it.
         """
         from .synthesis_report import make_result
 
@@ -253,9 +225,9 @@ class FACSynthesizer:
             if (others := np.setdiff1d(_ids(features), wanted)).size:
                 raise ValueError(f"feature {others[0]} is none of the {len(wanted):,} missing features")
             wanted = _ids(features)
-        features, taken = wanted, []
+        taken, refused, features = [], [], wanted
         if pool is not None:
-            taken, features = self._from_pool(pool, features, max_samples)
+            taken, refused, features = self._from_pool(pool, wanted)
         settings = {**self._describe(), "missing": digest(features.tolist())}
         record, gauge = Journal(journal, settings), self._gauge(features)
         pieces = {f"piece-{i // _PIECE:05d}": features[i : i + _PIECE] for i in range(0, len(features), _PIECE)}
@@ -270,8 +242,13 @@ class FACSynthesizer:
         )
         asks = any(way != "steering" for way in self.settings.ways)
         outcomes = work.run(self.form if asks else "text")
+        if work.failures:
+            warnings.warn(f"Synthesis ended by {work.ended.rstrip('.')}. The same call asks for them again.", stacklevel=2)
         seconds = time.perf_counter() - begun
-        return make_result(self, missing, wanted, taken, outcomes, work.ended, seconds=seconds, max_samples=max_samples)
+        pool_rows = [*taken, *refused]
+        return make_result(
+            self, missing, wanted, pool_rows, outcomes, work.ended, seconds=seconds, max_samples=max_samples
+        )
 
     def _wanted(self, missing: FACReport | ArrayLike) -> np.ndarray:
         if isinstance(missing, FACReport):
@@ -288,7 +265,7 @@ class FACSynthesizer:
     def _gauge(self, features: np.ndarray) -> Gauge:
         return Gauge(self.featurizer, self.task, features, self.threshold)
 
-    def _writer(self, gauge: Gauge, form: str, piece: Any, allow: Callable[[int, bool], None]) -> SampleWriter:
+    def _writer(self, gauge: Gauge, form: str, piece: Any, allow: Allow) -> SampleWriter:
         steered = self._steering() if "steering" in self.settings.ways else None
         return SampleWriter(self.chat, steered, gauge, self.dictionary, self.settings, form, piece, self._known, allow)
 
@@ -303,32 +280,17 @@ class FACSynthesizer:
             self._steered = SteeredChat(chat, own.sae, layer=own.layer)
         return self._steered
 
-    def _from_pool(
-        self, pool: Dataset, features: np.ndarray, max_samples: int | None
-    ) -> tuple[list[Candidate], np.ndarray]:
-        from .gauge import Measured
-        from .selection import select
+    def _from_pool(self, pool: Dataset, features: np.ndarray) -> FromPool:
+        from .pool import take_from_pool
 
-        columns = list(self.task.features())
-        if absent := [name for name in columns if name not in pool.column_names]:
-            raise ValueError(
-                f"The pool has no column {absent[0]!r}; rows of the task {self.task.name!r} have {', '.join(columns)}."
-            )
-        found = select(pool, features, max_samples or len(features), threshold=self.threshold)
-        candidates, delta = [], np.broadcast_to(np.asarray(self.threshold), self.featurizer.d_sae)
-        left = set(features.tolist())
-        for number in found.rows.tolist():
-            row = pool[number]
-            acts = dict(zip(row["fac_features"], row["fac_activations"], strict=True))
-            new = [f for f in left if acts.get(f, 0.0) > delta[f]]
-            best = max(new, key=lambda f: (acts[f], -f))
-            left -= set(new)
-            sample = {name: row[name] for name in columns}
-            measured = Measured(acts[best], sorted(new), None, None)
-            text = self.task.carried_by(sample)
-            asked = {"pool_row": number, "fills": sorted(new)}
-            candidates.append(Candidate(best, "pool", "pool", number, text, asked, sample, measured, chosen=True))
-        return candidates, np.array([f for f in features.tolist() if f in left], dtype=np.int64)
+        return take_from_pool(
+            pool,
+            features,
+            self._gauge(features),
+            measurement=self.featurizer.measurement,
+            known=self._known,
+            keep=self.settings.keep,
+        )
 
 
 def _ids(missing: FACReport | ArrayLike) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,8 @@ _SOUND = ("lost in its row", "no whole row", "the rejected answer", "near-duplic
 class SynthesisReport:
     """What came of writing for features.
 
-    features, filled, resisted: int64 ids: all, those with a sample of their own, the others that were written for (the
-        rest was not tried, as a bound was reached or the dictionary does not know them).
+    features, filled, resisted: int64 ids: all, those with a sample of their own, and those for which all was tried in
+        vain (the rest was left, as a bound was reached, the chat failed, or the dictionary does not know them).
     samples: rows kept.
     fac_before, fac_after: FAC of the data, and of the data and the samples, against the anchor of the `FACReport` that
         was given; NaN where ids were given. Samples may activate missing features that they were not written for.
@@ -44,7 +44,7 @@ class SynthesisReport:
     copied: share of the texts that activate their feature that share more words with a span than allowed.
     dropped: how many texts were refused, by reason.
     requests, prompt_tokens, completion_tokens: of all that was asked for, in earlier calls on the journal too.
-    seconds: of this call. ended: the bound that ended it, None when all was tried.
+    seconds: of this call. ended: what ended it before all was tried: a bound, or a chat that failed; else None.
     """
 
     features: np.ndarray
@@ -112,24 +112,26 @@ def make_result(
 
     Args:
         missing: what was asked for, a `FACReport` or ids. features: its ids.
-        taken: rows of a pool. outcomes: what was written, by piece (`PieceWork.run`).
+        taken: rows of a pool, refused ones too. outcomes: what was written, by piece (`PieceWork.run`).
     """
     from .synthesis import SynthesisResult
 
     records = [c.record() for c in taken] + [c for o in outcomes.values() for c in o["candidates"]]
-    chosen = _in_order([c for c in records if c["chosen"]])
-    chosen = _without_repeats(chosen)[:max_samples]
+    _filter_again(records, synthesizer.settings.keep)
+    kept = _without_repeats(_in_order([c for c in records if c["chosen"]]))
+    chosen = kept[:max_samples]
     dataset = _dataset(synthesizer, chosen)
     before, after, curve, kl = _coverage(synthesizer, missing, features, chosen)
     own = {c["feature"] for c in chosen} | {f for c in chosen for f in c["asked"].get("fills", [])}
     written = [c for c in records if c["way"] != "pool"]
-    tried = {c["feature"] for c in written}
+    tried = {c["feature"] for o in outcomes.values() if o["tried"] for c in o["candidates"]}
+    resisted = tried - own - {c["feature"] for c in kept}
     hits = [c for c in written if c["feature"] in c["activates"]]
-    refused = [c for c in written if c["refused"]]
+    refused = [c for c in records if c["refused"]]
     report = SynthesisReport(
         features=features,
         filled=np.array([f for f in features.tolist() if f in own], np.int64),
-        resisted=np.array([f for f in features.tolist() if f in tried and f not in own], np.int64),
+        resisted=np.array([f for f in features.tolist() if f in resisted], np.int64),
         samples=len(chosen),
         fac_before=before,
         fac_after=after,
@@ -146,6 +148,13 @@ def make_result(
         ended=ended,
     )
     return SynthesisResult(dataset, report, _dropped(refused))
+
+
+def _filter_again(records: list[dict], keep: Callable[[Mapping[str, Any]], bool] | None) -> None:
+    """A journal does not know whether the caller's filter is the one that it was begun with."""
+    for c in records:
+        if keep is not None and c["chosen"] and not keep(c["row"]):
+            c["chosen"], c["refused"] = False, "the caller's own filter"
 
 
 def _in_order(chosen: list[dict]) -> list[dict]:
@@ -176,20 +185,23 @@ def _without_repeats(chosen: list[dict]) -> list[dict]:
 def _dataset(synthesizer: FACSynthesizer, chosen: list[dict]) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    from .asking import chat_name
+    from .asking import chat_name, model_name
     from .prompts import PROMPT_VERSION
 
     shared = {
-        "task": synthesizer.task.name, "chat": chat_name(synthesizer.chat), "seed": synthesizer.settings.seed,
-        "prompt_version": PROMPT_VERSION,
+        "task": synthesizer.task.name, "seed": synthesizer.settings.seed, "prompt_version": PROMPT_VERSION,
     }  # fmt: skip
+    words = {"chat": chat_name(synthesizer.chat)}
+    chats = {"pool": {}, "steering": {"chat": model_name(synthesizer.featurizer.model)}}
     rows = [
         {
             **c["row"],
             "fac_feature": c["feature"],
             "fac_activation": c["activation"],
             "fac_way": c["way"],
-            "fac_provenance": json.dumps(shared | c["asked"] | {"request": c["request"], "answer": c["number"]}),
+            "fac_provenance": json.dumps(
+                shared | chats.get(c["way"], words) | c["asked"] | {"request": c["request"], "answer": c["number"]}
+            ),
         }
         for c in chosen
     ]
@@ -219,7 +231,7 @@ def _coverage(
     from .coverage import FACReport
 
     own, task = synthesizer.featurizer, synthesizer.task
-    rows = [c["row"] if own.reader.pool_over == "all" else task.as_read(c["row"]) for c in chosen]
+    rows = [task.as_read(c["row"], own.reader.pool_over) for c in chosen]
     if isinstance(missing, FACReport):
         table = missing.table
         ids, delta = table["feature"], table["delta"]

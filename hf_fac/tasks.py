@@ -107,12 +107,14 @@ class Task:
         return self.carrier in _ANSWERS
 
     def carried_by(self, row: Mapping[str, Any]) -> str:
-        """Returns the text of a row that has to activate the feature (of a contrastive item question and choices)."""
-        if self.type == "labelled":
-            return row["text"]
-        if self.type in ("messages", "implicit_preference"):
-            return row[_COLUMNS[self.type][0]][self.reads_answers]["content"]
-        return row[self.carrier if self.reads_answers else "prompt"][0]["content"]
+        """Returns the text of a row that has to activate the feature (of a contrastive item question and choices): of a
+        conversation the user's, or the assistant's, last message, "" where there is none; of a standard column all."""
+        columns = _COLUMNS[self.type]
+        value = row[self.carrier if self.carrier in columns else columns[0]]
+        if isinstance(value, str):
+            return value
+        role = "assistant" if self.reads_answers else "user"
+        return next((message["content"] for message in reversed(value) if message["role"] == role), "")
 
     def alone(self, text: str) -> dict[str, Any]:
         """Returns a row for a featurizer with this `pool_over` in which a carrier is all that is read."""
@@ -223,10 +225,15 @@ class Task:
             values = [prompt + answer for answer in answers]
         return Answer(dict(zip(_COLUMNS[self.type], values, strict=True)), None)
 
-    def as_read(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns a row as a featurizer with this `pool_over` takes it: where a labelled task's user is read, its text
-        becomes a user's message (plain text has no user); every other row stays as it is."""
-        if self.type == "labelled" and self.pool_over == "user":
+    def example(self) -> dict[str, Any]:
+        """Returns a row that says nothing, to see whether rows of this task can be read."""
+        labels = {"label": self.labels[0]} if self.labels else {}
+        return self.row({name: f"This is the {name}." for name in self.parts} | labels).value
+
+    def as_read(self, row: Mapping[str, Any], pool_over: PoolOver | None = None) -> Mapping[str, Any]:
+        """Returns a row as a featurizer with `pool_over` (None: the task's) takes it: where a labelled task's user is
+        read, its text becomes a user's message (plain text has no user); every other row stays as it is."""
+        if self.type == "labelled" and (pool_over or self.pool_over) == "user":
             return {"messages": [{"role": "user", "content": row["text"]}]}
         return row
 

@@ -7,12 +7,13 @@ request, and all else follows from them, so that a run started again goes throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .candidates import Asker, Candidate, Request, Settings, Stopped, neutral_turn
+from .candidates import Allow, Asker, Candidate, Request, Settings, Stopped, neutral_turn
 from .finishing import RowWriter
 from .gauge import Gauge, Measured
 from .journal import digest
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from .journal import Piece
     from .steering import SteeredChat
 
-_SHOWN = 5  # spans in a prompt
+SHOWN = 5  # spans in a prompt
 _WARMER = 0.15  # what each round adds to the temperature
 _HOTTEST = 1.3
 STEERING_ROUNDS = 3
+ENOUGH = "enough samples"
 PROBES = 2  # texts of each feature by which a form is judged
 # Of the mean norm of hidden states. Measured on SmolLM2-135M: below 0.4 little comes, above 0.8 word salad.
 _FIRST_STRENGTH, _STRONGER, _WEAKER = 0.5, 1.25, 0.8
@@ -40,7 +42,7 @@ class SampleWriter:
 
     Args:
         known: texts that no sample may nearly repeat.
-        allow: as `Asker` calls it.
+        allow: see `Allow`.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class SampleWriter:
         form: str,
         piece: Piece,
         known: NearDuplicates,
-        allow: Callable[[int, bool], None],
+        allow: Allow,
     ) -> None:
         self.steered, self.gauge, self.dictionary = steered, gauge, dictionary
         self.settings, self.form, self.piece, self.known = settings, form, piece, known
@@ -62,45 +64,56 @@ class SampleWriter:
         self.asker = Asker(chat, self.neutral, piece, allow)
         self.rows = RowWriter(self.asker, gauge, settings, piece)
         self.candidates: dict[int, list[Candidate]] = {}
-        self.picked = NearDuplicates()
+        self.known_samples = NearDuplicates()
+        self.round = 0
 
     def write(self, features: Sequence[int], *, enough: int | None = None) -> str | None:
-        """Fill `candidates`, those that are samples marked as chosen. Returns what stopped it before its end, or None.
+        """Fill `candidates`, those that are samples marked as chosen. Returns what ended it before all was tried, None
+        when nothing did.
 
         Args:
-            enough: no more rounds once so many samples are found.
+            enough: no more samples than so many are made; when they are there, that is what ended it (ENOUGH).
         """
-        stopped = None
-        try:
-            self.search(features, enough=enough)
-        except Stopped as stop:
-            stopped = str(stop)
-        self.asker.reserve, self.asker.finishing = 0, True
-        try:
-            self._finish(features)
-        except Stopped as stop:
-            stopped = str(stop)
-        return stopped
+        while True:
+            ended = self.search(features, enough=enough)
+            cut = self._finish(features, enough)
+            chosen = sum(c.chosen for own in self.candidates.values() for c in own)
+            # Hits that make no row leave room for others.
+            if cut is not None or ended != ENOUGH or chosen >= enough:
+                return cut or ended
 
-    def search(self, features: Sequence[int], *, enough: int | None = None) -> None:
-        """Fill `candidates` round by round. Raises: Stopped."""
-        self.candidates = {feature: [] for feature in features}
-        most = self.settings.samples_per_feature
-        for number, way in enumerate(self._rounds()):
-            waiting = [feature for feature in features if len(self._hits(feature)) < most]
-            found = sum(min(len(self._hits(feature)), most) for feature in features)
-            if not waiting or (enough is not None and found >= enough):
-                break
-            self.asker.reserve = 0 if self.form == "json" else found * (len(self.task.parts) - 1)
-            self._round(number, way, waiting, n=self.settings.candidates)
+    def search(self, features: Sequence[int], *, enough: int | None = None) -> str | None:
+        """Fill `candidates` round by round, from where it stopped. Returns what ended it before all was tried."""
+        self.candidates = self.candidates or {feature: [] for feature in features}
+        most, rounds = self.settings.samples_per_feature, self.rounds()
+        while self.round < len(rounds):
+            hits = {feature: self._hits(feature)[:most] for feature in features}
+            waiting = [feature for feature in features if len(hits[feature]) < most]
+            if not waiting:
+                return None
+            if enough is not None and sum(map(len, hits.values())) >= enough:
+                return ENOUGH
+            way, others = rounds[self.round], len(self.task.parts) - 1
+            self.asker.reserve = sum(c.row is None for own in hits.values() for c in own) * others
+            self.asker.spare = 0 if self.form == "json" and way != "steering" else others
+            try:
+                self._round(self.round, way, waiting, n=self.settings.candidates)
+            except Stopped as stop:
+                return str(stop)
+            self.round += 1
+        return None
 
-    def probe(self, features: Sequence[int]) -> float:
-        """Returns the share of first texts that would be kept."""
+    def probe(self, features: Sequence[int]) -> tuple[float, float]:
+        """Returns the shares of first texts that would be kept, and that could be read. Raises: Stopped."""
         self.candidates = {feature: [] for feature in features}
         self._round(0, "words", features, n=PROBES)
-        return sum(len(self._hits(feature)) for feature in features) / (PROBES * len(features))
+        texts = [c for own in self.candidates.values() for c in own]
+        if texts and self.asker.failures == len(texts):
+            raise Stopped(f"the chat: {self.asker.failure}")
+        kept = sum(len(self._hits(feature)) for feature in features)
+        return kept / (PROBES * len(features)), sum(bool(c.text) for c in texts) / (PROBES * len(features))
 
-    def _rounds(self) -> list[str]:
+    def rounds(self) -> list[str]:
         rounds = self.settings.rounds
         plan = {
             "one_step": ["words"] * (rounds + 1), "two_step": ["words"] + ["two_step"] * rounds,
@@ -109,8 +122,8 @@ class SampleWriter:
         return [way for name in self.settings.ways for way in plan[name]]
 
     def _round(self, number: int, way: str, features: Sequence[int], *, n: int) -> None:
-        requests = [self._request(number, way, f) for f in features if way == "steering" or self._is_known(f)]
-        step = number - self._rounds().index(way)
+        requests = [self._request(number, way, f) for f in features if way == "steering" or self.is_known(f)]
+        step = number - self.rounds().index(way)
         temperature = min(self.settings.temperature + _WARMER * step, _HOTTEST)
         if way == "steering":
             temperature = self.settings.temperature
@@ -118,13 +131,15 @@ class SampleWriter:
         new = [
             self._read(request, way, i, text, finish)
             for request in requests
-            for i, (text, finish) in enumerate(answers[request.key])
+            for i, (text, finish) in enumerate(answers.get(request.key, []))
         ]
         self._measure(new)
         for candidate in new:
             self.candidates[candidate.feature].append(candidate)
+        if self.asker.stopped is not None:
+            raise Stopped(self.asker.stopped)
 
-    def _is_known(self, feature: int) -> bool:
+    def is_known(self, feature: int) -> bool:
         """Whether the dictionary says in words or spans what the feature is."""
         if feature not in self.dictionary:
             return False
@@ -136,10 +151,10 @@ class SampleWriter:
             strength = self._strength(feature)
             return Request(key, feature, self.neutral.conversation, None, {"strength": strength})
         spans, explanation = self.dictionary.spans(feature), self.dictionary[feature]["explanation"]
-        shown, positive, negative = spans[:_SHOWN], None, None
-        if number and len(spans) > _SHOWN:
+        shown, positive, negative = spans[:SHOWN], None, None
+        if number and len(spans) > SHOWN:
             rng = np.random.default_rng([self.settings.seed, number, feature])
-            shown = [spans[i] for i in sorted(rng.choice(len(spans), _SHOWN, replace=False))]
+            shown = [spans[i] for i in sorted(rng.choice(len(spans), SHOWN, replace=False))]
         if way == "two_step":
             positive, negative, asked["positive"] = self._pair(feature, spans)
         if self.form == "list":
@@ -157,9 +172,11 @@ class SampleWriter:
         negative = None
         if texts and texts[0].measured.activation <= self.gauge.delta[feature]:
             negative = MarkedSpan("", texts[0].text, "", texts[0].measured.activation)
-        if texts and texts[-1].measured.activation > 0:
-            return MarkedSpan(*texts[-1].measured.span, texts[-1].measured.activation), negative, "own"
-        return (spans[0] if spans else None), negative, "borrowed"
+        if not texts or texts[-1].measured.activation <= 0:
+            return (spans[0] if spans else None), negative, "borrowed"
+        if texts[0].text == texts[-1].text:
+            negative = None
+        return MarkedSpan(*texts[-1].measured.span, texts[-1].measured.activation), negative, "own"
 
     def _strength(self, feature: int) -> float:
         """The last strength that was tried, more where the feature stayed silent, less where the text broke."""
@@ -178,11 +195,11 @@ class SampleWriter:
     ) -> dict[str, list[tuple[str, str]]]:
         """By key the texts and how each ended; what failed is asked again by the next run."""
         settings = {"n": n, "temperature": temperature, "seed": 1000 * self.settings.seed + 100 * number}
-        settings["max_tokens"] = self._most_tokens(steered)
+        settings["max_tokens"] = self.most_tokens(steered=steered)
         settings["stop"] = self.neutral.stop if steered else ("\n",) if self.form == "list" else ()
         return self.asker.answers(requests, settings, steered=steered)
 
-    def _most_tokens(self, steered: bool) -> int:
+    def most_tokens(self, *, steered: bool) -> int:
         whole = self.form == "json" and not steered
         return self.settings.max_tokens + (self.settings.answer_tokens if whole else 0)
 
@@ -258,27 +275,45 @@ class SampleWriter:
         found = {c.text: c for c in reversed(self.candidates[feature]) if self._is_hit(c)}
         return sorted(found.values(), key=lambda c: -c.measured.activation)
 
-    def _finish(self, features: Sequence[int]) -> None:
-        """Make rows of the strongest hits: all first samples, then all second ones."""
-        most = max((len(self._hits(feature)) for feature in features), default=0)
-        for rank in range(min(self.settings.samples_per_feature, most)):
-            while True:
-                new = [c for f in features if (c := self._next(f, rank)) is not None]
-                if not new:
-                    break
-                self.rows.make(new)
+    def _finish(self, features: Sequence[int], enough: int | None) -> str | None:
+        """Make rows of the strongest hits: all first samples, then all second ones. Returns why some were left."""
+        self.asker.reserve, self.asker.spare, self.asker.finishing = 0, 0, True
+        try:
+            most = max((len(self._hits(feature)) for feature in features), default=0)
+            for rank in range(min(self.settings.samples_per_feature, most)):
+                while new := self._begin(features, rank, enough):
+                    self.rows.make(new)
+                    for candidate in new:
+                        if candidate.chosen:
+                            self.known_samples.add(candidate.text, "another sample")
+        except Stopped as stop:
+            return str(stop)
+        finally:
+            self.asker.finishing = False
+        return None
 
-    def _next(self, feature: int, rank: int) -> Candidate | None:
+    def _begin(self, features: Sequence[int], rank: int, enough: int | None) -> list[Candidate]:
+        """The next candidates that rows are made of: one for each feature without so many, no two nearly the same."""
+        begun, new = NearDuplicates(), []
+        left = math.inf
+        if enough is not None:
+            left = enough - sum(c.chosen for own in self.candidates.values() for c in own)
+        for feature in features:
+            if len(new) < left and (candidate := self._next(feature, rank, begun)) is not None:
+                begun.add(candidate.text, "")
+                new.append(candidate)
+        return new
+
+    def _next(self, feature: int, rank: int, begun: NearDuplicates) -> Candidate | None:
         hits = self._hits(feature)
-        if sum(c.picked for c in hits) > rank:
+        if sum(c.chosen for c in hits) > rank:
             return None
         for candidate in hits:
-            if candidate.picked:
+            if candidate.chosen:
                 continue
-            if source := self.picked.source_of(candidate.text):
+            if source := self.known_samples.source_of(candidate.text):
                 candidate.refused = f"near-duplicate of {source}"
-                continue
-            self.picked.add(candidate.text, "another sample")
-            candidate.picked = True
-            return candidate
+            # A near-duplicate of what is begun waits until that is a sample, or is none.
+            elif begun.source_of(candidate.text) is None:
+                return candidate
         return None

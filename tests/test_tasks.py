@@ -96,6 +96,36 @@ def test_a_featurizer_reads_the_part_that_has_to_carry_the_feature(task, pool_ov
     assert tokenizer.decode(alone.ids[0][alone.content[0]]) == carrier
 
 
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Where does the river rise?"},
+]
+ANSWER = [{"role": "assistant", "content": "In the hills."}]
+
+
+@pytest.mark.parametrize("pool_over", ["user", "assistant"])
+@pytest.mark.parametrize("task", [INSTRUCTION_FOLLOWING, HELPFULNESS, MESSAGES, IMPLICIT], ids=ids)
+def test_the_carrier_of_a_long_conversation_is_the_last_message_of_its_role(task, pool_over):
+    task = replace(task, pool_over=pool_over)
+    rejected = [{"role": "assistant", "content": "No."}]
+    row = {"prompt": TURNS, "completion": ANSWER, "chosen": ANSWER, "rejected": rejected}
+    if "prompt" not in task.features():
+        row = {"messages": TURNS + ANSWER, "chosen": TURNS + ANSWER, "rejected": TURNS + rejected}
+    row = {name: row[name] for name in task.features()}
+    assert task.carried_by(row) == PARTS["messages"]["prompt" if pool_over == "user" else "completion"]
+    assert task.carried_by(dict.fromkeys(row, TURNS[:1])) == ""
+
+
+def test_the_carrier_of_standard_columns_is_the_whole_column():
+    row = {"prompt": "Where?", "completion": "Here.", "chosen": "In the hills.", "rejected": "No."}
+    assert INSTRUCTION_FOLLOWING.carried_by(row) == SYCOPHANCY.carried_by(row) == "Where?"
+    assert replace(INSTRUCTION_FOLLOWING, pool_over="completion").carried_by(row) == "Here."
+    assert HELPFULNESS.carried_by(row) == "In the hills."
+    assert TOXICITY.carried_by({"text": "Where?", "label": 0}) == "Where?"
+
+
 def test_only_a_labelled_row_whose_user_is_read_is_shown_differently_to_a_featurizer():
     row = {"text": "Hello", "label": 1}
     assert TOXICITY.as_read(row) == {"messages": [{"role": "user", "content": "Hello"}]}

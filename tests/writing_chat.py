@@ -9,10 +9,11 @@ import random
 import re
 import signal
 import time
+from collections.abc import Collection
 
 from tiny import CORPUS
 
-from hf_fac.chat import Completion
+from hf_fac.chat import NOT_ASKED, Completion
 from hf_fac.endpoint import ChatError
 
 WORDS = sorted({word.strip(".,?") for text in CORPUS[:5] for word in text.split() if word.isascii() and word.isalpha()})
@@ -28,6 +29,7 @@ class WritingChat:
     dies_after: kill the process once so many texts were written. wrong: the share of answers that are cut off, empty,
     talk about the request, repeat what they were shown or fail. gives_up_after: raise ChatError in the call in which so
     many conversations were answered, three answers of that call in it. seconds: what each call takes at least.
+    at_most: texts after so many are not asked for. loses: numbers of texts (in the order asked) that fail.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class WritingChat:
         wrong: float = 0.0,
         gives_up_after: int | None = None,
         seconds: float = 0.0,
+        at_most: float = float("inf"),
+        loses: Collection[int] = (),
     ) -> None:
         self.dies_after, self.wrong, self.gives_up_after = dies_after, wrong, gives_up_after
-        self.seconds = seconds
+        self.seconds, self.at_most, self.loses = seconds, at_most, loses
         self.asked: list[tuple[str, int]] = []
         self.texts = 0
 
@@ -50,15 +54,22 @@ class WritingChat:
             before = (begun or [None] * len(conversations))[number]
             key = json.dumps([conversation, before])
             self.asked.append((key, seed))
-            done.append([self._answer(key, seed, i, conversation[-1]["content"], before) for i in range(n)])
-            self.texts += n
+            # Text i of n is the one that n=1 with seed + i asks for.
+            answers = [self._answer(key, seed + i, 0, conversation[-1]["content"], before) for i in range(n)]
+            done.append([self._unless_lost(answer) for answer in answers])
             if self.dies_after is not None and self.texts >= self.dies_after:
                 os.kill(os.getpid(), signal.SIGKILL)
         if self.gives_up_after is not None and len(self.asked) >= self.gives_up_after:
             error = ChatError("no credit left")
-            error.completions = done[:3] + [[Completion("", "failed", "no credit", 0, 0)]] * (len(done) - 3)
+            error.completions = done[:3] + [[Completion("", "failed", f"{NOT_ASKED}no credit", 0, 0)]] * (len(done) - 3)
             raise error
         return done
+
+    def _unless_lost(self, answer: Completion) -> Completion:
+        if self.texts >= self.at_most:
+            return Completion("", "failed", f"{NOT_ASKED}max_tokens_total is reached", 0, 0)
+        self.texts += 1
+        return Completion("", "failed", "the server is gone", 0, 0) if self.texts - 1 in self.loses else answer
 
     def _answer(self, key: str, seed: int, i: int, request: str, before: str | None) -> Completion:
         digest = hashlib.sha256(f"{key} {seed} {i}".encode()).digest()
