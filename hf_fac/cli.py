@@ -14,7 +14,7 @@ from rich.text import Text
 
 from . import cli_dictionary, cli_synthesis
 from . import cli_options as opt
-from .cli_options import console, load_data, make_featurizer, scored
+from .cli_options import check_measured, console, load_data, make_featurizer, scored
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,7 +56,9 @@ def demo(top: opt.Top = 10) -> None:
 @app.command()
 def score(
     data: opt.Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scored rows (Parquet shards).")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for the scored rows (Parquet shards).")
+    ],
     split: opt.Split = "train",
     model: opt.Model = None,
     sae: opt.Sae = None,
@@ -71,7 +73,7 @@ def score(
     preset: opt.Preset = None,
     device: opt.Device = None,
     shard_rows: Annotated[
-        int, typer.Option(help="Rows in a shard; a stopped run goes on at the first missing one.")
+        int, typer.Option(min=1, help="Rows in a shard; a stopped run goes on at the first missing one.")
     ] = 5000,
 ) -> None:
     """Add to each row which features it activates. Started again, it goes on where it was."""
@@ -118,7 +120,9 @@ def missing(
     threshold: opt.Threshold = None,
     relative: opt.Relative = None,
     top: opt.Top = 20,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the whole report here, as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the whole report here, as JSON.")
+    ] = None,
 ) -> None:
     """Print FAC of a data set against an anchor set, and the features it misses. Takes scored data or scores it."""
     from .coverage import FeatureCoverage
@@ -131,12 +135,15 @@ def missing(
             model, sae, sae_id, device, layer=layer, activation=activation, pool_over=pool_over, side=side,
             max_length=max_length, on_error=on_error, preset=preset,
         )  # fmt: skip
+        for rows, name in ((data_rows, data), (anchor_rows, anchor)):
+            check_measured(rows, name, featurizer.measurement, "the other set would be")
     data_rows, anchor_rows = scored(data_rows, featurizer, "data set"), scored(anchor_rows, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(data_rows).compare(
         FeatureCoverage.from_dataset(anchor_rows), threshold=threshold, relative=relative
     )
     print_report(report, anchor_rows, featurizer, top)
     if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report.to_dict(), indent=1))
         console.print(f"The whole report is in {output}.")
 
@@ -144,7 +151,9 @@ def missing(
 @app.command("train-sae")
 def train_sae_command(
     data: opt.Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints and the finished SAE.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for checkpoints and the finished SAE.")
+    ],
     layer: Annotated[int, typer.Option(help="0 is the embedding, L the output of block L.")],
     split: opt.Split = "train",
     model: opt.Model = None,
@@ -198,10 +207,13 @@ def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer |
     """Prints the figures, and the strongest missing features with the anchor text that activates each most."""
     low, high = report.interval
     console.print()
-    console.print(f"[bold]FAC {report.fac:.3f}[/bold]  ({report.confidence:.0%} interval {low:.3f} to {high:.3f})")
+    console.print(
+        f"[bold]FAC {report.fac:.3f}[/bold]  ({report.confidence:.0%} interval {low:.3f} to {high:.3f})", markup=True
+    )
     console.print(
         f"Of {len(report.covered) + len(report.missing):,} features that the anchor set activates, "
-        f"{len(report.covered):,} are covered and [bold]{len(report.missing):,} missing[/bold]."
+        f"{len(report.covered):,} are covered and [bold]{len(report.missing):,} missing[/bold].",
+        markup=True,
     )
     console.print(f"delta: {report.threshold_source}", highlight=False)
     console.print(
@@ -229,7 +241,7 @@ def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer |
             text.append(_one_line(span.token), style="bold reverse")
             text.append(_one_line(span.after) + "...")
         table.add_row(str(feature), str(support), f"{activation:.1f}", text)
-    console.print(table)
+    console.print(table, soft_wrap=False)
 
 
 def strongest_rows(scored: Dataset, features: list[int]) -> dict[int, tuple[int, float]]:
@@ -257,13 +269,12 @@ def main() -> None:
     """The console script: errors that are for people are shown as one line, without a traceback."""
     import sys
 
-    from .activations import LayerError
-    from .conversations import RowError
     from .endpoint import ChatError
-    from .hub import HubError
+    from .hub_errors import HubError
 
     try:
         app()
-    except (RowError, LayerError, ChatError, HubError, ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"[red]hf-fac:[/red] {error}", highlight=False)
+    except (ChatError, HubError, ValueError, OSError) as error:
+        # A Text: what the error quotes is no markup.
+        Console(stderr=True).print(Text.assemble(("hf-fac:", "red"), f" {error}"), soft_wrap=True)
         sys.exit(1)

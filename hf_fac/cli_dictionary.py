@@ -8,12 +8,12 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import cli_options as opt
-from .cli_options import console, load_data, make_chat, make_featurizer, scored
+from .cli_options import check_measured, console, differing, load_data, make_chat, make_featurizer, scored
 
 if TYPE_CHECKING:
     from .dictionary import FeatureDictionary
@@ -25,7 +25,7 @@ _DICTIONARY, _PROGRESS = "dictionary.parquet", "progress"
 
 
 def interpret(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the dictionary.")],
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder of the dictionary.")],
     data: Annotated[str | None, typer.Argument(help="Rows to collect spans from; not needed to go on.")] = None,
     split: opt.Split = "train",
     model: opt.Model = None,
@@ -39,7 +39,7 @@ def interpret(
     on_error: opt.OnError = "raise",
     preset: opt.Preset = None,
     device: opt.Device = None,
-    spans: Annotated[int, typer.Option(help="The most spans of a feature.")] = 10,
+    spans: Annotated[int, typer.Option(min=1, help="The most spans of a feature.")] = 10,
     chat: opt.ChatModel = None,
     base_url: opt.BaseUrl = None,
     key_env: opt.KeyEnv = None,
@@ -60,6 +60,8 @@ def interpret(
         console.print(f"Going on with the dictionary in {output}; delete it to collect spans anew.")
     elif data is None:
         raise typer.BadParameter(f"{output} holds no dictionary yet: give the data to collect spans from.")
+    elif others := sorted(file.name for file in output.rglob("*.parquet")):
+        raise typer.BadParameter(f"{output} holds {others[0]}, no part of a dictionary: choose another folder.")
     else:
         featurizer = make_featurizer(
             model, sae, sae_id, device, layer=layer, activation=activation, pool_over=pool_over, side=side,
@@ -115,33 +117,41 @@ def rate(
 
 def select(
     pool: Annotated[str, typer.Argument(help="Rows to choose from: a file, a folder, or a Hub data set.")],
-    report: Annotated[Path, typer.Argument(help="What `hf-fac missing --output` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The chosen rows, as JSON lines.")],
-    rows: Annotated[int, typer.Option("--rows", "-n", help="The most rows to choose.")] = 100,
+    report: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `hf-fac missing --output` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The chosen rows, as JSON lines.")],
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="The most rows to choose.")] = 100,
     split: opt.Split = "train",
     model: opt.Model = None,
     sae: opt.Sae = None,
     sae_id: opt.SaeId = None,
     layer: opt.Layer = None,
+    max_length: opt.MaxLength = None,
+    on_error: opt.OnError = "raise",
+    preset: opt.Preset = None,
     device: opt.Device = None,
 ) -> None:
-    """Choose from a pool the rows that activate most of the features that a report says are missing."""
+    """Choose from a pool the rows that activate most of the features that a report says are missing. A pool that is
+    not scored yet is measured as the report was: give the options that it was made with."""
     from .scorer import COLUMNS
     from .selection import select as select_rows
 
-    found = json.loads(report.read_text())
-    if not isinstance(found, dict) or not {"missing", "threshold", "measurement"} <= found.keys():
-        raise typer.BadParameter(f"{report} is no report: give what `hf-fac missing --output` wrote.")
+    found = _read_report(report)
     measured, data = found["measurement"], load_data(pool, split)
     featurizer = None
+    check_measured(data, pool, measured, f"the rows of {report}")
     if not set(COLUMNS) <= set(data.column_names):
-        how = {name: measured[name] for name in ("activation", "pool_over", "side")}
-        featurizer = make_featurizer(model, sae, sae_id, device, layer=layer, **how)
+        how = {name: measured[name] for name in ("activation", "pool_over", "side", "keep_above")}
+        featurizer = make_featurizer(
+            model, sae, sae_id, device, layer=layer, max_length=max_length, on_error=on_error, preset=preset, **how
+        )
+        if differs := differing(featurizer.measurement, measured):
+            raise typer.BadParameter(
+                f"With these options {pool} would be measured otherwise than the rows of {report} ({differs}): give "
+                "the options that the report was made with."
+            )
     data = scored(data, featurizer, "pool")
-    theirs = json.loads(data[0]["fac_measurement"]) if len(data) else measured
-    if theirs["fingerprint"] != measured["fingerprint"]:
-        raise typer.BadParameter(f"{pool} was measured otherwise than {report}: {theirs} and {measured}.")
     chosen = select_rows(data, found["missing"], rows, threshold=found["threshold"])
+    output.parent.mkdir(parents=True, exist_ok=True)
     data.select(chosen.rows).remove_columns(COLUMNS).to_json(output)
     covered, missing = len(chosen.covered), len(found["missing"])
     console.print(
@@ -150,7 +160,9 @@ def select(
 
 
 def push(
-    path: Annotated[Path, typer.Argument(help="Folder of a dictionary or an SAE; a report or coverage file.")],
+    path: Annotated[
+        Path, typer.Argument(exists=True, help="Folder of a dictionary or an SAE; a report or coverage file.")
+    ],
     repo_id: Annotated[str, typer.Argument(help="The repo on the Hub; the token is the saved one, or HF_TOKEN.")],
     sae_id: Annotated[str | None, typer.Option(help="Folder in the repo, for one of several SAEs.")] = None,
     anchor: Annotated[str | None, typer.Option(help="Of a report: what to call the anchor set on the card.")] = None,
@@ -167,7 +179,7 @@ def push(
         from .coverage_card import push_coverage_to_hub
 
         is_coverage = path.suffix == ".safetensors"
-        found = FeatureCoverage.load(path) if is_coverage else json.loads(path.read_text())
+        found = FeatureCoverage.load(path) if is_coverage else _read_report(path)
         url = push_coverage_to_hub(found, repo_id, anchor=anchor, sae=sae, **hub)
     elif (path / _DICTIONARY).exists():
         from .dictionary import FeatureDictionary
@@ -178,12 +190,12 @@ def push(
         from .sae_hub import push_sae_to_hub
 
         url = push_sae_to_hub(load_sae(path), repo_id, sae_id=sae_id, private=private, **hub)
-    console.print(url, highlight=False)
+    typer.echo(url)
 
 
 def pull(
     repo_id: Annotated[str, typer.Argument(help="The repo on the Hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder to write to.")],
     kind: Annotated[str, typer.Option(help="dictionary, or sae.")] = "dictionary",
     sae_id: opt.SaeId = None,
     revision: opt.Revision = None,
@@ -220,6 +232,16 @@ def _collected(featurizer: SAEFeaturizer, data: str, split: str, spans: int, out
     dictionary = dictionary.select(live)
     dictionary.save(output)
     return dictionary
+
+
+def _read_report(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"missing", "threshold", "measurement"} <= found.keys():
+        raise typer.BadParameter(f"{file} is no report of hf_fac: give what `hf-fac missing --output` wrote.")
+    return found
 
 
 def _sampled(dictionary: FeatureDictionary, sample: int | None, seed: int) -> list[int] | None:

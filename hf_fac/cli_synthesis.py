@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import cli_options as opt
-from .cli_options import console, load_data, make_chat, make_featurizer, scored
+from .cli_options import check_measured, console, load_data, make_chat, make_featurizer, scored
 
 if TYPE_CHECKING:
     from .coverage import FACReport
@@ -25,7 +25,9 @@ _DEMO_SECONDS = 30.0
 def synthesize(
     data: opt.Data,
     anchor: Annotated[str, typer.Argument(help="The reference data set, large and diverse, in the same forms.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for samples, report and journal.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for samples, report and journal.")
+    ],
     task: Annotated[str, typer.Option(help="A built-in task, or a YAML file.")] = "instruction_following",
     dictionary: Annotated[str | None, typer.Option(help="Folder or Hub repo; the embedded model's by default.")] = None,
     split: opt.Split = "train",
@@ -40,13 +42,13 @@ def synthesize(
     base_url: opt.BaseUrl = None,
     key_env: opt.KeyEnv = None,
     max_tokens: opt.MaxTokens = None,
-    samples_per_feature: Annotated[int, typer.Option(help="The most samples kept for a feature.")] = 2,
+    samples_per_feature: Annotated[int, typer.Option(min=1, help="The most samples kept for a feature.")] = 2,
     form: Annotated[str | None, typer.Option(help="list, text or json; what works best is tried by default.")] = None,
     only_rated: Annotated[
         bool, typer.Option("--only-rated", help="Only features that the dictionary rates for the task.")
     ] = False,
-    max_samples: Annotated[int | None, typer.Option(help="The most samples.")] = None,
-    max_requests: Annotated[int | None, typer.Option(help="The most texts asked for.")] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="The most samples.")] = None,
+    max_requests: Annotated[int | None, typer.Option(min=1, help="The most texts asked for.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Begin nothing new after so many seconds.")] = None,
     seed: opt.Seed = 0,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it costs at most, and stop.")] = False,
@@ -54,10 +56,13 @@ def synthesize(
     """Write samples that activate the features a data set misses. Started again, it goes on where it was."""
     from .coverage import FeatureCoverage
     from .dictionary import FeatureDictionary
+    from .piecework import FORMS
     from .synthesis import FACSynthesizer
+    from .tasks import get_task
 
-    rows, reference = load_data(data, split), load_data(anchor, split)
-    featurizer = make_featurizer(model, sae, sae_id, device, layer=layer, pool_over=pool_over)
+    wanted = get_task(task)
+    if form not in (None, *FORMS):
+        raise typer.BadParameter(f"--form is {form!r}; it must be one of {', '.join(FORMS)}.")
     if dictionary is not None:
         known = FeatureDictionary.from_pretrained(dictionary)
     elif model is None:
@@ -66,16 +71,22 @@ def synthesize(
         known = load_dictionary()
     else:
         raise typer.BadParameter("Give --dictionary: hf-fac interpret makes one for a model.")
-    writer = make_chat(chat or "embedded", base_url, key_env, max_tokens, "text", output / "answers", device)
+    features = known.task_features(wanted.name) if only_rated else None
+    rows, reference = load_data(data, split), load_data(anchor, split)
+    featurizer = make_featurizer(model, sae, sae_id, device, layer=layer, pool_over=pool_over)
+    known.check(featurizer)
+    for dataset, name in ((rows, data), (reference, anchor)):
+        check_measured(dataset, name, featurizer.measurement, "samples will be")
+    if chat is None and base_url is None:
+        chat = "embedded"
+    writer = make_chat(chat, base_url, key_env, max_tokens, "text", output / "answers", device)
     scored_rows, scored_anchor = scored(rows, featurizer, "data set"), scored(reference, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(scored_rows).compare(
-        FeatureCoverage.from_dataset(scored_anchor),
-        features=known.task_features(task) if only_rated else None,
-        threshold=threshold,
+        FeatureCoverage.from_dataset(scored_anchor), features=features, threshold=threshold
     )
     console.print(str(report), highlight=False)
     synthesizer = FACSynthesizer(
-        writer, featurizer, known, task=task, threshold=report.threshold, samples_per_feature=samples_per_feature,
+        writer, featurizer, known, task=wanted, threshold=report.threshold, samples_per_feature=samples_per_feature,
         form=form, avoid={"the data set": rows, "the anchor set": reference}, seed=seed,
     )  # fmt: skip
     console.print(f"Plan: {synthesizer.plan(report)}", highlight=False)
@@ -89,6 +100,12 @@ def synthesize(
     (output / "report.json").write_text(json.dumps(result.report.to_dict(), indent=1))
     console.print(str(result.report), highlight=False)
     console.print(f"Samples, what was dropped, and the report are in {output}.")
+    if result.report.ended:
+        console.print(
+            f"It ended before all was tried: {result.report.ended.rstrip('.')}. Raise that bound, or see to it that "
+            "the chat answers; the same command then goes on where it stopped.",
+            style="bold",
+        )
 
 
 def demo_samples(report: FACReport, featurizer: SAEFeaturizer, avoid: dict) -> None:
@@ -126,13 +143,14 @@ def print_samples(result: SynthesisResult, featurizer: SAEFeaturizer) -> None:
         text.append(span.token.replace("\n", "⏎"), style="bold reverse")
         text.append(span.after.replace("\n", "⏎"))
         table.add_row(str(row["fac_feature"]), row["fac_way"], f"{row['fac_activation']:.1f}", text)
-    console.print(table)
+    console.print(table, soft_wrap=False)
     told = result.report
     console.print(
         f"{told.samples} samples fill {len(told.filled)} of {len(told.features)} features. "
         f"[bold]FAC {told.fac_before:.3f} before, {told.fac_after:.3f} after[/bold] ({told.requests} texts written in "
         f"{told.seconds:.0f} s; {sum(told.dropped.values())} dropped: copies, scraps, cut off).",
         highlight=False,
+        markup=True,
     )
     for name, way in told.ways.items():
         console.print(

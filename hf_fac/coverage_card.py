@@ -33,23 +33,27 @@ def push_coverage_to_hub(
         sae: what to call the SAE: the name that `load_sae` takes.
         others: those of `hub.update_card`. create_pr: for the data set of someone else.
 
-    Raises: HubError, also for a repo that does not exist; ValueError for a mapping that is no report.
+    Raises: HubError, also for a repo that does not exist; ValueError for a mapping that is no report, and for a
+        coverage that does not say what it was measured with (model, layer, ...).
     """
-    if isinstance(coverage, FeatureCoverage):
-        measurement, rows = coverage.measurement, _of_coverage(coverage)
-    else:
-        report = coverage.to_dict() if isinstance(coverage, FACReport) else coverage
-        try:
+    try:
+        if isinstance(coverage, FeatureCoverage):
+            measurement, rows = coverage.measurement, _of_coverage(coverage)
+        else:
+            report = coverage.to_dict() if isinstance(coverage, FACReport) else coverage
             measurement, rows = report["measurement"], _of_report(report, anchor)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"This is no report of hf_fac ({error!r}): give FACReport.to_dict().") from error
-    model, layer = measurement["model"], measurement["layer"]
-    rows |= {
-        "model": f"{model}, layer {layer}",
-        "SAE": f"{sae + ', ' if sae else ''}{measurement['d_sae']:,} features",
-        "measured": f"activation {measurement['activation']}, over {measurement['pool_over']} content",
-        "fingerprint": measurement["fingerprint"],
-    }
+        model, layer = measurement["model"], measurement["layer"]
+        rows |= {
+            "model": f"{model}, layer {layer}",
+            "SAE": f"{sae + ', ' if sae else ''}{measurement['d_sae']:,} features",
+            "measured": f"activation {measurement['activation']}, over {measurement['pool_over']} content",
+            "fingerprint": measurement["fingerprint"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"This is no report of hf_fac, nor a coverage of rows that FACScorer scored ({error!r}): give "
+            "FACReport.to_dict(), or score the rows."
+        ) from error
     body = "\n".join(
         [
             f"## Feature Activation Coverage: {model}, layer {layer}\n",

@@ -62,11 +62,14 @@ def model_folder() -> Path:
     source = str(Path(spec.origin).parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    # Only its owner may enter what mkdtemp makes; whoever shares the cache may enter a plain folder in it.
+    made = temporary / folder.name
     try:
+        made.mkdir()
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
         tokenizer.chat_template = _TEMPLATE
         tokenizer.model_max_length = 8192
-        tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(made)
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
         weights = model.state_dict()
         del model.config.quantization_config
@@ -76,8 +79,11 @@ def model_folder() -> Path:
         plain.load_state_dict(weights)
         plain.generation_config = model.generation_config
         plain.generation_config.do_sample = True
-        plain.save_pretrained(temporary)
-        os.replace(temporary, folder)
+        plain.save_pretrained(made)
+        # safetensors, too, writes for the owner alone.
+        for file in made.iterdir():
+            file.chmod((made / "config.json").stat().st_mode)
+        os.replace(made, folder)
     except OSError:
         # Another process was first, and a folder cannot replace one that has files.
         if not folder.exists():

@@ -11,12 +11,14 @@ import time
 
 import pytest
 import torch
-from datasets import Dataset
+import typer
+from datasets import Dataset, DatasetDict
 from sae_lens import TopKSAE, TopKSAEConfig
 from tiny import CORPUS, byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_fac import FACScorer, FeatureCoverage, SAEFeaturizer, save_sae, score_shards
+from hf_fac import FACScorer, FeatureCoverage, SAEFeaturizer, cli, save_sae, score_shards
+from hf_fac.cli_options import load_data
 from hf_fac.conversations import RowError
 
 
@@ -105,6 +107,142 @@ def test_bad_input_is_one_clear_line(folders, arguments, message):
     assert done.returncode != 0
     assert message in " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in done.stderr
+
+
+def main(monkeypatch, capsys, *arguments):
+    """What `hf-fac` says on stderr when it refuses."""
+    monkeypatch.setattr(sys, "argv", ["hf-fac", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("text", ["[INST] hello [/INST]", "[red]apple[bold] and [user] hi", "a :warning: sign"])
+def test_an_error_quotes_the_users_text_as_it_is(folders, monkeypatch, capsys, tmp_path, text):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"wrong": text}))
+    said = main(
+        monkeypatch, capsys, "missing", tmp_path / "rows.jsonl", folders / "anchor.jsonl", *model_options(folders)
+    )
+    assert "hf-fac: Row 0 cannot be read: its columns are ['wrong']" in said
+    assert text in said
+
+
+def test_a_line_on_the_console_is_not_broken_and_no_markup(capsys):
+    line = "Written to /" + "a-long-folder/" * 20 + "[user]/:warning:/[/INST]."
+    cli.console.print(line)
+    assert line in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing", "{data}", "{data}", "--model", "{tmp}/none", "--sae", "{tmp}/none"], "none"),
+        (["missing", "{data}", "{data}", "--device", "gpu"], "gpu cannot be used here"),
+        (["missing", "{data}", "{data}", "-o", "{tmp}"], "is a directory"),
+        (["score", "{data}", "-o", "{data}"], "is a file"),
+        (["score", "{data}", "-o", "{tmp}/x", "--shard-rows", "0"], "greater than or equal to 1"),
+        (["select", "{data}", "{tmp}/none.json", "-o", "{tmp}/x"], "does not exist"),
+        (["push", "{tmp}/none", "user/x"], "does not exist"),
+    ],
+)
+def test_what_greets_a_wrong_word_is_no_traceback(folders, monkeypatch, capsys, tmp_path, arguments, message):
+    places = {"data": folders / "data.jsonl", "tmp": tmp_path}
+    assert message in main(monkeypatch, capsys, *(word.format(**places) for word in arguments))
+
+
+def test_a_report_in_a_new_folder_is_not_lost(folders, monkeypatch, tmp_path):
+    output = tmp_path / "new" / "report.json"
+    monkeypatch.setattr(sys, "argv", ["hf-fac"])
+    arguments = [folders / "data.jsonl", folders / "anchor.jsonl", *model_options(folders), "-o", output]
+    cli.app(["missing", *map(str, arguments)], standalone_mode=False)
+    assert json.loads(output.read_text())["missing"]
+
+
+def test_rows_measured_otherwise_are_refused_before_any_is_scored(folders, featurizer, monkeypatch, capsys, tmp_path):
+    other = SAEFeaturizer.from_pretrained(
+        str(folders / "model"), sae=str(folders / "sae"), device="cpu", activation="relu"
+    )
+    score_shards(other, Dataset.from_list([{"text": "The river rises."}]), tmp_path / "scored")
+    (tmp_path / "unreadable.jsonl").write_text(json.dumps({"text": None}))
+    for data in (
+        [tmp_path / "unreadable.jsonl", tmp_path / "scored"],
+        [tmp_path / "scored", tmp_path / "unreadable.jsonl"],
+    ):
+        said = main(monkeypatch, capsys, "missing", *data, *model_options(folders))
+        assert "scored was measured otherwise" in said
+        assert "activation: 'relu' and 'native'" in said
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True)
+    for name, texts in files.items():
+        rows = Dataset.from_dict({"text": texts})
+        if name.endswith("_jsonl"):
+            rows.to_json(folder / f"{name.removesuffix('_jsonl')}.jsonl")
+        else:
+            rows.to_parquet(folder / f"{name.replace('_', '-')}.parquet")
+    return str(folder)
+
+
+def test_a_folder_is_read_split_by_split(tmp_path):
+    folder = write(tmp_path / "rows", train_00000_of_00001=["a"], test_00000_of_00001=["b", "c"])
+    assert load_data(folder)["text"][:] == ["a"]
+    assert load_data(folder, "test")["text"][:] == ["b", "c"]
+    assert load_data(folder, "test[:1]")["text"][:] == ["b"]
+    with pytest.raises(typer.BadParameter, match=r"split validation\) cannot be read .*\['train', 'test'\]"):
+        load_data(folder, "validation")
+
+
+def test_a_folder_of_json_lines_is_read_whatever_its_name(tmp_path, monkeypatch):
+    write(tmp_path / "json", train_jsonl=["a"], test_jsonl=["b"])
+    (tmp_path / "test.jsonl").write_text('{"text": "beside it"}')
+    monkeypatch.chdir(tmp_path)
+    assert load_data("json", "test")["text"][:] == ["b"]
+
+
+def test_what_synthesize_wrote_is_read_without_what_it_dropped(tmp_path):
+    folder = write(tmp_path / "out", samples=["kept"], dropped=["refused"])
+    (tmp_path / "out" / "journal").mkdir()
+    (tmp_path / "out" / "journal" / "piece-00000.jsonl").write_text('["form", {}]\n')
+    assert load_data(folder)["text"][:] == ["kept"]
+
+
+def test_shards_are_one_data_set_in_order_whatever_the_split(featurizer, rows, tmp_path):
+    files = score_shards(featurizer, rows, tmp_path, shard_rows=2)
+    assert load_data(str(tmp_path), "test")["n"][:] == list(range(25))
+    files[3].unlink()
+    with pytest.raises(typer.BadParameter, match=r"holds 12 of 13 shards: start hf-fac score again"):
+        load_data(str(tmp_path))
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    rows = Dataset.from_dict({"text": ["a"]})
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": Dataset.from_dict({"text": ["b"]})}).save_to_disk(tmp_path / "two")
+    assert load_data(str(tmp_path / "one"), "test")["text"][:] == ["a"]
+    assert load_data(str(tmp_path / "two"), "test")["text"][:] == ["b"]
+    with pytest.raises(typer.BadParameter, match=r"split dev\).* train, test"):
+        load_data(str(tmp_path / "two"), "dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", "", "it is empty"),
+        ("rows.csv", "", "No columns"),
+        ("rows.csv", "text\n", "no data"),
+        ("rows.jsonl", '{"text": "a"}\n{oops\n', "JSON parse error"),
+        ("rows.parquet", "text", "Parquet"),
+        ("rows/README.md", "", "any data files"),
+        ("rows/rows.py", "print('run')", "scripts are no longer supported"),
+    ],
+)
+def test_what_holds_no_rows_is_refused_with_what_was_expected(tmp_path, name, content, message):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(typer.BadParameter, match=rf"(?s)cannot be read as a data set: .*{message}.*expected: one row"):
+        load_data(str(tmp_path / name.partition("/")[0]))
 
 
 def test_synthesize_plans_writes_and_goes_on(folders):

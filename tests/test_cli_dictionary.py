@@ -111,6 +111,8 @@ def test_a_local_model_explains_too(dictionary_folder, folders, tmp_path) -> Non
         (["rate", "{d}", "wisdom", "--chat", "m"], "no task 'wisdom'"),
         (["rate", "{tmp}", "toxicity", "--chat", "m"], "holds no feature dictionary"),
         (["select", "{f}/data.jsonl", "{f}/model/config.json", "-o", "{tmp}/x.jsonl"], "is no report"),
+        (["select", "{f}/data.jsonl", "{f}/data.jsonl", "-o", "{tmp}/x.jsonl"], "is no report"),
+        (["push", "{f}/data.jsonl", "user/x"], "no report of hf_fac"),
         (["pull", "user/x", "-o", "{tmp}", "--kind", "model"], "must be dictionary or sae"),
         (["push", "{tmp}", "user/x"], "holds no single SAE"),
         (["push", "{f}/model/config.json", "user/x"], "no report of hf_fac"),
@@ -143,6 +145,42 @@ def test_select_takes_what_a_report_misses_from_a_pool(folders, tmp_path) -> Non
     run("score", folders / "anchor.jsonl", "-o", tmp_path / "pool", "--activation", "relu", *options)
     other = run("select", tmp_path / "pool", report, "-o", chosen, fails=True)
     assert "was measured otherwise than" in other
+
+
+def test_select_measures_a_pool_as_the_report_was_measured_or_not_at_all(folders, tmp_path) -> None:  # noqa: F811
+    options, report = model_options(folders), tmp_path / "report.json"
+    data, chosen = [folders / "data.jsonl", folders / "anchor.jsonl"], tmp_path / "new" / "chosen.jsonl"
+    how = ["--max-length", 3, "--preset", "paper"]
+    (tmp_path / "unreadable.jsonl").write_text((folders / "anchor.jsonl").read_text() + '\n{"text": null}')
+    for setting in (how[:2], how[2:]):
+        run("missing", *data, *options, *setting, "--threshold", 0.1, "-o", report)
+        said = run("select", tmp_path / "unreadable.jsonl", report, "-o", chosen, *options, fails=True)
+        assert "would be measured otherwise than the rows of" in said
+        assert "--max-length or --preset differ" in said or "activation: 'native' and 'relu'" in said
+    run("missing", *data, *options, *how[:2], "--threshold", 0.1, "-o", report)
+    pool = tmp_path / "unreadable.jsonl"
+    said = run("select", pool, report, "-o", chosen, *options, *how[:2], "--on-error", "skip")
+    assert "missing features. Written to" in said
+    assert chosen.read_text()
+
+    for name, rows in zip(("one", "two"), data, strict=True):
+        run("score", rows, "-o", tmp_path / name, "--keep-above", 0.05, *options)
+    run("missing", tmp_path / "one", tmp_path / "two", "--threshold", 0.1, "-o", report)
+    assert "missing features. Written to" in run("select", data[1], report, "-o", chosen, *options)
+
+
+def test_push_prints_the_url_in_one_line_as_it_is(dictionary_folder, monkeypatch) -> None:
+    url = f"https://huggingface.co/datasets/some-organisation/[user]-features/commit/{'0123456789' * 8}"
+    monkeypatch.setattr(FeatureDictionary, "push_to_hub", lambda self, repo_id, **settings: url)
+    result = CliRunner().invoke(app, ["push", str(dictionary_folder), "some-organisation/features"])
+    assert result.output == f"{url}\n"
+
+
+def test_a_folder_with_other_parquet_files_is_refused_before_spans_are_collected(folders, tmp_path) -> None:  # noqa: F811
+    (tmp_path / "unreadable.jsonl").write_text('{"text": null}\n')
+    (tmp_path / "rows.parquet").touch()
+    said = run("interpret", tmp_path / "unreadable.jsonl", "-o", tmp_path, *model_options(folders), fails=True)
+    assert "holds rows.parquet, no part of a dictionary: choose another folder" in said
 
 
 def test_each_rank_of_score_writes_its_own_coverage(folders, tmp_path, monkeypatch) -> None:  # noqa: F811

