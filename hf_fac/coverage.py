@@ -161,12 +161,15 @@ class FeatureCoverage:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
-        from safetensors.numpy import save_file
+        from safetensors import numpy as safetensors
 
         partial = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
         metadata = {name: json.dumps(getattr(self, name)) for name in _METADATA}
         try:
-            save_file({n: getattr(self, n) for n in _ARRAYS}, partial, {"hf_fac.coverage": _VERSION} | metadata)
+            # Not save_file, whose files only their owner can read.
+            partial.write_bytes(
+                safetensors.save({n: getattr(self, n) for n in _ARRAYS}, {"hf_fac.coverage": _VERSION} | metadata)
+            )
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

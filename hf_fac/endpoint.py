@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from .chat import NOT_ASKED, Completion, before_stop, check_arguments, progress_bar
+from .journal import SharedLines
 
 if TYPE_CHECKING:
     from httpx2 import Response
@@ -146,7 +147,7 @@ class EndpointChat:
         )
         self._lock = threading.Lock()
         self._not_before = 0.0
-        self._answers = _Answers(Path(cache_dir) / "answers.jsonl") if cache_dir is not None else None
+        self._answers = SharedLines(Path(cache_dir) / "answers.jsonl") if cache_dir is not None else None
 
     def __repr__(self) -> str:
         where = self.base_url or self.provider or "the Hub's choice of provider"
@@ -201,7 +202,9 @@ class EndpointChat:
     def _answer_all(self, requests: dict[str, _Request], answers: dict[str, Completion]) -> None:
         """Fills `answers` from disk and from the server; after an exception they hold what was answered until then."""
         if self._answers is not None:
-            answers.update((key, self._answers.known[key]) for key in requests if key in self._answers.known)
+            found = {key: self._answers.known[key] for key in requests if key in self._answers.known}
+            whole = {key: entry for key, entry in found.items() if entry.keys() == set(Completion._fields)}
+            answers.update((key, Completion(**entry)) for key, entry in whole.items())
             self._count(from_disk=len(answers))
         missing = [request for key, request in requests.items() if key not in answers]
         run = _Run()
@@ -295,7 +298,7 @@ class EndpointChat:
         run.lost = 0
         if self._answers is not None:
             with self._lock:
-                self._answers.add(request.key, answer)
+                self._answers.add(request.key, answer._asdict())
         return answer
 
     def _read(self, output: ChatCompletionOutput, request: _Request) -> Completion:
@@ -406,33 +409,6 @@ class _Again(Exception):
 
 class _Failed(Exception):
     """This request gets no answer."""
-
-
-class _Answers:
-    """Answers on disk, a line each; a line that a killed process left half is closed and skipped."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.known: dict[str, Completion] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.read_bytes() if path.exists() else b""
-        for line in written.splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                key = entry.pop("key")
-                self.known[key] = Completion(**entry)
-        if written and not written.endswith(b"\n"):
-            self._append(b"\n")
-
-    def add(self, key: str, answer: Completion) -> None:
-        self.known[key] = answer
-        self._append(json.dumps({"key": key, **answer._asdict()}).encode() + b"\n")
-
-    def _append(self, line: bytes) -> None:
-        # In one write, so that several processes can share the file.
-        with open(self.path, "ab", buffering=0) as file:
-            if file.write(line) < len(line):
-                raise OSError(f"{self.path} takes no more: is the disk full?")
 
 
 def _asked_to_wait(stated: str | None) -> float | None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -119,6 +119,34 @@ class Piece:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+class SharedLines:
+    """Objects by key in a file of JSON lines that several processes add to at the same time; what one of them added
+    after another began is not known to that one. A line that a killed process left half is closed and skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.read_bytes() if path.exists() else b""
+        for line in written.splitlines():
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
+                entry = json.loads(line)
+                key = entry.pop("key")
+                self.known[key] = entry
+        if written and not written.endswith(b"\n"):
+            self._append(b"\n")
+
+    def add(self, key: str, entry: dict[str, Any]) -> None:
+        self.known[key] = entry
+        self._append(json.dumps({"key": key, **entry}).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        # In one write, so that lines stay whole.
+        with open(self.path, "ab", buffering=0) as file:
+            if file.write(line) < len(line):
+                raise OSError(f"{self.path} takes no more: is the disk full?")
 
 
 def whole_lines(path: Path, *, mend: bool) -> list[bytes]:

@@ -136,6 +136,7 @@ def save_sae(sae: SAE[Any], folder: str | os.PathLike[str], *, dtype: str | torc
         folder.mkdir(exist_ok=True)
         # Without its cfg.json a folder holds no SAE, so at no moment do old and new files pass for one.
         (folder / CONFIG).unlink(missing_ok=True)
+        os.chmod(weights, os.stat(config).st_mode)  # safetensors writes files that only their owner can read
         os.replace(weights, folder / SAELENS_WEIGHTS)
         os.replace(config, folder / CONFIG)
     return folder

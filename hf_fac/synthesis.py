@@ -243,7 +243,8 @@ class FACSynthesizer:
         asks = any(way != "steering" for way in self.settings.ways)
         outcomes = work.run(self.form if asks else "text")
         if work.failures:
-            warnings.warn(f"Synthesis ended by {work.ended.rstrip('.')}. The same call asks for them again.", stacklevel=2)
+            ended = work.ended.rstrip(".")
+            warnings.warn(f"Synthesis ended by {ended}. The same call asks for them again.", stacklevel=2)
         seconds = time.perf_counter() - begun
         pool_rows = [*taken, *refused]
         return make_result(

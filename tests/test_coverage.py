@@ -427,6 +427,12 @@ def test_bad_rows_of_a_data_set_name_row_and_remedy(row, problem):
         FeatureCoverage.from_dataset(datasets.concatenate_datasets([ds, bad]))
 
 
+def test_a_saved_coverage_can_be_read_by_whom_the_umask_lets(tmp_path):
+    cover(np.ones((3, 8), np.float32)).save(tmp_path / "coverage.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "coverage.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_data_set_that_was_not_scored_names_the_column_and_the_remedy():
     ds = scored(random_rows(np.random.default_rng(0)))
     with pytest.raises(ValueError, match=r"fac_tokens.*score the rows with ds\.map\(FACScorer"):

@@ -169,6 +169,12 @@ def test_a_training_sae_is_saved_as_its_inference_sae(tmp_path, x):
     torch.testing.assert_close(loaded.encode(x), pre * (pre > 0.5))
 
 
+def test_a_saved_sae_can_be_read_by_whom_the_umask_lets(tmp_path):
+    folder = save_sae(tiny_sae(), tmp_path / "sae")
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_failed_save_leaves_what_was_there(tmp_path, x):
     sae = make_sae()
     folder = save_sae(sae, tmp_path / "sae")
