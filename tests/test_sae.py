@@ -170,7 +170,7 @@ def test_a_training_sae_is_saved_as_its_inference_sae(tmp_path, x):
 
 
 def test_a_saved_sae_can_be_read_by_whom_the_umask_lets(tmp_path):
-    folder = save_sae(tiny_sae(), tmp_path / "sae")
+    folder = save_sae(make_sae(), tmp_path / "sae")
     (tmp_path / "plain").touch()
     assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
