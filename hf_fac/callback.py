@@ -7,7 +7,6 @@ one that the trainer would have made had it been given that set; the new rows, t
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 import os
@@ -18,16 +17,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import ArrayLike
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from .callback_checks import check_arguments, check_can_grow, is_in_training, warn_of_cut_rows
+from .callback_report import log_table, paragraph, summed_up, write_enlarged, write_report
 from .cards import merge_card
 from .coverage import FeatureCoverage
 from .refill import Refill, read_parquet, rows_digest, write_parquet
-from .run_state import Ranks, preserved, replace_text
-from .trainer_data import PlannedRows, Prepare, TrainerData, trainer_data
+from .run_state import Ranks, never_a_smaller_batch, preserved, replace_text
+from .trainer_data import trainer_data
+from .training_set import PlannedRows, Prepare
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -50,15 +52,16 @@ class FACSynthesisCallback(TrainerCallback):
     Trainer (through `prepare`); what it cannot do exactly it refuses when it is made.
 
     Under `output_dir`/_fac_synthesis it keeps `rows-<hash>.parquet` (new rows with provenance), `enlarged.parquet`,
-    `report.json`, and `work`, from which a run that died goes on; `work` can be deleted once training has ended.
-    None of it is pushed to the Hub with the model.
+    `report.json` (a list, an entry each time that the set was filled), and `work`, from which a run that died goes on;
+    `work` can be deleted once training has ended. None of it is pushed to the Hub with the model.
     Checkpoints name the rows by their hash: resuming from one restores them, nothing is written again. Nor is it by a
     second `train()`. With several processes that folder must lie on a file system that all of them share.
 
     Args:
         trainer: whose training set it is; the callback has to be added to it as well.
         synthesizer: what measures (`synthesizer.featurizer`, which may read the model in training) and writes. Under
-            ZeRO-3 and FSDP both need a model of their own.
+            ZeRO-3 and FSDP both need a model of their own. Its max_length should be the trainer's: what is cut off for
+            training is measured else (a UserWarning says so).
         anchor: rows (Dataset), or their FeatureCoverage as this featurizer measures them.
         train_dataset: the raw rows that the trainer was given; needed where its own set no longer holds them (packing,
             shuffle_dataset, a formatting_func, rows tokenized by you).
@@ -66,18 +69,21 @@ class FACSynthesisCallback(TrainerCallback):
         refresh: "start" fills the set once, before the first step. "epoch" measures and fills again before each epoch,
             with the model as it then is if that is what the featurizer reads. The set has room for max_samples from
             the first step on, of which each time gets an equal share; open places repeat seed rows in turn, so that
-            steps and schedule never change.
+            steps and schedule never change. What resisted is not written for again, but where the model that measures
+            or writes is the one in training.
         every: with "epoch", before every so many epochs.
         max_samples, max_seconds: bounds of all synthesis in the run. max_samples is needed with "epoch".
-        on_error: "raise", or "warn" and train on what there is when measuring or writing fails.
-        output_dir: by default the trainer's.
+        on_error: "raise", or "warn" when measuring or writing fails, and train on what was written by then.
+        output_dir: by default the trainer's; not a folder inside it, which would be pushed to the Hub with the model.
         log_rows: log the new rows as a table too, where W&B or Trackio are reported to.
         prepare: raw rows (Dataset) to rows as the training set has them; for the plain Trainer, and for rows that you
             tokenized yourself.
 
     Attributes:
         new_rows: the rows written, with their provenance, before the trainer's filters; None until then.
-        summary: the numbers that were logged, by name.
+        summary: the numbers that were logged, by name. "fac/before" and "fac/missing" are of the first measurement,
+            all others of the run up to now; "fac/after" counts the rows that the trainer keeps, a feature is filled
+            when one of its own is among them, "fac/dropped" are the others.
 
     Raises: ValueError for whatever is not supported, with the reason and the remedy.
     """
@@ -107,16 +113,16 @@ class FACSynthesisCallback(TrainerCallback):
         self.new_rows: Dataset | None = None
         self.summary: dict[str, float] = {}
         self._record: dict[str, Any] = {}  # what checkpoints carry; empty until there are new rows
-        self._report: dict[str, Any] = {}
-        self._planned: PlannedRows | None = None
+        self._set: Dataset | PlannedRows | None = None  # the training set, once it is the callback's
         self._checkpoint: str | None = None
         self._unlogged = False
-        _check_arguments(self)
+        check_arguments(self, FACSynthesisCallback)
         with self._preserved():
             self._data = trainer_data(trainer, synthesizer.task, train_dataset=train_dataset, prepare=prepare)
             self._refill.check(self._data.readable)
         if refresh == "epoch":
-            _check_can_grow(trainer, self._data)
+            check_can_grow(trainer, self._data)
+        warn_of_cut_rows(trainer, self._data, synthesizer.featurizer)
         # The Trainer fixes steps, schedule and the resumed position by its loader, before any callback is called.
         self._wrap("train", self._train)
         self._wrap("get_train_dataloader", self._get_train_dataloader)
@@ -132,12 +138,12 @@ class FACSynthesisCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         epoch = int(state.epoch or 0)
-        if self._planned is None or epoch % self.every or epoch <= self._record.get("epoch", -1):
+        if self.refresh == "start" or epoch % self.every or epoch <= self._record.get("epoch", -1):
             return
         with self._preserved():
-            rows = self._filled(epoch)
+            rows, report = self._filled(epoch)
             prepared = self._fill_places(rows)
-        self._keep(rows, dropped=len(rows) - prepared, epoch=epoch)
+        self._keep(rows, report, dropped=len(rows) - prepared, epoch=epoch)
         self._log()
 
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
@@ -162,11 +168,16 @@ class FACSynthesisCallback(TrainerCallback):
 
     def _get_train_dataloader(self, original: Callable[[], Any]) -> Any:
         if self.trainer.is_in_train:
+            if self.trainer.train_dataset is not (self._data.base if self._set is None else self._set):
+                raise ValueError(
+                    "The trainer got another training set after the callback was made: make trainer and callback anew, "
+                    "the callback last."
+                )
             record = None if self._checkpoint is None else self._read_record(Path(self._checkpoint))
             with self._preserved():
                 if self.refresh == "epoch":
                     self._plan(record)
-                elif self.new_rows is None:
+                elif self._set is None:
                     self._enlarge(record)
             if record is not None and record["rows"] != self._record["rows"]:
                 raise ValueError(
@@ -176,54 +187,96 @@ class FACSynthesisCallback(TrainerCallback):
         return original()
 
     def _enlarge(self, record: dict[str, Any] | None) -> None:
-        if self.trainer.train_dataset is not self._data.base:
-            raise ValueError(
-                "The trainer got another training set after the callback was made: make the callback last."
-            )
-        rows = self._filled(0) if record is None else self._restored(record)
-        self.trainer.train_dataset, dropped = self._data.enlarged(rows)
+        rows, report = self._filled(0) if record is None else (self._restored(record), {})
+        enlarged, dropped = self._data.enlarged(rows)
+        self._replace_set(enlarged)
         if record is None:
-            self._keep(rows, dropped=dropped, epoch=0)
+            self._keep(rows, report, dropped=dropped, epoch=0)
+        else:
+            self._remember(rows, record)
 
     def _plan(self, record: dict[str, Any] | None) -> None:
-        if self._planned is None:
-            self._planned = PlannedRows(
-                self.trainer.train_dataset.select_columns(list(self._data.columns)), self.max_samples
-            )
-            self.trainer.train_dataset = self._planned
+        if self._set is None:
+            seed = self.trainer.train_dataset.select_columns(list(self._data.columns))
+            self._replace_set(PlannedRows(seed, self.max_samples))
         if record is not None:
-            self._fill_places(self._restored(record))
+            rows = self._restored(record)
+            self._fill_places(rows)
+            self._remember(rows, record)
+
+    def _replace_set(self, rows: Dataset | PlannedRows) -> None:
+        self.trainer.train_dataset = self._set = rows
 
     def _fill_places(self, rows: Dataset) -> int:
         """How many rows are left to train on."""
         prepared = self._data.prepared(rows) if len(rows) else None
-        self._planned.fill(prepared)
+        self._set.fill(prepared)
         return 0 if prepared is None else len(prepared)
 
-    def _filled(self, epoch: int) -> Dataset:
-        """All new rows, those of before first, the same in every process; they are on disk then."""
+    def _trained_on(self, rows: Dataset) -> Dataset:
+        """The rows that the trainer's filters leave."""
+        if self._data.arranged and self.trainer.args.packing:
+            return rows  # packing drops none, and what it makes of them is not to be counted
+
+        def left(start: int, stop: int) -> list[int]:
+            n = len(self._data.prepared(rows.select(range(start, stop))))
+            if n == 0 or n >= stop - start:
+                return list(range(start, stop)) if n else []
+            middle = (start + stop) // 2
+            return left(start, middle) + left(middle, stop)
+
+        return rows.select(left(0, len(rows)) if len(rows) else [])
+
+    def _filled(self, epoch: int) -> tuple[Dataset, dict[str, Any]]:
+        """All new rows, those of before first, the same in every process, and a report; the rows are on disk then."""
         before = self._refill.none() if self.new_rows is None else self.new_rows
-        spent, start = self._record.get("seconds", 0.0), time.monotonic()
-        ranks = Ranks.meet(self.folder / "work", self.trainer.args)
+        start = time.monotonic()
         try:
-            added, self._report = self._refill.run(
-                self._data.readable, before, ranks, turn=epoch,
-                max_samples=self._budget(len(before), epoch),
-                max_seconds=None if self.max_seconds is None else max(1.0, self.max_seconds - spent),
-            )  # fmt: skip
-            rows = concatenate_datasets([before, added]) if len(before) else added
+            return self._turn(before, epoch, start)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            problem = error
+        try:
+            # Of one request the synthesizer makes nothing: this is what was written, and paid for, until it failed.
+            rows, report = self._turn(before, epoch, start, max_requests=1)
+            report["resisted"] = []  # not all of the ways were tried
+        except Exception:
+            rows, report = before, {"seconds": 0.0}
             self._save_rows(rows)
-            seconds = ranks.agree(rows_digest(rows), time.monotonic() - start)
+        warnings.warn(f"FAC synthesis failed; the run has {len(rows):,} new rows: {problem}", stacklevel=2)
+        return rows, report | {"error": f"{type(problem).__name__}: {problem}"}
+
+    def _turn(
+        self, before: Dataset, epoch: int, start: float, *, max_requests: int | None = None
+    ) -> tuple[Dataset, dict[str, Any]]:
+        """What `_filled` returns, or an error in all processes."""
+        ranks = Ranks.meet(self.folder / "work", self.trainer.args)
+        models, spent = (self.synthesizer.featurizer.model, self.synthesizer.chat), self._record.get("seconds", 0.0)
+        # Nothing has changed for what resisted, unless the model that reads or writes is being trained.
+        changes = any(is_in_training(self.trainer, model) for model in models)
+        try:
+            with never_a_smaller_batch():
+                added, report = self._refill.run(
+                    self._data.readable,
+                    self._trained_on(before),
+                    ranks,
+                    turn=epoch,
+                    trained_on=self._trained_on,
+                    leave_out=() if changes else self._record.get("resisted", ()),
+                    max_samples=self._budget(len(before), epoch),
+                    max_requests=max_requests,
+                    max_seconds=None if self.max_seconds is None else max(1.0, self.max_seconds - spent),
+                )
+                rows = concatenate_datasets([before, added]) if len(before) else added
+                self._save_rows(rows)
+            report["seconds"] = ranks.agree(rows_digest(rows), time.monotonic() - start)
         except BaseException as error:
             ranks.fail(error)
-            if self.on_error == "raise" or not isinstance(error, Exception):
-                raise
-            ranks.wait_for_all()
-            warnings.warn(f"FAC synthesis failed; the run has {len(before):,} new rows: {error}", stacklevel=2)
-            rows, seconds, self._report = before, 0.0, {"error": f"{type(error).__name__}: {error}"}
-            self._save_rows(rows)
-        self._report["seconds"] = spent + seconds
-        return rows
+            if self.on_error == "warn" and isinstance(error, Exception):
+                ranks.wait_for_all()
+            raise
+        return rows, report
 
     def _budget(self, n: int, epoch: int) -> int | None:
         """How many samples may be written now: an equal share for each time that is left."""
@@ -236,23 +289,32 @@ class FACSynthesisCallback(TrainerCallback):
         if self.trainer.args.process_index == 0:
             write_parquet(rows, self.folder / f"rows-{rows_digest(rows)}.parquet")
 
-    def _keep(self, rows: Dataset, *, dropped: int, epoch: int) -> None:
+    def _keep(self, rows: Dataset, report: dict[str, Any], *, dropped: int, epoch: int) -> None:
         """What the rows are called in checkpoints, what is logged of them, and both with the whole set on disk."""
-        self.new_rows = rows
-        seconds = self._report["seconds"]
-        self.summary = self._report.get("numbers", {}) | {
-            "fac/new_rows": len(rows), "fac/dropped": dropped, "fac/seconds": seconds
+        numbers, seconds = report.pop("numbers", {}), report["seconds"] + self._record.get("seconds", 0.0)
+        filled = {*self._record.get("filled", ()), *report.get("filled", ())}
+        resisted = {*self._record.get("resisted", ()), *report.get("resisted", ())} - filled
+        summary = summed_up(self.summary, numbers) | {
+            "fac/filled": len(filled), "fac/resisted": len(resisted), "fac/new_rows": len(rows),
+            "fac/dropped": dropped, "fac/seconds": seconds,
         }  # fmt: skip
-        self._record = {
+        record = {
             "rows": rows_digest(rows), "epoch": epoch, "refresh": self.refresh, "max_samples": self.max_samples,
-            "seconds": seconds, "summary": self.summary,
+            "seconds": seconds, "summary": summary, "filled": sorted(filled), "resisted": sorted(resisted),
         }  # fmt: skip
+        self._remember(rows, record)
         self._unlogged = True
         if self.trainer.args.process_index == 0:
-            report = {name: value for name, value in self._report.items() if name != "numbers"}
-            report |= {"rows": self._record["rows"], "dropped": dropped, "epoch": epoch}
-            replace_text(self.folder / "report.json", json.dumps(report, indent=1))
-            write_parquet(_all_rows(self._data.seed, rows), self.folder / "enlarged.parquet")
+            try:
+                turn = {"epoch": epoch, "rows": record["rows"], "dropped": dropped, **report}
+                write_report(turn, self.folder / "report.json")
+                write_enlarged(self._data.seed, rows, self.folder / "enlarged.parquet")
+            except Exception as error:
+                # Other processes are in the run already, which has all that it needs.
+                warnings.warn(f"{self.folder} has no whole report.json and enlarged.parquet: {error!r}", stacklevel=2)
+
+    def _remember(self, rows: Dataset, record: dict[str, Any]) -> None:
+        self.new_rows, self._record, self.summary = rows, record, record["summary"]
 
     def _read_record(self, checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / RECORD
@@ -285,7 +347,6 @@ class FACSynthesisCallback(TrainerCallback):
         if path.parent != self.folder:  # the checkpoints to come are beside this one
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save_rows(rows)
-        self.new_rows, self._record, self.summary = rows, record, record["summary"]
         return rows
 
     def _save_model(
@@ -303,7 +364,7 @@ class FACSynthesisCallback(TrainerCallback):
             # Not the trainer's own: TRL's would close its running averages with it.
             Trainer.log(self.trainer, dict(self.summary))
             if self.log_rows and self.trainer.is_world_process_zero():
-                _log_table(self.new_rows, self.trainer.args.report_to)
+                log_table(self.new_rows, self.trainer.args.report_to)
             self._unlogged = False
 
     def _create_model_card(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -311,7 +372,7 @@ class FACSynthesisCallback(TrainerCallback):
         path = Path(self.trainer.args.output_dir) / "README.md"
         if self.summary and self.trainer.is_world_process_zero() and path.exists():
             card = merge_card(path.read_text(encoding="utf-8"), metadata={"tags": ["hf_fac"]}, section="synthesis",
-                              body=_paragraph(self.summary))  # fmt: skip
+                              body=paragraph(self.summary))  # fmt: skip
             path.write_text(card, encoding="utf-8")
 
     def _preserved(self) -> AbstractContextManager[None]:
@@ -319,93 +380,3 @@ class FACSynthesisCallback(TrainerCallback):
         models = {id(model): model for model in (trainer.model, featurizer.model)}
         tokenizers = {id(t): t for t in (trainer.processing_class, featurizer.tokenizer)}
         return preserved(list(models.values()), list(tokenizers.values()))
-
-
-def _check_arguments(callback: FACSynthesisCallback) -> None:
-    trainer, anchor, featurizer = callback.trainer, callback.anchor, callback.synthesizer.featurizer
-
-    def need(condition: bool, problem: str) -> None:
-        if not condition:
-            raise ValueError(problem)
-
-    refresh, every = callback.refresh, callback.every
-    need(refresh in ("start", "epoch"), f'refresh is {refresh!r}; it must be "start" or "epoch".')
-    need(every >= 1, f"every is {every}; it must be at least 1.")
-    need(every == 1 or refresh == "epoch", f'every is {every}, which counts epochs: it goes with refresh="epoch".')
-    need(callback.on_error in ("raise", "warn"), f'on_error is {callback.on_error!r}; it must be "raise" or "warn".')
-    for name in ("max_samples", "max_seconds"):
-        value = getattr(callback, name)
-        need(value is None or value > 0, f"{name} is {value}; it must be positive, or None for no bound.")
-    need(
-        refresh == "start" or callback.max_samples is not None,
-        'refresh="epoch" fixes the length of the training set before the first step: pass max_samples=.',
-    )
-    others = [c for c in trainer.callback_handler.callbacks if isinstance(c, FACSynthesisCallback)]
-    need(not others, "The trainer has a FACSynthesisCallback already: one is all it takes.")
-    if not isinstance(anchor, Dataset | FeatureCoverage):
-        raise TypeError(f"anchor is a {type(anchor).__name__}; it must be a datasets.Dataset or a FeatureCoverage.")
-    need(not isinstance(anchor, Dataset) or len(anchor) > 0, "The anchor set has no rows.")
-    trained = {id(parameter) for parameter in trainer.model.parameters()}
-    shared = any(id(parameter) in trained for parameter in featurizer.model.parameters())
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    need(
-        not shared or not (trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)),
-        "Under ZeRO-3 and FSDP each process holds a part of the model in training: measure and write with a model of "
-        "its own (SAEFeaturizer.from_pretrained).",
-    )
-    if isinstance(anchor, FeatureCoverage):
-        need(
-            refresh == "start" or not shared,
-            "The model in training measures again each time, so the anchor set has to be measured again too: pass its "
-            "rows as anchor=.",
-        )
-        # Now, and not when all else has been computed.
-        FeatureCoverage(featurizer.measurement) | anchor
-
-
-def _check_can_grow(trainer: Trainer, data: TrainerData) -> None:
-    args = trainer.args
-    problems = {
-        "a run of one epoch has no second one: train longer": args.max_steps <= 0 and args.num_train_epochs <= 1,
-        "max_steps leaves open how many epochs there are: set num_train_epochs": args.max_steps > 0,
-        "packing and shuffle_dataset arrange all rows anew: leave them out": data.arranged,
-        f"train_sampling_strategy={args.train_sampling_strategy!r} sorts by lengths that change": (
-            args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-        ),
-        "persistent workers never see the new rows: set dataloader_persistent_workers=False": (
-            args.dataloader_persistent_workers and args.dataloader_num_workers > 0
-        ),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise ValueError(f'refresh="epoch": {problem}, or take refresh="start".')
-
-
-def _paragraph(summary: dict[str, float]) -> str:
-    numbers = {name.removeprefix("fac/"): value for name, value in summary.items()}
-    text = f"{numbers['new_rows']:,} rows of the training set were synthesized for features that it did not activate"
-    if "before" in numbers:
-        text += (
-            f": of the {numbers['missing']:,} that it was missing against an anchor set, {numbers.get('filled', 0):,} "
-            f"were filled. Feature Activation Coverage (FAC) went from {numbers['before']:.3f} to "
-            f"{numbers['after']:.3f}"
-        )
-    return f"## FAC Synthesis\n\n{text} ([arXiv 2602.10388](https://arxiv.org/abs/2602.10388), hf-fac)."
-
-
-def _log_table(rows: Dataset, report_to: list[str]) -> None:
-    """Log rows to the trackers that have tables, conversations as JSON."""
-    table = rows.to_pandas()
-    for name, kind in rows.features.items():
-        if not isinstance(kind, Value):
-            table[name] = [json.dumps(value, ensure_ascii=False) for value in rows[name]]
-    for name in ("wandb", "trackio"):
-        if name in report_to:
-            tracker = importlib.import_module(name)
-            tracker.log({"fac/rows": tracker.Table(dataframe=table)})
-
-
-def _all_rows(seed: Dataset, new: Dataset) -> Dataset:
-    """Seed and new rows; where the two say a column differently (more keys in messages), in the seed's way."""
-    features = {name: seed.features.get(name, kind) for name, kind in new.features.items()}
-    return concatenate_datasets([seed, new.cast(Features(features))])

@@ -12,6 +12,7 @@ import json
 import operator
 import os
 import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from .run_state import Ranks
 if TYPE_CHECKING:
     from .featurizer import SAEFeaturizer
     from .synthesis import FACSynthesizer
+    from .synthesis_report import SynthesisReport
     from .tasks import Task
 
 _CHUNK = 1000  # rows read at a time
@@ -58,7 +60,7 @@ class Refill:
         for name, rows in (("training", seed), ("anchor", self.anchor)):
             if isinstance(rows, Dataset):
                 try:
-                    featurizer.reader([_as_read(task, rows[0])])
+                    featurizer.reader([_as_read(task, rows[0], featurizer)])
                 except RowError as error:
                     raise RowError(f"The {name} set: {error}") from error
 
@@ -68,52 +70,99 @@ class Refill:
         return Dataset.from_dict({name: [] for name in features}, features=features)
 
     def run(
-        self, seed: Dataset, before: Dataset, ranks: Ranks, *, turn: int, max_samples: int | None,
-        max_seconds: float | None,
-    ) -> tuple[Dataset, dict[str, Any]]:  # fmt: skip
+        self,
+        seed: Dataset,
+        before: Dataset,
+        ranks: Ranks,
+        *,
+        turn: int,
+        trained_on: Callable[[Dataset], Dataset],
+        leave_out: Collection[int] = (),
+        max_samples: int | None = None,
+        max_requests: int | None = None,
+        max_seconds: float | None = None,
+    ) -> tuple[Dataset, dict[str, Any]]:
         """Returns the rows that were added and a report for JSON, whose "numbers" are what is logged.
 
         Args:
             seed: rows as the featurizer reads them. before: new rows of earlier turns, they count as theirs.
             turn: another one has a journal of its own, as what writes may have been trained on in between.
+            trained_on: from rows that were written to those that the trainer keeps; only these count. All processes
+                call it at the same time, so that they may meet in it.
+            leave_out: missing features that are not written for.
+            max_samples, max_requests, max_seconds: bounds, as `FACSynthesizer.synthesize` takes them.
+
+        Raises: RuntimeError, in all processes and before anything is measured, when they have other rows, another model
+            or another synthesizer; OtherProcessFailed when one failed.
         """
-        synthesizer = self.synthesizer
-        measured = functools.partial(_measured, synthesizer.featurizer, synthesizer.task, ranks=ranks)
-        compare = functools.partial(
-            FeatureCoverage.compare,
-            anchor=self.anchor if isinstance(self.anchor, FeatureCoverage) else measured(self.anchor),
-            features=self.features,
-            threshold=synthesizer.threshold,
+        synthesizer, task = self.synthesizer, self.synthesizer.task
+        columns, fingerprint = list(task.features()), synthesizer.fingerprint()
+        anchor, own = self.anchor, synthesizer.featurizer.measurement
+        digests = {
+            "training set": rows_digest(seed),
+            "anchor set": rows_digest(anchor) if isinstance(anchor, Dataset) else digest(anchor.maximum.tolist()),
+            "features": self.features if self.features is None else digest(np.asarray(self.features).tolist()),
+        }
+        # They wait for one another's files, which are named by all this.
+        ranks.compare(
+            {**digests, **{f"featurizer's {name}": value for name, value in own.items()}, "synthesizer": fingerprint},
+            "Give all processes the same rows in the same order (shuffle with a seed) and load models from the same "
+            "name or path.",
         )
-        columns = list(synthesizer.task.features())
-        data = measured(seed)
+        measured = functools.partial(_measured, synthesizer.featurizer, task, ranks=ranks)
+        if isinstance(anchor, Dataset):
+            anchor = measured(anchor, digests["anchor set"])
+        compare = functools.partial(
+            FeatureCoverage.compare, anchor=anchor, features=self.features, threshold=synthesizer.threshold
+        )
+        data = measured(seed, digests["training set"])
         if len(before):
             data |= measured(before.select_columns(columns))
         found = after = compare(data)
-        fingerprint, added, written = synthesizer.fingerprint(), before.select([]), None
-        ranks.compare("synthesizer", fingerprint)
-        if len(found.missing) and max_samples != 0:
-            journal = ranks.folder / f"journal-{digest([fingerprint, found.missing.tolist(), turn])}"
+        added = kept = before.select([])
+        written, wanted = None, found.missing[~np.isin(found.missing, list(leave_out))]
+        if len(wanted) and max_samples != 0:
+            journal = ranks.folder / f"journal-{digest([fingerprint, wanted.tolist(), turn])}"
             journal.mkdir(exist_ok=True)
             result = synthesizer.synthesize(
-                found, journal=journal, max_samples=max_samples, max_seconds=max_seconds, stop=ranks.check
+                found,
+                features=wanted,
+                journal=journal,
+                max_samples=max_samples,
+                max_requests=max_requests,
+                max_seconds=max_seconds,
+                stop=ranks.check,
             )
             added, written = result.dataset, result.report
         if len(added):
-            data |= measured(added.select_columns(columns))
+            ranks.compare({"new rows": rows_digest(added)}, "Give all the same bounds, and an unchanged work folder.")
+            kept = trained_on(added)
+        if len(kept):
+            data |= measured(kept.select_columns(columns))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # an FAC near 1 is what this is for
                 after = compare(data)
-        report = {
-            "before": found.to_dict(), "after": after.to_dict(), "synthesizer": fingerprint,
-            "synthesis": None if written is None else written.to_dict(), "numbers": _numbers(found, after),
-        }  # fmt: skip
-        if written is not None:
-            report["numbers"] |= {
-                "fac/synthesized": len(added), "fac/filled": len(written.filled), "fac/resisted": len(written.resisted),
-                "fac/requests": written.requests, "fac/completion_tokens": written.completion_tokens,
-            }  # fmt: skip
-        return added, report
+        return added, _report(found, after, fingerprint, added, kept, written)
+
+
+def _report(
+    found: FACReport, after: FACReport, fingerprint: str, added: Dataset, kept: Dataset, written: SynthesisReport | None
+) -> dict[str, Any]:
+    """A feature is filled when the trainer kept a row of its own."""
+    tried, filled, costs = [], [], {"fac/requests": 0, "fac/completion_tokens": 0}
+    if written is not None:
+        tried = [*written.filled.tolist(), *written.resisted.tolist()]
+        filled = np.intersect1d(written.filled, kept["fac_feature"][:] if len(kept) else []).astype(int).tolist()
+        costs = {"fac/requests": written.requests, "fac/completion_tokens": written.completion_tokens}
+    return {
+        "before": found.to_dict(), "after": after.to_dict(), "synthesizer": fingerprint,
+        "synthesis": None if written is None else written.to_dict(),
+        "filled": filled, "resisted": sorted(set(tried) - set(filled)),
+        "numbers": {
+            "fac/before": found.fac, "fac/after": after.fac, "fac/covered": len(after.covered),
+            "fac/missing": len(found.missing), "fac/synthesized": len(added), **costs,
+        },
+    }  # fmt: skip
 
 
 def rows_digest(rows: Dataset) -> str:
@@ -140,9 +189,11 @@ def read_parquet(path: Path) -> Dataset:
     return Dataset(pq.read_table(path))
 
 
-def _measured(featurizer: SAEFeaturizer, task: Task, rows: Dataset, *, ranks: Ranks) -> FeatureCoverage:
+def _measured(
+    featurizer: SAEFeaturizer, task: Task, rows: Dataset, rows_hash: str | None = None, *, ranks: Ranks
+) -> FeatureCoverage:
     """The coverage of all rows. Each process measures its share, from where an earlier run of as many stopped."""
-    name = f"coverage-{digest([featurizer.measurement, task.name, rows_digest(rows)])}"
+    name = f"coverage-{digest([featurizer.measurement, task.name, rows_hash or rows_digest(rows)])}"
     path, share = ranks.folder / f"{name}.safetensors", ranks.share(len(rows))
     parts = [ranks.folder / f"{name}.{rank}-of-{ranks.world_size}" for rank in range(ranks.world_size)]
     own = parts[ranks.rank]
@@ -153,7 +204,7 @@ def _measured(featurizer: SAEFeaturizer, task: Task, rows: Dataset, *, ranks: Ra
             ranks.check()
             chunk = rows.select(range(start, min(start + _CHUNK, share.stop))).to_list()
             try:
-                reading = featurizer.read([_as_read(task, row) for row in chunk])
+                reading = featurizer.read([_as_read(task, row, featurizer) for row in chunk])
             except RowError as error:
                 raise RowError(f"In rows from {start} on: {error}") from error
             coverage |= FeatureCoverage.from_activations(
@@ -171,15 +222,6 @@ def _measured(featurizer: SAEFeaturizer, task: Task, rows: Dataset, *, ranks: Ra
     return FeatureCoverage.load(path)
 
 
-def _as_read(task: Task, row: dict[str, Any]) -> Any:
+def _as_read(task: Task, row: dict[str, Any], featurizer: SAEFeaturizer) -> Any:
     # Only of a labelled task's rows, which are plain text, is it for the task to say; an anchor set may be of any type.
-    return task.as_read(row) if "text" in row else row
-
-
-def _numbers(before: FACReport, after: FACReport) -> dict[str, float]:
-    return {
-        "fac/before": before.fac,
-        "fac/after": after.fac,
-        "fac/covered": len(after.covered),
-        "fac/missing": len(before.missing),
-    }
+    return task.as_read(row, featurizer.reader.pool_over) if "text" in row else row

@@ -59,6 +59,24 @@ def preserved(models: list[nn.Module], tokenizers: list[PreTrainedTokenizerBase]
             torch.cuda.set_rng_state_all(cuda_state)
 
 
+@contextmanager
+def never_a_smaller_batch() -> Iterator[None]:
+    """Errors by which accelerate's `find_executable_batch_size` would shrink the training batch, and begin again,
+    become others: here it is not training that ran out of memory."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise RuntimeError(
+            "Measuring rows or writing samples, not training, ran out of memory: a smaller training batch would not "
+            "help. Make the SAEFeaturizer with a lower batch_tokens, the LocalChat with a lower batch_size, or let "
+            "another device or an EndpointChat write."
+        ) from error
+
+
 class OtherProcessFailed(RuntimeError):
     """Another process of the run failed; its error is in the text."""
 
@@ -72,6 +90,7 @@ class Ranks:
 
     def __init__(self, folder: Path, *, rank: int, world_size: int, token: str) -> None:
         self.folder, self.rank, self.world_size, self.token = folder, rank, world_size, token
+        self._compared = 0
 
     @classmethod
     def meet(cls, folder: Path, args: TrainingArguments) -> Ranks:
@@ -124,19 +143,22 @@ class Ranks:
         while self.world_size > 1 and any(self._read(rank) is None for rank in range(self.world_size)):
             time.sleep(_POLL_SECONDS)
 
-    def compare(self, name: str, value: str) -> None:
-        """Return when every process has come here with the same value.
+    def compare(self, values: dict[str, Any], remedy: str) -> None:
+        """Return when every process has come here with the same values, JSON by name.
 
-        Raises: RuntimeError, in all, when the values differ; OtherProcessFailed when one failed instead.
+        Raises: RuntimeError, in all, that names what differs; OtherProcessFailed when one failed instead.
         """
         if self.world_size == 1:
             return
-        files = [self.folder / f"run-{self.token}-{name}-{rank}" for rank in range(self.world_size)]
-        replace_text(files[self.rank], value)
+        self._compared += 1
+        files = [self.folder / f"run-{self.token}-{self._compared}-{rank}" for rank in range(self.world_size)]
+        replace_text(files[self.rank], json.dumps(values))
         self.wait(lambda: all(file.exists() for file in files))
-        found = [file.read_text(encoding="utf-8") for file in files]
-        if len(set(found)) > 1:
-            raise RuntimeError(f"The processes differ in their {name}: {', '.join(found)}; they must have the same.")
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        told = {name: [f"{other.get(name)}" for other in found] for name in values}
+        different = [f"{name}: {', '.join(texts)}" for name, texts in told.items() if len(set(texts)) > 1]
+        if different:
+            raise RuntimeError(f"The processes differ in their {'; '.join(different)}. {remedy}")
 
     def agree(self, value: Any, note: float) -> float:
         """Returns the first process's note when every process has come here with the same value.

@@ -1,135 +1,25 @@
-"""How a trainer's training set takes new rows: what it trains on, how it prepared the rows it has, and where those are
-raw.
+"""How the trainers of TRL and the plain Trainer prepare rows, one class each.
 
-In: a trainer, the task that new rows are written for, raw rows. Out: the set that the trainer would have made of seed
-and new rows together, row by row the same. The one room that knows TRL's private preparation: what it does not know is
-refused when it is made, not in the third hour.
+The one room that knows TRL's private preparation: what it does not know is refused when it is made, not in the third
+hour.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+
+from .training_set import KINDS, Kind, Prepare, TrainerData, kind_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from .tasks import Task
 
-Prepare = Callable[[Dataset], Dataset]
-
 _SUPPORTED = "SFTTrainer, RewardTrainer, DPOTrainer and the plain Trainer"
-# By their columns, the first that fits: TRL's data-set types.
-_KINDS = (
-    ("prompt", "chosen", "rejected"),
-    ("chosen", "rejected"),
-    ("prompt", "completion"),
-    ("messages",),
-    ("text",),
-)
-# What preparing adds to raw rows.
-_PREPARED = {"input_ids", "labels", "seq_lengths", "attention_mask", "token_type_ids", "prompt_ids", "chosen_ids",
-             "rejected_ids"}  # fmt: skip
-
-
-class TrainerData:
-    """A trainer's training set, `base`, its rows as they were before the trainer prepared them, `seed`, and how new
-    rows join it.
-
-    Args:
-        task: new rows have the columns of `task.features()`, and columns that begin with "fac_", which stay out.
-        train_dataset: the raw rows of the trainer's set, None where that still holds them.
-        prepare: from raw rows to rows of the trainer's set, None where the trainer prepares them itself.
-
-    Raises: ValueError for a trainer, a setting or a format with which new rows would be trained on otherwise than the
-        rows that are there; it says which and what to do.
-    """
-
-    columns: tuple[str, ...] = ()  # what the trainer trains on
-    arranged = False  # whether where a row goes depends on all others, so that preparing begins anew with new rows
-
-    def __init__(self, trainer: Trainer, task: Task, train_dataset: Dataset | None, prepare: Prepare | None) -> None:
-        self.trainer, self.task, self.base = trainer, task, trainer.train_dataset
-        self._given, self._prepare_rows = train_dataset, prepare
-        self._task_columns = list(task.features())
-        self._check_settings()
-        self.seed = self._raw_rows()
-        self._check_format()
-        self._check_preparation()
-
-    @property
-    def readable(self) -> Dataset:
-        """The columns of `seed` that say what a row reads like."""
-        kind = _kind(self.seed.features)
-        names = [name for name in (*kind[0], "tools", "chat_template_kwargs") if name in self.seed.column_names]
-        return self.seed.select_columns(names)
-
-    def enlarged(self, rows: Dataset) -> tuple[Dataset, int]:
-        """Returns the trainer's set with the new rows at its end, and how many of them its own filters dropped."""
-        base = self.base
-        if not len(rows):
-            return base, 0
-        prepared = self.prepared(rows)
-        joined = concatenate_datasets([base.with_format(None), prepared])
-        columns = None if set(base.format["columns"]) == set(base.column_names) else base.format["columns"]
-        joined = joined.with_format(
-            base.format["type"], columns=columns, output_all_columns=base.format["output_all_columns"],
-            **base.format["format_kwargs"],
-        )  # fmt: skip
-        return joined, len(rows) - len(prepared)
-
-    def prepared(self, rows: Dataset) -> Dataset:
-        """Returns new rows as rows of the trainer's set: the columns that it trains on, in the set's own types."""
-        features = self.base.features
-        prepared = self._prepared(rows.select_columns(self._task_columns)).with_format(None)
-        return prepared.select_columns(list(self.columns)).cast(
-            Features({name: features[name] for name in self.columns})
-        )
-
-    def _prepared(self, rows: Dataset) -> Dataset:
-        if self._prepare_rows is not None:
-            return self._prepare_rows(rows)
-        trainer = self.trainer
-        return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, "train")
-
-    def _check_settings(self) -> None:
-        raise NotImplementedError
-
-    def _raw_rows(self) -> Dataset:
-        if self._given is not None:
-            return self._given
-        base = self.base
-        return base.with_format(None).select_columns([name for name in base.column_names if name not in _PREPARED])
-
-    def _check_format(self) -> None:
-        """New rows of another kind may train too, but another way: prompts without a mask, say."""
-        ours, theirs = _kind(self.task.features()), _kind(self.seed.features)
-        if theirs is None:
-            raise ValueError(
-                f"The training set has the columns {', '.join(self.seed.column_names) or 'of token ids only'}, none of "
-                "TRL's types: pass train_dataset=, the raw rows that it was made from."
-            )
-        if not self._fits(ours, theirs):
-            raise ValueError(
-                f"The trainer's rows are {_words(theirs)}, the rows of task {self.task.name!r} {_words(ours)}: the two "
-                "are not trained on the same way. Take a task of the trainer's type, or convert the training set."
-            )
-
-    def _fits(self, ours: _Kind | None, theirs: _Kind) -> bool:
-        return ours == theirs
-
-    def _check_preparation(self) -> None:
-        """A row that is there goes the way of the new ones: what comes out must be what the trainer trains on."""
-        probe = self.seed.select([0])
-        missing = [name for name in self._task_columns if name not in probe.column_names]
-        if missing:
-            raise ValueError(f"The training set has no column {', '.join(missing)}, which the task's rows have.")
-        prepared = self._prepared(probe.select_columns(self._task_columns))
-        _need_columns(prepared.column_names, self.columns, self.base.column_names)
 
 
 class _Sft(TrainerData):
@@ -140,6 +30,11 @@ class _Sft(TrainerData):
         if trainer._is_vision_dataset:
             raise ValueError("The training set has images, whose rows are not prepared beforehand: not supported.")
         self._prepares_itself = not trainer._skip_prepare_dataset
+        if "seq_lengths" in trainer.train_dataset.column_names and not (self._prepares_itself and trainer.args.packing):
+            raise ValueError(
+                "The training set was packed (seq_lengths) before the trainer got it, and new rows cannot be packed "
+                "among those that are there: give the trainer raw rows and packing=True, or rows that are not packed."
+            )
         # Packing keeps no rows, a shuffle no order: both are done again, with the new rows among the others.
         self.arranged = self._prepares_itself and (trainer.args.packing or trainer.args.shuffle_dataset)
         reasons = {
@@ -157,7 +52,7 @@ class _Sft(TrainerData):
         if not self._prepares_itself and self._prepare_rows is None:
             raise ValueError("With skip_prepare_dataset you prepared the rows: pass prepare=, the function that does.")
         # The trainer leaves the raw columns beside the ids, but for packed rows.
-        if self._prepare_rows is None and not trainer.args.packing and _kind(self.base.features) is None:
+        if self._prepare_rows is None and not trainer.args.packing and kind_of(self.base.features) is None:
             raise ValueError(
                 "The training set was tokenized before the trainer got it: pass train_dataset=, its raw rows, and "
                 "prepare=, the function that tokenized them."
@@ -177,30 +72,41 @@ class _Sft(TrainerData):
     def enlarged(self, rows: Dataset) -> tuple[Dataset, int]:
         if not self.arranged or not len(rows):
             return super().enlarged(rows)
-        new = rows.select_columns(self._task_columns)
-        new = new.cast(Features({name: self.seed.features[name] for name in self._task_columns}))
-        whole = self._prepared(concatenate_datasets([self.seed, new]))
+        whole = self._prepared(self._joined(self.seed, rows.select_columns(self._task_columns)))
         packed = self.trainer.args.packing  # drops nothing, and its rows are not ours to count
-        return whole, 0 if packed else len(rows) + len(self.base) - len(whole)
+        return self._formatted(whole), 0 if packed else len(rows) + len(self.base) - len(whole)
+
+    def _joined(self, seed: Dataset, new: Dataset) -> Dataset:
+        new = new.cast(Features({name: seed.features[name] for name in new.column_names}))
+        return concatenate_datasets([seed, new])
 
     def _check_format(self) -> None:
         super()._check_format()
         field = self.trainer.args.dataset_text_field
-        if _kind(self.seed.features) == (("text",), False) and field != "text":
+        if kind_of(self.seed.features) == (("text",), False) and field != "text":
             raise ValueError(f"dataset_text_field is {field!r}, new rows have their text in 'text': rename the column.")
 
-    def _check_preparation(self) -> None:
+    def _check_rows(self, first: dict[str, Any] | None) -> None:
         if not self.arranged:
-            return super()._check_preparation()
+            return super()._check_rows(first)
         base, again = self.base, self._prepared(self.seed)
-        same = len(again) == len(base) and all(
-            again[i]["input_ids"] == base[i]["input_ids"] for i in {0, len(base) - 1}
-        )
-        if not same:
-            raise ValueError(
-                f"train_dataset= is not what the trainer was given: prepared, its {len(self.seed):,} rows make "
-                f"{len(again):,}, the trainer has {len(base):,}, or others."
+        tables = (rows.select_columns("input_ids").with_format("arrow").iter(1000) for rows in (base, again))
+        if len(again) != len(base) or any(one != other for one, other in zip(*tables, strict=True)):
+            raise self._other_rows(
+                f"its {len(self.seed):,} rows make {len(again):,}, the trainer has {len(base):,}, or others"
             )
+
+    def _probed(self, columns: list[str], *, new: bool = False, last: bool = False) -> dict[str, Any] | None:
+        if not self.arranged:
+            return super()._probed(columns, new=new, last=last)
+        # Behind a row of the seed, as new rows are, but neither packed nor shuffled nor cut.
+        trainer, args, row = self.trainer, copy.copy(self.trainer.args), self.seed.select([0])
+        args.max_length, args.shuffle_dataset = None, False
+        rows = self._joined(row, row.select_columns(columns))
+        prepared = trainer._prepare_dataset(
+            rows, trainer.processing_class, args, False, trainer._formatting_func, "train"
+        )
+        return prepared.with_format(None).select_columns(list(self.columns))[-1]
 
 
 class _Reward(TrainerData):
@@ -239,15 +145,14 @@ class _Dpo(TrainerData):
             )
         _check_length_column(trainer)
 
-    def _fits(self, ours: _Kind | None, theirs: _Kind) -> bool:
+    def _fits(self, ours: Kind | None, theirs: Kind) -> bool:
         # The trainer takes a prompt that both completions begin with off them, so the two types train the same way.
-        pairs = _KINDS[:2]
+        pairs = KINDS[:2]
         return ours == theirs or (ours is not None and ours[0] in pairs and theirs[0] in pairs and ours[1] == theirs[1])
 
-    def _check_preparation(self) -> None:
+    def _shared_columns(self) -> list[str]:
         # Where the trainer split its pairs, the seed has another type than the task.
-        if _kind(self.seed.features) == _kind(self.task.features()):
-            super()._check_preparation()
+        return list(kind_of(self.seed.features)[0])
 
 
 class _Plain(TrainerData):
@@ -276,9 +181,25 @@ class _Plain(TrainerData):
                 f"The training set has no column {', '.join(missing)}, which the rows of task {self.task.name!r} have: "
                 "pass train_dataset=, the raw rows that it was made from, in these columns."
             )
+        if "label" in self._task_columns:
+            self._check_labels(self.seed.features["label"], list(self.task.labels))
+
+    def _check_labels(self, kind: Any, labels: list[str]) -> None:
+        remedy = (
+            f"train on rows whose label is the index into {labels}, or write with a variant of the task that has the "
+            "training set's labels in their order, dataclasses.replace(task, labels=...)."
+        )
+        if isinstance(kind, ClassLabel):
+            if kind.names != labels:
+                raise ValueError(f"The training set's labels are {kind.names}, the task's {labels}: {remedy}")
+        elif not isinstance(kind, Value) or not kind.dtype.startswith(("int", "uint")):
+            raise ValueError(f"The training set's label is {kind}, that of new rows a whole number: {remedy}")
+
+    def _as_new(self, rows: Dataset) -> Dataset:
+        # A function that looks names of labels up finds none in the task's types.
+        return Dataset.from_list(rows.to_list(), features=Features({**rows.features, **self.task.features()}))
 
 
-_Kind = tuple[tuple[str, ...], bool]  # the columns that say it, and whether they are conversations
 _TRAINERS: dict[str, type[TrainerData]] = {"SFTTrainer": _Sft, "RewardTrainer": _Reward, "DPOTrainer": _Dpo}
 _SIGNATURES = {
     "SFTTrainer": ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
@@ -316,49 +237,6 @@ def trainer_data(
             "release names, or pass the enlarged set to the trainer yourself."
         )
     return _TRAINERS[name](trainer, task, train_dataset, prepare)
-
-
-class PlannedRows(torch.utils.data.Dataset):
-    """A seed set with room for new rows: its length is fixed, and open places repeat seed rows in turn."""
-
-    def __init__(self, seed: Dataset, places: int) -> None:
-        self.seed, self.places = seed, places
-        self.new: Dataset | None = None
-
-    def fill(self, rows: Dataset | None) -> None:
-        """Put these rows, all so far, into the first places. Raises: ValueError when there are not so many."""
-        if rows is not None and len(rows) > self.places:
-            raise ValueError(f"{len(rows)} new rows for {self.places} places: max_samples was not kept to.")
-        self.new = rows
-
-    def __len__(self) -> int:
-        return len(self.seed) + self.places
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        filled, place = 0 if self.new is None else len(self.new), index - len(self.seed)
-        if 0 <= place < filled:
-            return self.new[place]
-        return self.seed[index if place < 0 else (place - filled) % len(self.seed)]
-
-
-def _kind(features: Features) -> _Kind | None:
-    for names in _KINDS:
-        if set(names) <= set(features):
-            return names, not isinstance(features[names[-1]], Value)
-    return None
-
-
-def _words(kind: _Kind | None) -> str:
-    if kind is None:
-        return "of no type that TRL knows"
-    return f"{'conversations' if kind[1] else 'plain text'} with the columns {', '.join(kind[0])}"
-
-
-def _need_columns(found: Iterable[str], wanted: Iterable[str], there: Iterable[str]) -> None:
-    for names, problem in ((found, "preparing a row gives"), (there, "the training set has")):
-        missing = [name for name in wanted if name not in names]
-        if missing:
-            raise ValueError(f"{problem} the columns {', '.join(names)}; {', '.join(missing)} is trained on.")
 
 
 def _check_length_column(trainer: Trainer) -> None:

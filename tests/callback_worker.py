@@ -37,6 +37,8 @@ def main(folder: Path, what: str, seconds: float) -> None:
     extra = {}
     if "epoch" in what:
         extra = {"refresh": "epoch", "max_samples": 8}
+    if "dropped" in what:
+        settings |= {"max_length": 60}
     if "packed" in what:
         settings |= {"packing": True, "max_length": 48, "padding_free": False}
         extra = {"train_dataset": rows}

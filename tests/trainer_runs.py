@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from filelock import FileLock, Timeout
 from tiny import CHATML, CORPUS, byte_level_tokenizer
 from tiny_models import D_IN, VOCAB, tiny_model, tiny_sae
-from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback, set_seed
 
 from hf_fac import SAEFeaturizer
 from hf_fac.tasks import Task
@@ -61,7 +61,7 @@ def task_of(kind: str):
     """A task that writes rows of this type; the plain types, which no built-in task has, by hand."""
     if kind.startswith("plain") or kind == "text":
         features = Features(dict.fromkeys(example(kind, 0), Value("string")))
-        return SimpleNamespace(name=kind, type=kind, features=lambda: features, as_read=lambda row: row)
+        return SimpleNamespace(name=kind, type=kind, features=lambda: features, as_read=lambda row, pool_over=None: row)
     parts = {
         "labelled": ("text", "label"), "messages": ("prompt", "completion"),
         "prompt_completion": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected"),
@@ -76,44 +76,52 @@ class TinySynthesizer:
     draws random numbers and leaves modes and settings as it pleases."""
 
     def __init__(
-        self, featurizer, kind, *, threshold=THRESHOLD, chat=None, words=8, seconds=0.0, fails_in=None, pause=0.0
-    ):
+        self, featurizer, kind, *, threshold=THRESHOLD, chat=None, words=8, seconds=0.0, fails_in=None, fails_after=0,
+        pause=0.0,
+    ):  # fmt: skip
         self.featurizer, self.kind, self.threshold = featurizer, kind, threshold
         self.task, self.chat, self.words, self.seconds, self.fails_in = task_of(kind), chat, words, seconds, fails_in
-        self.pause = pause
-        self.calls, self.written, self.budgets = 0, [], []
+        self.fails_after, self.pause = fails_after, pause
+        self.calls, self.written, self.budgets, self.asked = 0, [], [], []
 
     def fingerprint(self) -> str:
         return f"{self.kind} {self.words}"
 
     def synthesize(
-        self, missing, *, journal=None, max_samples=None, max_requests=None, max_seconds=None, stop=None, **_
-    ):
+        self, missing, *, features=None, journal=None, max_samples=None, max_requests=None, max_seconds=None, stop=None
+    ):  # fmt: skip
         self.calls += 1
         self.budgets.append(max_samples)
+        self.asked.append(np.asarray(missing.missing if features is None else features).tolist())
         self._misbehave()
-        wanted = missing.missing[:max_samples].tolist()
+        wanted = [(feature, Path(journal) / f"{feature}.json") for feature in self.asked[-1][:max_samples]]
+        if max_requests is None:
+            self._write_all(wanted, stop)
+        wanted = [feature for feature, path in wanted if path.exists()]
+        rows = [json.loads((Path(journal) / f"{feature}.json").read_text()) for feature in wanted]
+        kinds = {"fac_feature": Value("int32"), "fac_activation": Value("float32"), "fac_way": Value("string")}
+        dataset = Dataset.from_list(rows, features=Features({**self.task.features(), **kinds}))
+        above = np.array([row["fac_activation"] > self.threshold for row in rows], bool)
+        report = SimpleNamespace(
+            filled=np.array(wanted, int)[above], resisted=np.array(wanted, int)[~above],
+            requests=len(rows),
+            completion_tokens=10 * len(rows), seconds=1.0, to_dict=lambda: {"requests": len(rows)},
+        )  # fmt: skip
+        return SimpleNamespace(dataset=dataset, report=report)
+
+    def _write_all(self, wanted: list[tuple[int, Path]], stop) -> None:
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             stop()
             time.sleep(0.1)
-        if self.fails_in is not None and self.fails_in == int(os.environ.get("RANK", 0)):
-            raise OSError("the endpoint is gone")
-        for feature in wanted:
+        for feature, path in wanted:
             stop()
-            self._write(Path(journal), feature)
-        while not all((Path(journal) / f"{feature}.json").exists() for feature in wanted):
+            if self.fails_in == int(os.environ.get("RANK", 0)) and len(self.written) >= self.fails_after:
+                raise OSError("the endpoint is gone")
+            self._write(path.parent, feature)
+        while not all(path.exists() for _, path in wanted):
             stop()
             time.sleep(0.05)
-        rows = [json.loads((Path(journal) / f"{feature}.json").read_text()) for feature in wanted]
-        kinds = {"fac_feature": Value("int32"), "fac_activation": Value("float32"), "fac_way": Value("string")}
-        dataset = Dataset.from_list(rows, features=Features({**self.task.features(), **kinds}))
-        above = [row["fac_activation"] > self.threshold for row in rows]
-        report = SimpleNamespace(
-            filled=np.array(wanted)[above], resisted=np.array(wanted)[~np.array(above, bool)], requests=len(rows),
-            completion_tokens=10 * len(rows), seconds=1.0, to_dict=lambda: {"requests": len(rows)},
-        )  # fmt: skip
-        return SimpleNamespace(dataset=dataset, report=report)
 
     def _write(self, journal: Path, feature: int) -> None:
         lock = FileLock(journal / f"{feature}.lock")
@@ -260,6 +268,26 @@ def trained(trainer, **arguments):
     set_seed(11)
     trainer.train(**arguments)
     return trainer
+
+
+def interrupted(make, rows, folder, kind, *, at, settings, with_callback=None, **extra):
+    """Trained to a checkpoint at that step, stopped there, and resumed in a new trainer."""
+    with_callback = with_callback or (lambda trainer: callback_for(trainer, kind, **extra))
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == at:
+                control.should_save = control.should_training_stop = True
+
+    trainer = make(rows, folder, **settings)
+    first = with_callback(trainer)
+    trainer.add_callback(Stop())
+    trained(trainer)
+    assert trainer.state.global_step == at
+    resumed = make(rows, folder, **settings)
+    callback = with_callback(resumed)
+    trained(resumed, resume_from_checkpoint=True)
+    return resumed, callback, first
 
 
 def with_new(rows: Dataset, new: Dataset) -> Dataset:
