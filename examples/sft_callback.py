@@ -51,13 +51,13 @@ def main() -> None:
         )  # fmt: skip
 
     begun = time.monotonic()
-    featurizer = load_featurizer()
+    featurizer = load_featurizer(max_length=96)
     untrained = trainer_of(featurizer, "without")
     losses = {"before training": untrained.evaluate()["eval_loss"]}
     untrained.train()
     losses["without the callback"] = untrained.evaluate()["eval_loss"]
 
-    featurizer = load_featurizer()
+    featurizer = load_featurizer(max_length=96)
     reference = FeatureCoverage.from_activations(featurizer(anchor), measurement=featurizer.measurement)
     synthesizer = FACSynthesizer(
         LocalChat(featurizer.model, featurizer.tokenizer), featurizer, load_dictionary(),
