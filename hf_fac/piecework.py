@@ -78,10 +78,11 @@ class PieceWork:
         from tqdm.auto import tqdm
 
         stored = self._stored()
-        if stored is not None and not stored["again"]:
+        if stored is not None and not stored["again"] and stored["pieces"] == self._latest():
             return self._outcomes(stored)
         if stored is not None:
-            self._stored_at().unlink(missing_ok=True)  # the chat had failed: ask again
+            # The chat had failed, so ask again; or a call with other bounds went on since.
+            self._stored_at().unlink(missing_ok=True)
         form = form or (self._form() if self._open() else "text")
         if form is not None:
             with tqdm(desc="Writing samples", unit="feature", leave=False) as bar:
@@ -124,12 +125,13 @@ class PieceWork:
             writer = self.make_writer(form, piece, self._allow)
             most = self.bounds.max_samples
             enough = None if most is None else most - self.n_taken - self._found_before(name)
+            tried = False
             try:
                 ended = writer.write(self.pieces[name].tolist(), enough=enough)
                 self.ended = f"max_samples {most:,}" if ended == ENOUGH else ended
+                tried = ended is None and not writer.asker.failures
             finally:
                 # Also where the chat raised: what was made by then is kept.
-                tried = self.ended is None and not writer.asker.failures and sys.exception() is None
                 candidates = [c.record() for own in writer.candidates.values() for c in own]
                 outcome = {"candidates": candidates, "tried": tried, **_cost(piece)}
                 piece.add([("done" if tried else f"stopped:{_stops(piece)}", outcome)])
@@ -215,20 +217,25 @@ class PieceWork:
 
     def _settled(self) -> dict[str, Any]:
         """Which of a piece's outcomes count: what one process settles first, all take."""
-        found = {}
-        for name in self.pieces:
-            if self.ended is not None:
+        if self.ended is not None:
+            for name in self.pieces:
                 with self._turn(name):
                     pass  # nobody is at work on it: all have the same bounds
-            piece = self.journal.read(name)
-            if n := _stops(piece):
-                found[name] = f"stopped:{n - 1}"
-            if "done" in piece:
-                found[name] = "done"
-        settled = {"ended": self.ended, "again": bool(self.failures), "pieces": found}
+        settled = {"ended": self.ended, "again": bool(self.failures), "pieces": self._latest()}
         if (path := self._stored_at()) is not None:
             write_whole(path, json.dumps(settled))
         return self._stored() or settled
+
+    def _latest(self) -> dict[str, str]:
+        """By piece the key of its last outcome."""
+        found = {}
+        for name in self.pieces:
+            piece = self.journal.read(name)
+            if "done" in piece:
+                found[name] = "done"
+            elif n := _stops(piece):
+                found[name] = f"stopped:{n - 1}"
+        return found
 
     def _outcomes(self, settled: dict[str, Any]) -> dict[str, dict]:
         """By piece what stands under the key that was settled on."""

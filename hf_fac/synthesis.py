@@ -202,8 +202,8 @@ class FACSynthesizer:
                 are taken first (`select`), but for those that `avoid` or `keep` rules out, and what they fill is not
                 written for.
             max_samples, max_requests, max_seconds: bounds on samples, texts asked for, and time: once one is reached
-                nothing new is begun (rows begun are finished, within max_requests). The same call with the same bounds
-                then gives the same result; raise a bound to go on. How many processes share the work shapes what
+                nothing new is begun (rows begun are finished, within max_requests). The same call then
+                gives the same result; raise a bound to go on. How many processes share the work shapes what
                 max_samples and max_seconds leave of it.
             stop: called between requests and while waiting for other processes; what it raises ends the call.
 

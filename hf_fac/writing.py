@@ -77,9 +77,10 @@ class SampleWriter:
         while True:
             ended = self.search(features, enough=enough)
             cut = self._finish(features, enough)
-            chosen = sum(c.chosen for own in self.candidates.values() for c in own)
-            # Hits that make no row leave room for others.
-            if cut is not None or ended != ENOUGH or chosen >= enough:
+            if enough is not None and self._chosen() >= enough:
+                return ENOUGH
+            # Hits that made no row leave room for others.
+            if cut is not None or ended != ENOUGH:
                 return cut or ended
 
     def search(self, features: Sequence[int], *, enough: int | None = None) -> str | None:
@@ -265,6 +266,9 @@ class SampleWriter:
             elif source := self.known.source_of(candidate.text):
                 candidate.refused = f"near-duplicate of {source}"
 
+    def _chosen(self) -> int:
+        return sum(candidate.chosen for own in self.candidates.values() for candidate in own)
+
     def _is_hit(self, candidate: Candidate) -> bool:
         if candidate.refused is not None or candidate.measured is None:
             return False
@@ -297,7 +301,7 @@ class SampleWriter:
         begun, new = NearDuplicates(), []
         left = math.inf
         if enough is not None:
-            left = enough - sum(c.chosen for own in self.candidates.values() for c in own)
+            left = enough - self._chosen()
         for feature in features:
             if len(new) < left and (candidate := self._next(feature, rank, begun)) is not None:
                 begun.add(candidate.text, "")

@@ -375,6 +375,19 @@ def test_a_raised_number_of_samples_goes_on_where_the_lower_one_stopped(featuriz
     assert whole.report.requests == chat.texts <= fresh.texts + 1, "nothing was asked twice"
 
 
+def test_a_piece_whose_rounds_are_all_tried_is_not_done_while_rows_are_left_to_make(
+    featurizer, dictionary, report, tmp_path
+):
+    made = synthesizer(featurizer, dictionary, report, rounds=0)
+    whole = made.synthesize(report)
+    assert not len(made.synthesize(report, journal=tmp_path, max_requests=1).dataset)
+    for n in (1, 3):
+        assert len(made.synthesize(report, journal=tmp_path, max_samples=n).dataset) == n < len(whole.dataset)
+    assert_same(made.synthesize(report, journal=tmp_path), whole)
+    unasked = made.synthesize(report, journal=tmp_path, max_requests=1)
+    assert as_dicts(unasked) == as_dicts(made.synthesize(report, journal=tmp_path)), "all that the journal holds"
+
+
 @pytest.mark.parametrize("form", ["list", None])
 def test_a_chat_at_its_end_is_asked_again_by_the_same_call(featurizer, dictionary, report, tmp_path, form):
     whole = synthesizer(featurizer, dictionary, report, form=form).synthesize(report)
