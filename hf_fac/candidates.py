@@ -98,8 +98,8 @@ class Asker:
 
     reserve: texts that are still needed to finish what was found. spare: as many again for each request that finds
     something. finishing: no search any more.
-    stopped: why requests were left unasked, None where none were. failures: texts that the chat did not write, and
-    failure: why not the first of them.
+    stopped: why requests were left unasked, None where none were. left: why failed ones were not asked again.
+    failures: texts that the chat did not write, and failure: why not the first of them.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Asker:
         self.chat, self.neutral, self.piece, self.allow = chat, neutral, piece, allow
         self.reserve, self.spare, self.finishing = 0, 0, False
         self.stopped: str | None = None
+        self.left: str | None = None
         self.failures, self.failure = 0, ""
 
     def answers(
@@ -127,9 +128,12 @@ class Asker:
         self.stopped = None
         known = [request for request in requests if request.key in self.piece]
         self._ask([request for request in requests if request.key not in self.piece], settings, steered)
+        unasked = self.stopped
         for number in range(settings["n"]):
             again = [request for request in known if number not in self._answered(request.key)]
             self._ask(again, settings | {"n": 1, "seed": settings["seed"] + number}, steered, number)
+        # What comes after a text that failed, and is in the journal, counts all the same.
+        self.left, self.stopped = self.left or self.stopped, unasked
         found = {request.key: self._answered(request.key) for request in requests if request.key in self.piece}
         numbers = range(settings["n"])
         return {key: [texts.get(number, ("", "failed")) for number in numbers] for key, texts in found.items()}
@@ -145,6 +149,7 @@ class Asker:
                     batch = waiting[: min(_AT_ONCE, (room - self.reserve) // each)]
                     waiting = waiting[len(batch) :]
                     self._journal(batch, self._complete(batch, settings, steered), number)
+                    self.reserve += self.spare * len(batch)
             except ChatError as error:
                 self._journal(batch, error.completions, number)
                 raise

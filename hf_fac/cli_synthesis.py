@@ -89,7 +89,7 @@ def synthesize(
         writer, featurizer, known, task=wanted, threshold=report.threshold, samples_per_feature=samples_per_feature,
         form=form, avoid={"the data set": rows, "the anchor set": reference}, seed=seed,
     )  # fmt: skip
-    console.print(f"Plan: {synthesizer.plan(report)}", highlight=False)
+    console.print(f"Plan without bounds: {synthesizer.plan(report)}", highlight=False)
     if plan:
         return
     result = synthesizer.synthesize(

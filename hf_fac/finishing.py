@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .candidates import Asker, Candidate, Request, Settings, Stopped
 from .gauge import Gauge, Measured
+from .journal import digest
 
 if TYPE_CHECKING:
     from .journal import Piece
@@ -35,7 +36,8 @@ class RowWriter:
             for c in open_:
                 part = self.task.next_part(c.parts) if c.row is None else None
                 if part is not None:
-                    key = f"part:{c.request}:{c.number}:{part[0]}:{c.attempts}"
+                    # The same attempt may answer another prompt once a text that failed was asked for again.
+                    key = f"part:{c.request}:{c.number}:{part[0]}:{c.attempts}:{digest(part[1])}"
                     requests[key] = (c, part[0], Request(key, c.feature, part[1], None, {}))
             if requests:
                 self._write_parts(requests)
@@ -77,13 +79,11 @@ class RowWriter:
         """Drop rows that lost the feature on the way, pairs whose rejected answer has it, and what the caller drops."""
         pairs = "rejected" in self.task.features() and self.task.carrier == "chosen"
         for side in ("chosen", "rejected") if pairs else ("chosen",):
-            new = [c for c in candidates if f"row:{c.request}:{c.number}:{c.attempts}:{side}" not in self.piece]
+            new = [c for c in candidates if f"{_key(c)}:{side}" not in self.piece]
             found = self.gauge.rows([c.row for c in new], [c.feature for c in new], side=side)
-            self.piece.add(
-                (f"row:{c.request}:{c.number}:{c.attempts}:{side}", list(m)) for c, m in zip(new, found, strict=True)
-            )
+            self.piece.add((f"{_key(c)}:{side}", list(m)) for c, m in zip(new, found, strict=True))
         for c in candidates:
-            key = f"row:{c.request}:{c.number}:{c.attempts}"
+            key = _key(c)
             delta = self.gauge.delta[c.feature]
             c.measured = Measured(*self.piece[f"{key}:chosen"])
             if c.measured.activation <= delta:
@@ -98,3 +98,7 @@ class RowWriter:
                 c.refused = "the caller's own filter"
             else:
                 c.chosen = True
+
+
+def _key(candidate: Candidate) -> str:
+    return f"row:{candidate.request}:{candidate.number}:{digest(candidate.row)}"

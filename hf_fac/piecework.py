@@ -134,7 +134,7 @@ class PieceWork:
                 # Also where the chat raised: what was made by then is kept.
                 candidates = [c.record() for own in writer.candidates.values() for c in own]
                 outcome = {"candidates": candidates, "tried": tried, **_cost(piece)}
-                piece.add([("done" if tried else f"stopped:{_stops(piece)}", outcome)])
+                _record(piece, outcome)
                 self._note(writer.asker)
             self.closed[name] = outcome
             bar.update(len(self.pieces[name]))
@@ -179,25 +179,28 @@ class PieceWork:
             time.sleep(_POLL_S)
 
     def _spent(self, name: str) -> dict[str, int]:
-        return self.closed.get(name) or _cost(self.journal.read(name))
+        closed = self.closed.get(name)
+        # What was stopped here another process may have gone on with.
+        return closed if closed and closed["tried"] else _cost(self.journal.read(name))
 
     def _form(self) -> str | None:
         """The form of prompt whose texts are kept most often, or else read, tried on a few features; None when there
         was no time."""
-        features = self.features[:PROBED].tolist()
-        if not features:
-            return "text"
         with self._turn(_FORM) as piece:
             if "form" not in piece:
                 kept = {}
                 for form in FORMS:
                     writer = self.make_writer(form, _Prefixed(piece, form), self._allow)
+                    features = [f for f in self.features.tolist() if writer.is_known(f)][:PROBED]
+                    if not features:
+                        return "text"
                     try:
                         kept[form] = writer.probe(features)
                     except Stopped as stop:
                         self.ended = str(stop)
-                        self._note(writer.asker)
                         return None
+                    finally:
+                        self._note(writer.asker)
                 best = max(FORMS[::-1], key=lambda form: kept[form])
                 piece.add([("form", {"kept": kept, "form": best})])
             return piece["form"]["form"]
@@ -258,6 +261,15 @@ class _Prefixed:
 
     def add(self, entries: Iterable[tuple[str, Any]]) -> None:
         self.piece.add((f"{self.prefix}:{key}", value) for key, value in entries)
+
+
+def _record(piece: Piece, outcome: dict[str, Any]) -> None:
+    """Add what came of a piece, unless that is what came of it before."""
+    n = _stops(piece)
+    if outcome["tried"]:
+        piece.add([("done", outcome)])
+    elif not n or piece[f"stopped:{n - 1}"] != json.loads(json.dumps(outcome)):
+        piece.add([(f"stopped:{n}", outcome)])
 
 
 def _stops(piece: Piece) -> int:

@@ -175,7 +175,7 @@ class FACSynthesizer:
 
         features = self._wanted(missing)
         gauge, piece = self._gauge(features), Journal(None, {}).read("plan")
-        forms = FORMS if self.form is None else (self.form,)
+        forms = FORMS if self._form() is None else (self._form(),)
         writers = [self._writer(gauge, form, piece, unbounded) for form in forms]
         return make_plan(self.chat, writers, features, self.featurizer.tokenizer)
 
@@ -240,9 +240,8 @@ class FACSynthesizer:
             n_taken=len(taken),
             stop=stop or (lambda: None),
         )
-        asks = any(way != "steering" for way in self.settings.ways)
-        outcomes = work.run(self.form if asks else "text")
-        if work.failures:
+        outcomes = work.run(self._form())
+        if work.failures and work.ended is not None:
             ended = work.ended.rstrip(".")
             warnings.warn(f"Synthesis ended by {ended}. The same call asks for them again.", stacklevel=2)
         seconds = time.perf_counter() - begun
@@ -262,6 +261,9 @@ class FACSynthesizer:
                     "threshold=report.threshold."
                 )
         return _ids(missing)
+
+    def _form(self) -> str | None:
+        return "text" if set(self.settings.ways) == {"steering"} else self.form
 
     def _gauge(self, features: np.ndarray) -> Gauge:
         return Gauge(self.featurizer, self.task, features, self.threshold)

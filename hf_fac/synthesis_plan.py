@@ -26,8 +26,8 @@ _PART = 100  # tokens of words around what a part's request quotes
 
 @dataclass(frozen=True)
 class SynthesisPlan:
-    """What `synthesize` may cost at most, but for parts of rows that have to be written again; told before anything is
-    spent.
+    """What `synthesize` may cost at most, but for parts of rows that are written again and those of hits that make no
+    row; told before anything is spent.
 
     requests: texts asked for. prompt_tokens, completion_tokens: as the featurizer's tokenizer and chat template count
     them, prompts once for every text. seconds: on this machine, by writing a few tokens; None for an endpoint.

@@ -30,7 +30,7 @@ SHOWN = 5  # spans in a prompt
 _WARMER = 0.15  # what each round adds to the temperature
 _HOTTEST = 1.3
 STEERING_ROUNDS = 3
-ENOUGH = "enough samples"
+ENOUGH, _MORE = "enough samples", "more"
 PROBES = 2  # texts of each feature by which a form is judged
 # Of the mean norm of hidden states. Measured on SmolLM2-135M: below 0.4 little comes, above 0.8 word salad.
 _FIRST_STRENGTH, _STRONGER, _WEAKER = 0.5, 1.25, 0.8
@@ -68,48 +68,52 @@ class SampleWriter:
         self.round = 0
 
     def write(self, features: Sequence[int], *, enough: int | None = None) -> str | None:
-        """Fill `candidates`, those that are samples marked as chosen. Returns what ended it before all was tried, None
-        when nothing did.
+        """Fill `candidates` round by round, those that are samples marked as chosen: a hit that makes no row leaves its
+        feature open. Returns what ended it before all was tried, None when nothing did.
 
         Args:
             enough: no more samples than so many are made; when they are there, that is what ended it (ENOUGH).
         """
         while True:
-            ended = self.search(features, enough=enough)
+            ended = self._step(features)
             cut = self._finish(features, enough)
             if enough is not None and self._chosen() >= enough:
                 return ENOUGH
-            # Hits that made no row leave room for others.
-            if cut is not None or ended != ENOUGH:
-                return cut or ended
+            if cut is not None:
+                return cut
+            if ended != _MORE:
+                return ended or self.asker.left
 
-    def search(self, features: Sequence[int], *, enough: int | None = None) -> str | None:
-        """Fill `candidates` round by round, from where it stopped. Returns what ended it before all was tried."""
+    def search(self, features: Sequence[int]) -> None:
+        """Fill `candidates` in all rounds, without making rows."""
+        while self._step(features) == _MORE:
+            pass
+
+    def _step(self, features: Sequence[int]) -> str | None:
+        """One more round. Returns _MORE, what stopped it, or None when there is nothing left to try."""
         self.candidates = self.candidates or {feature: [] for feature in features}
         most, rounds = self.settings.samples_per_feature, self.rounds()
-        while self.round < len(rounds):
-            hits = {feature: self._hits(feature)[:most] for feature in features}
-            waiting = [feature for feature in features if len(hits[feature]) < most]
-            if not waiting:
-                return None
-            if enough is not None and sum(map(len, hits.values())) >= enough:
-                return ENOUGH
-            way, others = rounds[self.round], len(self.task.parts) - 1
-            self.asker.reserve = sum(c.row is None for own in hits.values() for c in own) * others
-            self.asker.spare = 0 if self.form == "json" and way != "steering" else others
-            try:
-                self._round(self.round, way, waiting, n=self.settings.candidates)
-            except Stopped as stop:
-                return str(stop)
-            self.round += 1
-        return None
+        hits = {feature: self._hits(feature)[:most] for feature in features}
+        waiting = [feature for feature in features if len(hits[feature]) < most]
+        if not waiting or self.round == len(rounds):
+            return None
+        way, others = rounds[self.round], len(self.task.parts) - 1
+        self.asker.reserve = sum(c.row is None for own in hits.values() for c in own) * others
+        self.asker.spare = 0 if self.form == "json" and way != "steering" else others
+        try:
+            self._round(self.round, way, waiting, n=self.settings.candidates)
+        except Stopped as stop:
+            return str(stop)
+        self.round += 1
+        return _MORE
 
     def probe(self, features: Sequence[int]) -> tuple[float, float]:
         """Returns the shares of first texts that would be kept, and that could be read. Raises: Stopped."""
         self.candidates = {feature: [] for feature in features}
         self._round(0, "words", features, n=PROBES)
         texts = [c for own in self.candidates.values() for c in own]
-        if texts and self.asker.failures == len(texts):
+        # A form is chosen for good: not on what the chat happened to lose.
+        if 2 * self.asker.failures > len(texts):
             raise Stopped(f"the chat: {self.asker.failure}")
         kept = sum(len(self._hits(feature)) for feature in features)
         return kept / (PROBES * len(features)), sum(bool(c.text) for c in texts) / (PROBES * len(features))
@@ -124,7 +128,7 @@ class SampleWriter:
 
     def _round(self, number: int, way: str, features: Sequence[int], *, n: int) -> None:
         requests = [self._request(number, way, f) for f in features if way == "steering" or self.is_known(f)]
-        step = number - self.rounds().index(way)
+        step = max(0, number - self.rounds().index(way))
         temperature = min(self.settings.temperature + _WARMER * step, _HOTTEST)
         if way == "steering":
             temperature = self.settings.temperature

@@ -42,7 +42,7 @@ def test_ratings_are_found_under_the_name_of_a_task_in_a_file(command, dictionar
     found.updated(dict.fromkeys(found.features.tolist()[:30], rated)).save(tmp_path / "rated")
     options = ["--task", tmp_path / "mine.yaml", "--dictionary", tmp_path / "rated", "--only-rated", "--plan"]
     said = run(*command, "--base-url", "http://127.0.0.1:1/v1", *options)
-    assert "Plan: at most" in said
+    assert "Plan without bounds: at most" in said
     assert int(re.search(r"of (\d+) features of the anchor", said)[1]) <= 30
 
 

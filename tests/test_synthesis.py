@@ -355,7 +355,7 @@ def test_rows_that_were_begun_are_finished_when_a_bound_is_reached(featurizer, d
 def test_a_few_requests_make_a_few_samples(featurizer, dictionary, report):
     few = synthesizer(featurizer, dictionary, report).synthesize(report, max_requests=40)
     assert 30 < few.report.requests <= 40
-    assert len(few.dataset) > 0
+    assert len(few.dataset) > 2, "requests for the answers were kept back in every batch"
     assert not len(few.report.resisted), "not all was tried for any feature"
     nothing = synthesizer(featurizer, dictionary, report).synthesize(report, max_requests=1)
     assert nothing.report.requests == 0
@@ -418,6 +418,57 @@ def test_a_text_that_failed_is_asked_for_again_and_no_other(featurizer, dictiona
     assert result.report.ended is None
     assert result.report.requests == n + chat.texts
     assert chat.texts < whole.report.requests / 2
+
+
+def test_what_follows_a_text_that_cannot_be_asked_for_again_counts_all_the_same(
+    featurizer, dictionary, report, tmp_path
+):
+    chat = WritingChat(loses=range(0, 10_000, 40))
+    with pytest.warns(UserWarning, match="the server is gone"):
+        lossy = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path)
+    with pytest.warns(UserWarning, match="max_tokens_total"):
+        again = synthesizer(featurizer, dictionary, report, chat=WritingChat(at_most=0)).synthesize(
+            report, journal=tmp_path
+        )
+    assert as_dicts(again)[0] == as_dicts(lossy)[0]
+    unasked = synthesizer(featurizer, dictionary, report).synthesize(report, journal=tmp_path, max_requests=1)
+    assert as_dicts(unasked)[0] == as_dicts(lossy)[0]
+
+
+def test_a_form_is_not_chosen_on_texts_that_the_chat_lost(featurizer, dictionary, report, tmp_path):
+    with pytest.warns(UserWarning, match="the server is gone"):
+        nothing = synthesizer(featurizer, dictionary, report, form=None, chat=WritingChat(loses=range(15))).synthesize(
+            report.missing, journal=tmp_path
+        )
+    assert not len(nothing.dataset)
+    found = synthesizer(featurizer, dictionary, report, form=None).synthesize(report.missing, journal=tmp_path)
+    assert_same(found, synthesizer(featurizer, dictionary, report, form=None).synthesize(report.missing))
+
+
+def test_a_form_is_tried_on_features_that_the_dictionary_knows(featurizer, dictionary, report):
+    class NoJSON(WritingChat):
+        def _answer(self, key, seed, i, request, before):
+            found = super()._answer(key, seed, i, request, before)
+            return found._replace(text="no idea") if "JSON" in request else found
+
+    known = dictionary.filter(lambda row: row["feature"] not in report.missing[:8].tolist())
+    result = synthesizer(featurizer, known, report, form=None, chat=NoJSON()).synthesize(report.missing)
+    assert len(result.dataset) > 5
+
+
+def test_ways_in_any_order_try_a_form_at_the_first_temperature(featurizer, dictionary, report):
+    chat = WritingChat()
+    settings = {"ways": ("steering", "two_step"), "form": None, "temperature": 0.4, "max_tokens": 6, "rounds": 0}
+    result = synthesizer(featurizer, dictionary, report, chat=chat, **settings).synthesize(report.missing[:2])
+    assert result.report.requests > 0
+
+
+def test_resisted_features_were_tried_in_every_round(featurizer, dictionary, report):
+    made = synthesizer(featurizer, dictionary, report, samples_per_feature=1, keep=lambda row: len(str(row)) % 3 == 0)
+    result = made.synthesize(report)
+    rounds = Counter(row["fac_feature"] for row in result.dropped if row["reason"] == "the caller's own filter")
+    assert set(rounds) & set(result.report.resisted.tolist()), "some lost all that they had"
+    assert result.report.requests >= 4 * 4 * len(result.report.resisted) + 4 * len(result.report.filled)
 
 
 def test_processes_together_keep_to_a_number_of_requests(featurizer, dictionary, report, tmp_path, monkeypatch):
