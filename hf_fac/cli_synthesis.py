@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .synthesis import SynthesisResult
 
 _DEMO_FEATURES = 10
-_DEMO_SECONDS = 30.0
+_DEMO_SECONDS = 60.0  # then the rows that are begun are finished
 
 
 def synthesize(
