@@ -58,11 +58,11 @@ def make_plan(
     costs = [_cost(writer, features, tokenizer) for writer in writers]
     total = {name: max(cost[name] for cost in costs) for name in costs[0]}
     if len(writers) > 1:
-        share = min(PROBED, len(features)) * PROBES / max(1, len(features))
+        probed = PROBES * min(PROBED, len(features))
         for cost, writer in zip(costs, writers, strict=True):
-            total["requests"] += round(share * len(features))
-            total["prompt_tokens"] += round(share * cost["prompts"])
-            total["completion_tokens"] += round(share * len(features)) * writer.most_tokens(steered=False)
+            total["requests"] += probed
+            total["prompt_tokens"] += probed * cost["prompts"] // max(1, len(features))
+            total["completion_tokens"] += probed * writer.most_tokens(steered=False)
     seconds = None
     if isinstance(chat, LocalChat) and len(features):
         start = time.perf_counter()

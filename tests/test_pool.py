@@ -6,20 +6,17 @@ import json
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from datasets import Dataset
-from test_synthesis import as_dicts, make_featurizer, rows, synthesizer
+from test_synthesis import as_dicts, make_featurizer, make_parts, rows, synthesizer
 from tiny_models import tiny_sae
 from writing_chat import WORDS, WritingChat, sentence
 
-from hf_fac.coverage import FeatureCoverage
 from hf_fac.featurizer import SAEFeaturizer
 from hf_fac.gauge import Gauge
 from hf_fac.originality import NearDuplicates
 from hf_fac.pool import take_from_pool
 from hf_fac.scorer import FACScorer
-from hf_fac.spans import build_dictionary
 from hf_fac.tasks import get_task
 
 TASK = get_task("instruction_following")
@@ -29,13 +26,7 @@ SYSTEM = [{"role": "system", "content": "You are a helpful assistant."}]
 
 @pytest.fixture(scope="module")
 def parts():
-    featurizer = make_featurizer(pool_over="user")
-    anchor, data = (
-        FeatureCoverage.from_activations(featurizer(part), measurement=featurizer.measurement)
-        for part in (rows(150), rows(3, seed=1))
-    )
-    report = data.compare(anchor, threshold=float(np.quantile(featurizer(rows(50, seed=2)).data, 0.8)))
-    return featurizer, build_dictionary(featurizer, rows(60, seed=3), before=3, after=2), report
+    return make_parts()
 
 
 def pool_of(samples, featurizer):

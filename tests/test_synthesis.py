@@ -37,6 +37,17 @@ def make_featurizer(**settings):
     return SAEFeaturizer(tiny_model(), byte_level_tokenizer(), tiny_sae(), sink_norm=float("inf"), **settings)
 
 
+def make_parts():
+    """A featurizer, a dictionary and a report that misses features."""
+    featurizer = make_featurizer(pool_over="user")
+    anchor, data = (
+        FeatureCoverage.from_activations(featurizer(part), measurement=featurizer.measurement)
+        for part in (rows(150), rows(3, seed=1))
+    )
+    report = data.compare(anchor, threshold=float(np.quantile(featurizer(rows(50, seed=2)).data, 0.8)))
+    return featurizer, build_dictionary(featurizer, rows(60, seed=3), before=3, after=2), report
+
+
 @pytest.fixture(scope="module")
 def featurizer():
     return make_featurizer(pool_over="user")
@@ -263,13 +274,7 @@ def test_other_settings_or_features_refuse_a_journal(featurizer, dictionary, rep
 
 
 def _write(folder, dies_after, chat=None):
-    featurizer = make_featurizer(pool_over="user")
-    anchor, data = (
-        FeatureCoverage.from_activations(featurizer(part), measurement=featurizer.measurement)
-        for part in (rows(150), rows(3, seed=1))
-    )
-    report = data.compare(anchor, threshold=float(np.quantile(featurizer(rows(50, seed=2)).data, 0.8)))
-    dictionary = build_dictionary(featurizer, rows(60, seed=3), before=3, after=2)
+    featurizer, dictionary, report = make_parts()
     chat = chat or WritingChat(dies_after=dies_after)
     result = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=folder)
     return as_dicts(result), len(chat.asked)
@@ -463,12 +468,16 @@ def test_ways_in_any_order_try_a_form_at_the_first_temperature(featurizer, dicti
     assert result.report.requests > 0
 
 
-def test_resisted_features_were_tried_in_every_round(featurizer, dictionary, report):
+def test_resisted_features_were_tried_in_every_round(featurizer, dictionary, report, tmp_path):
     made = synthesizer(featurizer, dictionary, report, samples_per_feature=1, keep=lambda row: len(str(row)) % 3 == 0)
-    result = made.synthesize(report)
+    result = made.synthesize(report, journal=tmp_path)
     rounds = Counter(row["fac_feature"] for row in result.dropped if row["reason"] == "the caller's own filter")
     assert set(rounds) & set(result.report.resisted.tolist()), "some lost all that they had"
-    assert result.report.requests >= 4 * 4 * len(result.report.resisted) + 4 * len(result.report.filled)
+    keys = [json.loads(line)[0] for file in tmp_path.glob("piece-*.jsonl") for line in file.open()]
+    for feature in result.report.resisted.tolist():
+        assert {
+            key.split(":")[0] for key in keys if key.endswith((f":words:{feature}", f":two_step:{feature}"))
+        } == set("0123")
 
 
 def test_processes_together_keep_to_a_number_of_requests(featurizer, dictionary, report, tmp_path, monkeypatch):

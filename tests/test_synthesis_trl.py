@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_synthesis import make_featurizer, rows, synthesizer
+from test_synthesis import make_parts, synthesizer
 from tiny import byte_level_tokenizer
 from tiny_models import tiny_model
 from transformers import (
@@ -17,8 +17,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_fac.coverage import FeatureCoverage
-from hf_fac.spans import build_dictionary
 from hf_fac.tasks import get_task
 
 SETTINGS = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", "logging_steps": 1}
@@ -26,13 +24,7 @@ SETTINGS = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "
 
 @pytest.fixture(scope="module")
 def parts():
-    featurizer = make_featurizer(pool_over="user")
-    anchor, data = (
-        FeatureCoverage.from_activations(featurizer(part), measurement=featurizer.measurement)
-        for part in (rows(150), rows(3, seed=1))
-    )
-    report = data.compare(anchor, threshold=float(np.quantile(featurizer(rows(50, seed=2)).data, 0.8)))
-    return featurizer, build_dictionary(featurizer, rows(60, seed=3), before=3, after=2), report
+    return make_parts()
 
 
 def written(parts, task, form="json"):
