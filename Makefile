@@ -30,7 +30,7 @@ sae: .venv/installed
 
 # Collect the dictionary that ships with the package again: some 20 s.
 dictionary: .venv/installed
-	$(BIN)/hf-fac interpret hf_fac/data/anchor.jsonl --output hf_fac/data/dictionary
+	$(BIN)/hf-fac interpret hf_fac/embedded/data/anchor.jsonl --output hf_fac/embedded/data/dictionary
 
 clean:
 	rm -rf .venv

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from hf_fac.embedded import LAYER, load_model
-from hf_fac.sae_training import train_sae
+from hf_fac.embedded.loader import LAYER, load_model
+from hf_fac.sae.training import train_sae
 
 
 def turns(transcript: str) -> list[dict[str, str]]:

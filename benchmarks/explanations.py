@@ -23,7 +23,7 @@ import numpy as np
 from scipy import stats
 
 from hf_fac import EndpointChat, detect, explain
-from hf_fac.embedded import load_dictionary, model_folder
+from hf_fac.embedded.loader import load_dictionary, model_folder
 
 PORT = 8471  # always the same: kept answers are filed under the server's address
 # It ends with the process that holds its standard input, however that one ends.

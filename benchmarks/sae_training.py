@@ -17,11 +17,11 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-import hf_fac.sae_training as training
-from hf_fac.activations import hidden_states
-from hf_fac.conversations import ConversationReader
-from hf_fac.embedded import LAYER, load_anchor, load_model
-from hf_fac.sae_metrics import SAEMetrics
+import hf_fac.sae.training as training
+from hf_fac.embedded.loader import LAYER, load_anchor, load_model
+from hf_fac.inputs.hidden_states import hidden_states
+from hf_fac.inputs.rows import ConversationReader
+from hf_fac.sae.evaluation import SAEMetrics
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--rows", type=int, default=300)

@@ -17,8 +17,8 @@ import time
 
 import torch
 
-from hf_fac.embedded import LAYER, load_anchor, load_embedded_sae, load_model, load_seed
-from hf_fac.featurizer import SAEFeaturizer
+from hf_fac.embedded.loader import LAYER, load_anchor, load_embedded_sae, load_model, load_seed
+from hf_fac.features.featurizer import SAEFeaturizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="JSONL rows; by default the embedded anchor and seed sets")

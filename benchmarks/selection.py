@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import Dataset
 from scipy.sparse import csr_array
 
-from hf_fac.selection import Selection, select
+from hf_fac.coverage.selection import Selection, select
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--rows", type=int, default=1_000_000)

@@ -15,9 +15,9 @@ import time
 
 import torch
 
-from hf_fac.embedded import load_anchor, load_featurizer
-from hf_fac.spans import build_dictionary
-from hf_fac.top_spans import TopSpans
+from hf_fac.dictionary.build import build_dictionary
+from hf_fac.dictionary.top_spans import TopSpans
+from hf_fac.embedded.loader import load_anchor, load_featurizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pairs", type=int, default=7)

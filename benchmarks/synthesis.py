@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from hf_fac import FeatureCoverage
-from hf_fac.chat import LocalChat
-from hf_fac.embedded import load_anchor, load_dictionary, load_featurizer, load_seed
-from hf_fac.journal import Journal
-from hf_fac.piecework import unbounded
-from hf_fac.synthesis import FACSynthesizer
-from hf_fac.synthesis_report import by_way
+from hf_fac.chat.local import LocalChat
+from hf_fac.embedded.loader import load_anchor, load_dictionary, load_featurizer, load_seed
+from hf_fac.storage.journal import Journal
+from hf_fac.synthesis.piecework import unbounded
+from hf_fac.synthesis.report import by_way
+from hf_fac.synthesis.synthesizer import FACSynthesizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("what", choices=["fill", "steps", "speed"])

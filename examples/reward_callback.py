@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from hf_fac import FeatureCoverage
-from hf_fac.callback import FACSynthesisCallback
-from hf_fac.chat import LocalChat
-from hf_fac.embedded import load_anchor, load_dictionary, load_featurizer, load_seed, model_folder
-from hf_fac.synthesis import FACSynthesizer
-from hf_fac.tasks import get_task
+from hf_fac.chat.local import LocalChat
+from hf_fac.embedded.loader import load_anchor, load_dictionary, load_featurizer, load_seed, model_folder
+from hf_fac.synthesis.synthesizer import FACSynthesizer
+from hf_fac.tasks.task import get_task
+from hf_fac.training.callback import FACSynthesisCallback
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--samples", type=int, default=10, help="the most samples that are written")

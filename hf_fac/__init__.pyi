@@ -1,0 +1,53 @@
+from .chat.endpoint import ChatError, EndpointChat
+from .chat.local import LocalChat
+from .coverage.card import push_coverage_to_hub
+from .coverage.coverage import FACReport, FeatureCoverage
+from .coverage.selection import select
+from .dictionary.build import build_dictionary
+from .dictionary.dictionary import FeatureDictionary
+from .dictionary.explanation import detect, explain
+from .dictionary.rating import rate
+from .features.featurizer import SAEFeaturizer
+from .features.scoring import FACScorer
+from .features.shards import score_shards
+from .hub.errors import HubError
+from .inputs.rows import RowError
+from .sae.hub import push_sae_to_hub
+from .sae.loading import find_sae, load_sae, save_sae
+from .sae.training import train_sae
+from .steering.steered_chat import SteeredChat
+from .synthesis.report import SynthesisResult
+from .synthesis.synthesizer import FACSynthesizer
+from .tasks.task import Task, get_task
+from .training.callback import FACSynthesisCallback
+
+__all__ = [
+    "ChatError",
+    "EndpointChat",
+    "FACReport",
+    "FACScorer",
+    "FACSynthesisCallback",
+    "FACSynthesizer",
+    "FeatureCoverage",
+    "FeatureDictionary",
+    "HubError",
+    "LocalChat",
+    "RowError",
+    "SAEFeaturizer",
+    "SteeredChat",
+    "SynthesisResult",
+    "Task",
+    "build_dictionary",
+    "detect",
+    "explain",
+    "find_sae",
+    "get_task",
+    "load_sae",
+    "push_coverage_to_hub",
+    "push_sae_to_hub",
+    "rate",
+    "save_sae",
+    "score_shards",
+    "select",
+    "train_sae",
+]

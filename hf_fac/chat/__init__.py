@@ -1,0 +1,11 @@
+"""What writes text?"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "local": ["Completion", "LocalChat"],
+        "endpoint": ["ChatError", "EndpointChat"],
+    },
+)

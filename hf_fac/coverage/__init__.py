@@ -1,0 +1,12 @@
+"""What does a data set activate, and what does it miss?"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "coverage": ["FACReport", "FeatureCoverage"],
+        "selection": ["Selection", "select"],
+        "card": ["push_coverage_to_hub"],
+    },
+)

@@ -1,0 +1,352 @@
+"""What each feature means: `FeatureDictionary`, a row a feature, with its strongest spans, how often it is active, its
+explanation, and which tasks it matters for. A `datasets.Dataset` lies underneath, kept as one Parquet file, so that
+`load_dataset` opens it and the Hub shows it; `spans.build_dictionary` makes one, `interpret` and `relevance` fill it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..inputs.token_context import MarkedSpan
+from .schema import RATINGS, STATES, checked, schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    from ..features.featurizer import SAEFeaturizer
+
+_FILE = "dictionary.parquet"
+_MAX_BYTES = 8 << 30  # of what is pulled, and of a table in memory: 65,536 features with 10 long spans are some 0.3 GB
+
+
+class FeatureDictionary:
+    """Features by id.
+
+        dictionary = FeatureDictionary.from_pretrained("user/features")
+        dictionary[17]["explanation"]
+        coverage.compare(anchor, features=dictionary.task_features("toxicity"))
+
+    dataset: the rows, with the columns of `schema`, by rising id. measurement: how all of them were measured.
+    revision: the commit that it was pulled from, None otherwise.
+    """
+
+    def __init__(self, dataset: Dataset, *, measurement: Mapping[str, Any] | None = None) -> None:
+        """A dictionary of the rows of a data set, in any order; other columns are left out. `measurement` is needed
+        only where there are no rows.
+
+        Raises: ValueError for anything but a dictionary's rows, measured alike.
+        """
+        from datasets import Dataset
+
+        table = checked(dataset.with_format("arrow")[:])
+        found = [json.loads(text) for text in table["measurement"].unique().to_pylist()] or [measurement]
+        if found[0] is None:
+            raise ValueError("No rows say how they were measured: give measurement=.")
+        for other in found[1:]:
+            _refuse_different(found[0], other, "The rows were measured differently")
+        self.measurement: dict[str, Any] = dict(found[0])
+        self.features = table["feature"].to_numpy().astype(np.int64)
+        self.dataset = Dataset(table)
+        self.revision: str | None = None
+        d_sae = self.measurement.get("d_sae", 0)
+        if (wrong := self.features[(self.features < 0) | (self.features >= d_sae)]).size:
+            raise ValueError(f"feature {wrong[0]} is not in [0, {d_sae:,}), the width of the SAE")
+
+    @classmethod
+    def from_rows(cls, rows: list[dict[str, Any]], *, measurement: Mapping[str, Any]) -> Self:
+        """The dictionary of rows as `dictionary[feature]` gives them."""
+        import pyarrow as pa
+        from datasets import Dataset
+
+        return cls(Dataset(pa.Table.from_pylist(rows, schema=schema())), measurement=measurement)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Rows, by rising id."""
+        return iter(self.dataset)
+
+    def __contains__(self, feature: int) -> bool:
+        return bool((self.features == feature).any())
+
+    def __getitem__(self, feature: int) -> dict[str, Any]:
+        """The row of a feature. Raises: KeyError where there is none."""
+        return self.dataset[self._places([feature])[0]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FeatureDictionary) and self._table().equals(other._table())
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        model, counts = self.measurement.get("model"), self.summary()
+        return f"FeatureDictionary({model!r}, layer {self.measurement.get('layer')}, {counts})"
+
+    def _places(self, features: ArrayLike) -> list[int]:
+        wanted = np.asarray(features, dtype=np.int64)
+        if absent := wanted[~np.isin(wanted, self.features)].tolist():
+            raise KeyError(f"feature {absent[0]} is not one of the {len(self):,} in this dictionary")
+        return np.searchsorted(self.features, wanted).tolist()
+
+    def _table(self) -> pa.Table:
+        return self.dataset.with_format("arrow")[:]
+
+    def spans(self, feature: int) -> list[MarkedSpan]:
+        """The spans of a feature, strongest first, as prompts show them. Raises: KeyError."""
+        return [MarkedSpan(s["before"], s["token"], s["after"], s["activation"]) for s in self[feature]["spans"]]
+
+    def summary(self) -> dict[str, int]:
+        """How many features there are, are live (active in some row), explained, cannot be told, failed, and are
+        verified (not rated no)."""
+        states = Counter(self.dataset["explanation_state"])
+        live = sum(rows > 0 for rows in self.dataset["rows"])
+        verified = sum(verdict in RATINGS[:-1] for verdict in self.dataset["verification"])
+        counts = {"features": len(self), "live": live, **{state: states[state] for state in STATES[1:]}}
+        return counts | {"verified": verified}
+
+    def search(self, words: str) -> FeatureDictionary:
+        """The features whose explanation or spans hold all of the words, in any case and order.
+
+        A word stands alone where its script has upper and lower case; one of another script is found inside others.
+        """
+        patterns = [_word(word) for word in words.casefold().split()]
+
+        def found(row: dict[str, Any]) -> bool:
+            texts = [row["explanation"] or "", *(s["before"] + s["token"] + s["after"] for s in row["spans"])]
+            text = "\n".join(texts).casefold()
+            return all(pattern.search(text) for pattern in patterns)
+
+        return self.filter(found)
+
+    def filter(self, keep: Callable[[dict[str, Any]], bool]) -> FeatureDictionary:
+        """The features whose row, as `dictionary[feature]` gives it, is to be kept."""
+        return self.select([row["feature"] for row in self if keep(row)])
+
+    def select(self, features: ArrayLike) -> FeatureDictionary:
+        """These features only. Raises: KeyError for one that is not there."""
+        places = self._places(np.unique(np.asarray(features, dtype=np.int64)))
+        return FeatureDictionary(self.dataset.select(places), measurement=self.measurement)
+
+    def updated(self, changes: Mapping[int, Mapping[str, Any]]) -> FeatureDictionary:
+        """With other values in some columns of some features: `{feature: {column: value}}`. Raises: KeyError."""
+        import pyarrow as pa
+        from datasets import Dataset
+
+        table = self._table()
+        places = dict(zip(changes, self._places(list(changes)), strict=True))
+        for name in sorted({column for change in changes.values() for column in change}):
+            values = table[name].to_pylist()
+            for feature, change in changes.items():
+                if name in change:
+                    values[places[feature]] = change[name]
+            index = table.schema.get_field_index(name)
+            table = table.set_column(index, name, pa.array(values, schema().field(name).type))
+        return FeatureDictionary(Dataset(table), measurement=self.measurement)
+
+    def __or__(self, other: FeatureDictionary) -> FeatureDictionary:
+        """Both dictionaries as one, the same in whatever order many are joined; see `merging.merge_rows`.
+
+        Raises: ValueError for parts measured differently.
+        """
+        from .merging import merge_rows
+
+        _refuse_different(self.measurement, other.measurement, "Parts measured differently do not merge")
+        theirs = {row["feature"]: row for row in other}
+        rows = [merge_rows(row, theirs.pop(row["feature"])) if row["feature"] in theirs else row for row in self]
+        return FeatureDictionary.from_rows([*rows, *theirs.values()], measurement=self.measurement)
+
+    def task_features(self, task: str, *, at_least: str = "maybe", verified: bool = True) -> np.ndarray:
+        """int64 ids, rising, of the features rated `at_least` so for the task: F_task, for `coverage.compare`.
+
+        Args:
+            task: the name that they were rated under.
+            at_least: "maybe" leaves out no (PAPER.md), "probably" and "yes" more.
+            verified: leave out features whose explanation was not verified, or with no.
+
+        Raises: ValueError for a task that no feature was rated for, and another `at_least`.
+        """
+        if at_least not in RATINGS[:-1]:
+            raise ValueError(f"at_least is {at_least!r}; it must be one of {', '.join(RATINGS[:-1])}.")
+        ratings = [{r["task"]: r["rating"] for r in row} for row in self._table()["ratings"].to_pylist()]
+        known = sorted({name for row in ratings for name in row})
+        if task not in known:
+            tasks = ", ".join(known) or "no other task"
+            raise ValueError(f"No feature was rated for {task!r} (but for {tasks}): rate() them first.")
+        enough = RATINGS[: RATINGS.index(at_least) + 1]
+        found = zip(self.features.tolist(), ratings, self.dataset["verification"], strict=True)
+        ids = [i for i, row, verdict in found if row.get(task) in enough and (not verified or verdict in RATINGS[:-1])]
+        return np.array(ids, dtype=np.int64)
+
+    def check(self, featurizer: SAEFeaturizer) -> None:
+        """Nothing, when the featurizer's features are those of this dictionary: one model up to the layer, one SAE.
+        Under which settings each measured (whose tokens count, the floor) is no matter.
+
+        Raises: ValueError, with what differs.
+        """
+        theirs = featurizer.measurement | {"feature_fingerprint": featurizer.feature_fingerprint()}
+        if self.measurement.get("feature_fingerprint") == theirs["feature_fingerprint"]:
+            return
+        keys = ("model", "layer", "d_sae", "feature_fingerprint")
+        ours, theirs = ({key: found[key] for key in keys if key in found} for found in (self.measurement, theirs))
+        _refuse_different(
+            ours,
+            theirs,
+            "This dictionary was made for another model or SAE than the featurizer's",
+            "build it again with this featurizer, or load the one that it was made with",
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `dictionary.parquet` into a folder, whole or not at all.
+
+        Raises: ValueError when there are no features, or the folder holds other Parquet files.
+        """
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not len(self):
+            raise ValueError("The dictionary has no features: there is nothing to save.")
+        if others := [file.name for file in sorted(folder.rglob("*.parquet")) if file != folder / _FILE]:
+            raise ValueError(f"{folder} holds {others[0]}, which would be read as part of it: choose another folder.")
+        partial = folder / f"{_FILE}.{os.getpid()}.partial"
+        try:
+            pq.write_table(self._table(), partial, compression="zstd", row_group_size=8192)
+            os.replace(partial, folder / _FILE)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """The dictionary in a folder that `save` wrote, or `load_dataset(...).to_parquet`.
+
+        Raises: FileNotFoundError without the folder; ValueError where it holds something else.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from datasets import Dataset
+
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder.")
+        files = sorted(folder.rglob("*.parquet"))
+        if not files:
+            held = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+            raise ValueError(f"{folder} holds no feature dictionary, which is a Parquet file; there is: {held}.")
+        try:
+            # Compressed, a file of a few bytes can claim any size.
+            groups = [m.row_group(i) for m in map(pq.read_metadata, files) for i in range(m.num_row_groups)]
+            if (size := sum(group.total_byte_size for group in groups)) > _MAX_BYTES:
+                raise ValueError(f"{folder} unpacks to {size:,} bytes; at most {_MAX_BYTES:,} were expected.")
+            tables = [checked(pq.read_table(file, partitioning=None)) for file in files]
+            return cls(Dataset(pa.concat_tables(tables)))
+        except (ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{folder} holds something else than a feature dictionary: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """The URL of the commit that puts the dictionary and its card into a data-set repo; the arguments are those of
+        `hub.push_folder`.
+
+        Raises: HubError; ValueError when there are no features.
+        """
+        from ..hub.repo import push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return push_folder(
+                folder,
+                repo_id,
+                repo_type="dataset",
+                card=self._card(repo_id),
+                delete_patterns="*.parquet",
+                revision=revision,
+                private=private,
+                token=token,
+                commit_message=commit_message or "Upload a feature dictionary with hf_fac",
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+    ) -> Self:
+        """The dictionary in a folder, or in a data-set repo of the Hub at `revision`.
+
+        Raises: HubError when the repo cannot be read or is too large; ValueError when it holds something else.
+        """
+        if Path(name).is_dir():
+            return cls.load(name)
+        from ..hub.repo import pull_folder
+
+        wanted = ["*.parquet", "README.md"]
+        pulled = pull_folder(
+            os.fspath(name),
+            repo_type="dataset",
+            revision=revision,
+            token=token,
+            allow_patterns=wanted,
+            max_bytes=_MAX_BYTES,
+        )
+        try:
+            dictionary = cls.load(pulled.path)
+        except ValueError as error:
+            raise ValueError(f"{name} is something else than a feature dictionary: {error}") from error
+        dictionary.revision = pulled.commit
+        return dictionary
+
+    def _card(self, repo_id: str) -> tuple[dict[str, Any], str]:
+        tasks = Counter(r["task"] for row in self._table()["ratings"].to_pylist() for r in row)
+        tasks = {task: len(self.task_features(task)) for task in sorted(tasks)}
+        scores = [score for score in self.dataset["detection"] if score is not None]
+        lines = [
+            f"# Features of {self.measurement.get('model')}, layer {self.measurement.get('layer')}\n",
+            "A row a feature of a sparse autoencoder: the texts that activate it most, how often it is active, what it "
+            "means, and which tasks it matters for. Made with hf-fac (arXiv 2602.10388).\n",
+            *(f"- {name}: {count:,}" for name, count in self.summary().items()),
+            *(f"- relevant for {task}: {count:,}" for task, count in tasks.items()),
+            *([f"- mean detection score (0.5 is chance): {np.mean(scores):.3f}"] if scores else []),
+            "\n```python\nfrom hf_fac import FeatureDictionary\n",
+            f'dictionary = FeatureDictionary.from_pretrained("{repo_id}")\n```\n',
+            "Measured with:\n\n```json\n" + json.dumps(self.measurement, indent=1, sort_keys=True) + "\n```",
+        ]
+        metadata = {
+            "tags": ["hf-fac", "feature-dictionary", "sparse-autoencoder", "interpretability"],
+            "configs": [{"config_name": "default", "data_files": _FILE}],
+        }
+        return metadata, "\n".join(lines)
+
+
+def _refuse_different(
+    one: Mapping[str, Any], other: Mapping[str, Any], problem: str, remedy: str = "measure both with one featurizer"
+) -> None:
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
+    if keys:
+        values = "; ".join(f"{key}: {one.get(key, 'absent')!r} and {other.get(key, 'absent')!r}" for key in keys)
+        only = {"fingerprint", "feature_fingerprint"}.issuperset(keys)
+        note = " (only weights, or lesser settings differ)" if only else ""
+        raise ValueError(f"{problem} ({values}){note}: {remedy}.")
+
+
+def _word(word: str) -> re.Pattern[str]:
+    has_case = any(c.lower() != c.upper() for c in word) or not any(c.isalpha() for c in word)
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)" if has_case else re.escape(word))

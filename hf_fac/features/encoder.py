@@ -1,0 +1,221 @@
+"""An SAE's encoder, as featurizing needs it: the maximum of each feature over each row's tokens.
+
+Where the activation is element-wise and rises with its input (ReLU, JumpReLU), the maximum is taken before it and only
+the wanted columns are computed; top-k SAEs touch k values a token; everything else goes through SAELens' own `encode`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from ..inputs.hidden_states import to_device
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from torch import Tensor
+
+# Elements of [tokens, columns] that exist at one time: 64 MB in float32.
+_CHUNK = 2**24
+
+
+class Encoder:
+    """Maxima of an SAE's features over groups of tokens.
+
+    Args:
+        activation: "native", or "relu" with the top k (or the threshold) lifted.
+        features: ids to compute; None is all.
+    Attributes:
+        columns: int64, ascending: the ids of the columns returned, None for all.
+        elementwise: whether a column can be computed without the others.
+    Raises: ValueError for a feature or an activation that the SAE has not, or an SAE in training form.
+    """
+
+    def __init__(
+        self, sae: SAE, *, activation: Literal["native", "relu"] = "native", features: Sequence[int] | None = None
+    ) -> None:
+        if activation not in ("native", "relu"):
+            raise ValueError(f'activation is {activation!r}; it must be "native" or "relu".')
+        from sae_lens import TrainingSAE
+
+        if isinstance(sae, TrainingSAE):
+            raise ValueError(
+                f"{type(sae).__name__} is an SAE in training, whose features can depend on the rest of the batch: "
+                "save it with save_sae and load it again with load_sae."
+            )
+        self.sae, self.d_sae = sae, sae.cfg.d_sae
+        self.columns = None if features is None else checked_features(features, self.d_sae)
+        architecture = sae.cfg.architecture()
+        known = architecture in ("standard", "jumprelu", "topk")
+        if activation == "relu" and not known:
+            raise ValueError(
+                f'activation="relu" is not defined for a {architecture} SAE; use "native", or a TopK, standard or '
+                "JumpReLU SAE."
+            )
+        self._kind = ("relu" if activation == "relu" else architecture) if known else "other"
+        self._picked = slice(None) if self.columns is None else to_device(self.columns, sae.W_dec.device)
+        self._threshold: Tensor | None = None
+        if known:
+            self._take_weights()
+            if not self._agrees_with_encode():
+                if activation == "relu":
+                    raise ValueError(f'{type(sae).__name__} is more than its kind says: use activation="native".')
+                self._kind, self._threshold = "other", None
+
+    @property
+    def elementwise(self) -> bool:
+        return self._kind in ("relu", "standard", "jumprelu")
+
+    def _take_weights(self) -> None:
+        sae, own = self.sae, self._picked if self.elementwise else slice(None)
+        weights, bias = sae.W_enc.detach().float(), sae.b_enc.detach().float()
+        if sae.cfg.architecture() == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
+            norms = sae.W_dec.detach().float().norm(dim=-1)
+            weights, bias = weights * norms, bias * norms
+        self._weights, self._bias = weights[:, own].contiguous(), bias[own].contiguous()
+        self._b_dec = sae.b_dec.detach().float() if sae.cfg.apply_b_dec_to_input else None
+        if self._kind == "jumprelu":
+            self._threshold = sae.threshold.detach().float()[own]
+
+    @torch.no_grad()
+    def _agrees_with_encode(self) -> bool:
+        """Whether a few random tokens of all sizes get what SAELens' own `encode` gives them."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(8, self.sae.cfg.d_in, generator=generator) * torch.logspace(-1, 3, 8)[:, None]
+        x = x.to(self.sae.W_dec.device)
+        expected = self.sae.encode(x)[:, self._picked].float()
+        found, _ = self.maxima(x, torch.ones(8, dtype=torch.bool, device=x.device), [1] * 8)
+        wrong = (found - expected).abs() > 1e-5 + 1e-3 * expected.abs().amax(-1, keepdim=True)
+        if self._kind == "relu":
+            wrong &= expected > 0
+        # Rounding may exchange a feature at the edge of the top k.
+        return int(wrong.sum()) <= 0.02 * int((expected > 0).sum())
+
+    @property
+    def width(self) -> int:
+        """Columns that `maxima` returns."""
+        return self.d_sae if self.columns is None else len(self.columns)
+
+    @torch.no_grad()
+    def maxima(
+        self, x: Tensor, counts: Tensor, lengths: Sequence[int], *, positions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the maxima [n_rows, width] float32, 0 where a row has no token that counts; and, if asked for, which
+        token of `x` is the first to reach each, int64 [n_rows, width], -1 where the maximum is 0.
+
+        Args:
+            x: [n_tokens, d_in] float32, row after row.
+            counts: bool [n_tokens]; a token that is false here is as if it were not there.
+            lengths: tokens of each row, they add up to n_tokens.
+        """
+        lengths = np.asarray(lengths, dtype=np.int64)
+        if self._kind == "topk":
+            return self._topk_maxima(x, counts, lengths, positions)
+        out = x.new_zeros(len(lengths), self.width)
+        first = torch.full_like(out, -1, dtype=torch.int64) if positions else None
+        sizes = to_device(lengths, x.device)
+        # Whether any is left out can be asked of a CPU; a GPU would have to be waited for.
+        left_out = None if x.device.type == "cpu" and bool(counts.all()) else ~counts[:, None]
+        # An SAE that is not element-wise makes all its columns, whichever are wanted.
+        made = self.width if self.elementwise else self.d_sae
+        for rows, tokens, whole in _spans(lengths, max(_CHUNK // made, 1)):
+            n = tokens.stop - tokens.start
+            parts = sizes[rows] if whole else sizes.new_full((1,), n)
+            values = self._values(x[tokens])
+            if left_out is not None:
+                values.masked_fill_(left_out[tokens], -torch.inf)
+            peak = _reduced(values, parts, "max", -torch.inf)
+            active = self._activate(peak)
+            better = active > out[rows]
+            out[rows] = torch.where(better, active, out[rows])
+            if first is not None:
+                # Whole numbers are exact in float32 up to 2**24, which no chunk exceeds.
+                number = torch.arange(n, device=x.device, dtype=torch.float32)[:, None]
+                is_peak = values == peak.repeat_interleave(parts, 0, output_size=n)
+                at = torch.where(is_peak, number, float(n))
+                at = _reduced(at, parts, "min", float(n))
+                first[rows] = torch.where(better, tokens.start + at.long(), first[rows])
+        return out, first
+
+    def _values(self, x: Tensor) -> Tensor:
+        """[n, width]: what the activation is applied to, or for SAEs with one of their own kind the activation."""
+        if self._kind == "other":
+            return self.sae.encode(x)[:, self._picked].float()
+        if self._b_dec is not None:
+            x = x - self._b_dec
+        return torch.addmm(self._bias, x, self._weights)
+
+    def _activate(self, peak: Tensor) -> Tensor:
+        if self._threshold is not None:
+            peak = torch.where(peak > self._threshold, peak, 0.0)
+        return peak.relu()
+
+    def _topk_maxima(
+        self, x: Tensor, counts: Tensor, lengths: np.ndarray, positions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        row = to_device(np.repeat(np.arange(len(lengths)) * self.d_sae, lengths), x.device)
+        out, nowhere = x.new_zeros(len(lengths) * self.d_sae), len(x)
+        kept, size = [], max(_CHUNK // self.d_sae, 1)
+        for start in range(0, len(x), size):
+            tokens = slice(start, start + size)
+            values, ids = self._values(x[tokens]).topk(self.sae.cfg.k, dim=-1, sorted=False)
+            values = values.relu_().masked_fill_(~counts[tokens, None], 0.0)
+            cells = row[tokens, None] + ids
+            out.scatter_reduce_(0, cells.reshape(-1), values.reshape(-1), "amax")
+            if positions:
+                kept.append((start, values, cells))
+        first = None
+        if positions:
+            first = torch.full_like(out, nowhere, dtype=torch.int64)
+            for start, values, cells in kept:
+                number = torch.arange(start, start + len(values), device=x.device)[:, None]
+                number = torch.where((values == out[cells]) & (values > 0), number, nowhere)
+                first.scatter_reduce_(0, cells.reshape(-1), number.reshape(-1), "amin")
+            first = first.masked_fill_(first == nowhere, -1).view(len(lengths), self.d_sae)[:, self._picked]
+        return out.view(len(lengths), self.d_sae)[:, self._picked], first
+
+
+def checked_features(features: Sequence[int], d_sae: int) -> np.ndarray:
+    """Returns the ids as int64, ascending.
+
+    Raises: ValueError for ids that are no whole numbers, out of range, twice, or none at all.
+    """
+    ids = np.asarray(features)
+    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"features must be a list of feature ids (whole numbers), at least one; got {features!r}.")
+    wrong = ids[(ids < 0) | (ids >= d_sae)]
+    if len(wrong):
+        raise ValueError(f"Feature {wrong[0]} does not exist: the SAE has features 0 to {d_sae - 1}.")
+    if len(np.unique(ids)) != len(ids):
+        raise ValueError("features holds an id twice.")
+    return np.sort(ids).astype(np.int64)
+
+
+def _reduced(values: Tensor, parts: Tensor, how: Literal["max", "min"], initial: float) -> Tensor:
+    """The maximum or minimum [n_rows, width] of each run of rows [parts, width]; `initial` for a run of none."""
+    if values.device.type == "cpu":
+        # Ten times as fast there as segment_reduce.
+        runs = values.split(parts.tolist())
+        return torch.stack([getattr(r, f"a{how}")(0) if len(r) else r.new_full(r.shape[1:], initial) for r in runs])
+    # `unsafe` leaves out checks that would wait for the device.
+    return torch.segment_reduce(values, how, lengths=parts, axis=0, initial=initial, unsafe=True)
+
+
+def _spans(lengths: np.ndarray, limit: int) -> Iterator[tuple[slice, slice, bool]]:
+    """Runs of whole rows with at most `limit` tokens as `(rows, tokens, True)`; a longer row comes alone, in parts."""
+    ends = np.cumsum(lengths).tolist()
+    row, start = 0, 0
+    while row < len(ends):
+        stop = max(bisect_right(ends, start + limit), row + 1)
+        end = ends[stop - 1]
+        if end - start <= limit:
+            if end > start:
+                yield slice(row, stop), slice(start, end), True
+        else:
+            for token in range(start, end, limit):
+                yield slice(row, stop), slice(token, min(token + limit, end)), False
+        row, start = stop, end

@@ -1,0 +1,395 @@
+"""Rows in, sparse feature activations out: g_i(x), the maximum over a row's content tokens of feature i (PAPER.md).
+
+The floor is one forward pass to the SAE's layer and the encoder's product for the features asked for. Texts are read in
+order of length, equal texts once, and [tokens x features] never exists as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from ..inputs import hidden_states as acts
+from ..inputs.rows import ConversationReader, PoolOver, RowError, Side
+from ..inputs.token_context import MarkedSpan, cut_span
+from ..sae.loading import check_sae, load_sae, read_settings
+from .calibration import FitCheck, calibrate_sinks
+from .encoder import Encoder
+from .fingerprint import TensorHash, model_settings, parameters_up_to, tokenizer_settings
+from .pooling import HostBatch, Maxima, Reading, Transfer, UniquePieces, merge_windows, unique_pieces
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from scipy.sparse import csr_array
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Raised whenever the same rows would give other features: it is part of every fingerprint.
+VERSION = 1
+
+_forked = False
+
+
+def _remember_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if os.name == "posix":
+    os.register_at_fork(after_in_child=_remember_fork)
+
+
+class SAEFeaturizer:
+    """Reads rows with a model's own sparse-autoencoder features.
+
+        featurizer = SAEFeaturizer.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", sae="user/repo")
+        activations = featurizer(rows)          # scipy.sparse.csr_array [n, d_sae] float32
+
+    Args:
+        model, tokenizer: of transformers; the model's head is never run.
+        sae: a SAELens SAE of the residual stream; it moves to the model's device, and must not change afterwards.
+        layer: 0 is the embedding, L the output of the L-th block; None takes the SAE's own.
+        activation: "native" is the SAE's own; "relu" lifts the top k, the paper's measuring mode, element-wise.
+        features: compute and report these ids only (the columns keep their numbers); saves the encoder's product for
+            the rest where the activation is element-wise.
+        keep_above: the floor: activations at or below it are not stored.
+        pool_over: whose tokens count: "all" content, "user", "assistant" or "completion".
+        side: which completion of a preference pair is read, "chosen" or "rejected".
+        max_length: most tokens of a row, by default what the model can take; longer rows are cut and counted, or, with
+            `stride`, read in windows that overlap by so many tokens.
+        sink_norm: tokens with a larger norm do not count; None takes the SAE's own, or 10 x the median norm of a few
+            built-in sentences where it has none.
+        batch_tokens: tokens in one forward pass.
+        on_error: "raise" a RowError, or "skip" a row that cannot be read.
+        preset: "paper" measures as the paper's released code does: relu, every token but the first 31, no sink cut-off.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sae: SAE,
+        *,
+        layer: int | None = None,
+        activation: Literal["native", "relu"] = "native",
+        features: Sequence[int] | None = None,
+        keep_above: float = 0.0,
+        pool_over: PoolOver = "all",
+        side: Side = "chosen",
+        max_length: int | None = None,
+        stride: int | None = None,
+        sink_norm: float | None = None,
+        batch_tokens: int | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        preset: Literal["paper"] | None = None,
+    ) -> None:
+        own = read_settings(sae)
+        layer = own.layer if layer is None else layer
+        if layer is None:
+            raise ValueError("The SAE does not say which layer it reads: give layer=.")
+        acts.check_layer(model, layer)
+        blocks, text_config = acts.find_blocks(model), model.config.get_text_config()
+        check_sae(sae, d_in=text_config.hidden_size, n_layers=len(blocks))
+        if preset not in (None, "paper"):
+            raise ValueError(f'preset is {preset!r}; the only one is "paper".')
+        if not 0 <= keep_above < float("inf"):
+            raise ValueError(
+                f"keep_above is {keep_above}; it must be a number from 0 up (activations are not negative)."
+            )
+        if sink_norm is not None and not sink_norm > 0:
+            raise ValueError(f"sink_norm is {sink_norm}; it must be a positive number (inf leaves every token in).")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1.")
+        limit = getattr(text_config, "max_position_embeddings", None)
+        if None not in (limit, max_length) and max_length > limit:
+            raise ValueError(f"max_length is {max_length}; {type(model).__name__} takes at most {limit} tokens.")
+        if max_length is None:
+            # A tokenizer that knows no limit says 10**30.
+            limits = [n for n in (limit, tokenizer.model_max_length) if n is not None and n < 10**9]
+            max_length = min(limits, default=None)
+        prepend_bos = own.prepend_bos and tokenizer.bos_token_id is not None
+        if own.prepend_bos and not prepend_bos:
+            warnings.warn(
+                "The SAE was trained with a BOS token in front of every text, but this tokenizer has none: texts are "
+                "read without it.",
+                stacklevel=2,
+            )
+        if preset == "paper":
+            activation, sink_norm = "relu", float("inf")
+        self.model, self.tokenizer, self.layer = model, tokenizer, layer
+        self.sae = (sae if sae.W_dec.dtype == torch.float32 else deepcopy(sae).to(dtype=torch.float32)).to(model.device)
+        self.activation, self.keep_above, self.preset = activation, float(keep_above), preset
+        self.batch_tokens = batch_tokens or acts.default_batch_tokens(model.device)
+        self.encoder = Encoder(self.sae, activation=activation, features=features)
+        self.reader = ConversationReader(
+            tokenizer,
+            pool_over=pool_over,
+            side=side,
+            max_length=max_length,
+            stride=stride,
+            prepend_bos=prepend_bos,
+            skip_first=31 if preset == "paper" else None,
+            on_error=on_error,
+        )
+        # TransformerLens centres what is written into the stream of models with LayerNorm only.
+        self.center = own.center and any(isinstance(module, torch.nn.LayerNorm) for module in blocks.modules())
+        self.causal = acts.is_causal(model, layer)
+        self._given_sink_norm = sink_norm or own.sink_norm
+        self.sink_norm = self._given_sink_norm or calibrate_sinks(
+            model, tokenizer, layer, prepend_bos=prepend_bos, causal=self.causal
+        )
+        self._fit = FitCheck(self.sae, expected=own.fvu, layer=layer)
+        self._source: dict[str, Any] | None = None
+        self._weights_hash = TensorHash()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        sae: str,
+        *,
+        sae_id: str | None = None,
+        revision: str | None = None,
+        sae_revision: str | None = None,
+        token: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = "auto",
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> SAEFeaturizer:
+        """Returns a featurizer loaded from names; one so made can be pickled to other processes.
+
+        Args:
+            model: a model's Hub id or folder, read at `revision`.
+            sae: anything that `load_sae` takes: a Hub repo, "release:sae_id" of SAELens, a folder, a .pth of the paper.
+            token: for a private repo; it is not pickled, other processes use the stored login.
+            device: by default the GPU if there is one, also in another process.
+            dtype: of the model; the SAE is always float32.
+            settings: those of `SAEFeaturizer`.
+        """
+        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+        place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(model, **hub)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **hub)
+        except ValueError as error:
+            # An encoder, say, has no head that writes. (Adapters have no config to ask, so it is tried.)
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            loaded = AutoModel.from_pretrained(model, dtype=dtype, **hub)
+        loaded_sae = load_sae(sae, sae_id=sae_id, revision=sae_revision, token=token, device=place)
+        featurizer = cls(loaded.to(place), tokenizer, loaded_sae, **settings)
+        if featurizer.encoder.columns is not None:
+            settings["features"] = featurizer.encoder.columns.tolist()
+        featurizer._source = {
+            "model": str(model), "sae": str(sae), "sae_id": sae_id, "revision": revision, "sae_revision": sae_revision,
+            "device": device and place, "dtype": dtype, "trust_remote_code": trust_remote_code, **settings,
+        }  # fmt: skip
+        return featurizer
+
+    @property
+    def d_sae(self) -> int:
+        return self.sae.cfg.d_sae
+
+    @property
+    def fvu(self) -> float | None:
+        """The SAE's FVU on the first 2,000 content tokens read, None before; a warning said so if it does not fit."""
+        return self._fit.fvu
+
+    def __call__(self, rows: Any) -> csr_array:
+        """Returns the activations of the rows, csr_array [n, d_sae] float32. See `read` for what else is known.
+
+        Args:
+            rows: a `datasets.Dataset`, a list of dicts or strings, or a dict of columns.
+        """
+        return self.read(rows).activations
+
+    def read(self, rows: Any, *, positions: bool = False) -> Reading:
+        """Returns the activations of the rows with all that was counted on the way.
+
+        Args:
+            positions: also say which token reaches each maximum.
+        Raises: RowError for a row that cannot be read or whose hidden states are not finite.
+        """
+        from scipy.sparse import csr_array
+
+        pieces = self.reader(rows)
+        unique = unique_pieces(pieces, causal=self.causal)
+        found = Maxima(len(unique.ids))
+        for batch in self._batches(unique, positions):
+            found.add(batch, self.keep_above)
+        piece_row = np.array(pieces.row, dtype=np.int64)
+        totals = np.zeros((pieces.n_rows, 3), np.int64)
+        np.add.at(totals, piece_row, found.counted[unique.owner])
+        broken = totals[:, 2] > 0
+        for index in np.flatnonzero(broken).tolist():
+            reason = "it has hidden states that are NaN or infinite"
+            if self.reader.on_error == "raise":
+                start = self.tokenizer.decode(pieces.ids[pieces.row.index(index)][:20])
+                raise RowError(
+                    f"Row {index} cannot be measured: {reason}. Check the model's weights, or load it in float32. "
+                    f"The row begins: {start!a}"
+                )
+            pieces.skipped[index] = reason
+        sizes, column, value, position = found.gather(unique.owner, np.array(pieces.offset, dtype=np.int64))
+        entry_row = np.repeat(piece_row, sizes)
+        if len(pieces.ids) > pieces.n_rows:
+            entry_row, column, value, position = merge_windows(entry_row, column, value, position)
+        if broken.any():
+            keep = ~broken[entry_row]
+            entry_row, column, value = entry_row[keep], column[keep], value[keep]
+            position = position[keep] if len(position) else position
+        if self.encoder.columns is not None:
+            column = self.encoder.columns[column].astype(np.int32)
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(entry_row, minlength=pieces.n_rows))])
+        if len(value) < 2**31:
+            indptr = indptr.astype(np.int32)
+        return Reading(
+            activations=csr_array((value, column, indptr), shape=(pieces.n_rows, self.d_sae)),
+            tokens=np.where(broken, 0, totals[:, 0]).astype(np.int32),
+            positions=position if positions else None,
+            skipped=pieces.skipped,
+            truncated=pieces.truncated,
+            sinks=int(totals[:, 1].sum()),
+            special_in_content=pieces.special_in_content,
+        )
+
+    def span(self, row: Any, position: int, *, before: int = 10, after: int = 5) -> MarkedSpan:
+        """Returns the text around a token of a row, so many tokens to each side, the token apart.
+
+        The text ends where the content does that holds the token: the template's own words are not shown.
+        """
+        text, offsets = self.reader.offsets(row)
+        if not 0 <= position < len(offsets):
+            raise ValueError(f"Position {position} is not in the row, which has {len(offsets)} tokens.")
+        return cut_span(text, offsets, self.reader.render(row)[1], position, before, after)
+
+    @property
+    def measurement(self) -> dict[str, Any]:
+        """What identifies a measurement: rows scored under equal ones can be merged and compared. JSON values only."""
+        return {
+            "model": self.model.config._name_or_path or type(self.model).__name__,
+            "layer": self.layer,
+            "d_sae": self.d_sae,
+            "activation": self.activation,
+            "pool_over": self.reader.pool_over,
+            "side": self.reader.side,
+            "keep_above": self.keep_above,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Returns a hash of all that shapes the activations: version, weights to the layer, SAE, tokenizer, settings.
+
+        A model that was trained on, or given an adapter, has another one. It is the same in every process.
+        """
+        import xxhash
+
+        reader, elsewhere = self.reader, ("metadata", "device", "dtype")
+        settings = {
+            "version": VERSION, "weights": self._weights_hash(self._tensors()), "layer": self.layer,
+            "model": model_settings(self.model), "tokenizer": tokenizer_settings(self.tokenizer),
+            "sae": {key: value for key, value in self.sae.cfg.to_dict().items() if key not in elsewhere},
+            "activation": self.activation, "keep_above": self.keep_above,
+            # A calibrated cut-off follows from the rest, but for its last digits.
+            "sink_norm": self._given_sink_norm or "calibrated",
+            "features": None if self.encoder.columns is None else self.encoder.columns.tolist(),
+            "pool_over": reader.pool_over, "side": reader.side, "max_length": reader.max_length,
+            "stride": reader.stride, "prepend_bos": reader.prepend_bos, "skip_first": reader.skip_first,
+            "center": self.center,
+        }  # fmt: skip
+        return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
+
+    def feature_fingerprint(self) -> str:
+        """Returns a hash of all that decides what each feature is: the weights to the layer, adapters, and the SAE.
+
+        Settings, tokenizer and template are not in it: they decide where features are looked for. So what a feature
+        means (a dictionary) can be used under other settings than it was collected with.
+        """
+        import xxhash
+
+        parts = {
+            "weights": self._weights_hash(self._tensors()), "adapters": model_settings(self.model)["adapters"],
+            "layer": self.layer, "architecture": self.sae.cfg.architecture(), "center": self.center,
+        }  # fmt: skip
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [*parameters_up_to(self.model, self.layer), *self.sae.state_dict(prefix="sae.").items()]
+
+    def source(self) -> dict[str, Any] | None:
+        """Returns the names that this featurizer can be loaded by again, None when it was made from loaded objects."""
+        if self._source is None:
+            return None
+        return {**self._source, "fingerprint": self.fingerprint()}
+
+    @classmethod
+    def restored(cls, source: dict[str, Any], *, rank: int | None = None) -> SAEFeaturizer:
+        """Returns the featurizer that `source()` names, on the GPU of the rank where there are several.
+
+        A process that was forked (those of `map`) computes with one thread from here on: PyTorch's others did not
+        survive the fork, and waiting for them never ends.
+        Raises: RuntimeError when what the names give now is another model or SAE.
+        """
+        if _forked:
+            torch.set_num_threads(1)
+        arguments = {name: value for name, value in source.items() if name not in ("loader", "fingerprint")}
+        if rank is not None and torch.cuda.is_available() and arguments.get("device") != "cpu":
+            arguments["device"] = f"cuda:{rank % torch.cuda.device_count()}"
+        fresh = (source.get("loader") or cls.from_pretrained)(**arguments)
+        if fresh.fingerprint() != source["fingerprint"]:
+            raise RuntimeError(
+                "The model or the SAE loaded again from its name is not the one that was pickled (it was trained on, "
+                "or changed on disk): save it to a folder and load the featurizer from there."
+            )
+        return fresh
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        source = self.source()
+        if source is None:
+            raise TypeError(
+                "This featurizer was made from loaded objects, so another process cannot load it again; make it with "
+                "SAEFeaturizer.from_pretrained(...), or use one process."
+            )
+        return SAEFeaturizer.restored, (source,)
+
+    def _batches(self, unique: UniquePieces, positions: bool) -> Iterator[HostBatch]:
+        waiting: deque[Transfer] = deque()
+        overlap = np.array(unique.continues, dtype=bool) * (self.reader.stride or 0)
+        place = self.sae.W_dec.device
+        for batch in acts.hidden_states(
+            self.model, unique.ids, self.layer, batch_tokens=self.batch_tokens, causal=self.causal
+        ):
+            content = [np.flatnonzero(unique.content[i]) for i in batch.pieces]
+            lengths = np.array([len(c) for c in content])
+            at, row = np.concatenate(content), np.repeat(np.arange(len(content)), lengths)
+            # A token in the overlap was counted in the window before.
+            first_seen = at >= overlap[batch.pieces][row]
+            index = np.stack([row * batch.hidden.shape[1] + at, row, first_seen])
+            where, row, first_seen = acts.to_device(index, batch.hidden.device)
+            x = batch.hidden.flatten(0, 1)[where].to(place, torch.float32)
+            row, first_seen = row.to(place), first_seen.to(place)
+            norms = x.norm(dim=-1)
+            finite = norms.isfinite()
+            counts = finite & (norms <= self.sink_norm)
+            if self.center:
+                x = x - x.mean(-1, keepdim=True)
+            self._fit.add(x, counts)
+            maxima, first = self.encoder.maxima(x, counts, lengths, positions=positions)
+            kinds = torch.stack([counts & first_seen.bool(), (finite & ~counts) & first_seen.bool(), ~finite], dim=1)
+            counted = torch.zeros(len(content), 3, device=place).index_add_(0, row, kinds.float())
+            waiting.append(Transfer(batch.pieces, at, maxima, counted, first))
+            # A GPU computes the next batch while the one before is collected here.
+            if len(waiting) > 1:
+                yield waiting.popleft().wait()
+        while waiting:
+            yield waiting.popleft().wait()

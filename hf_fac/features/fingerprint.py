@@ -1,0 +1,123 @@
+"""Hashes of a model, an SAE and a tokenizer, so that a measurement can say what it was made with.
+
+Weights in, and what else decides how text becomes features: settings of the architecture, adapters, the tokenizer's
+rules. Out come values that are the same in every process and on every device.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..inputs.hidden_states import find_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def parameters_up_to(model: PreTrainedModel, layer: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and tensor of every parameter and buffer that shapes the hidden states at `layer`.
+
+    That is everything but the blocks above it, adapters included, and but the head: a parameter that the layer does not
+    depend on (a final norm) may be counted in, none that it depends on is left out. Names count from the backbone, so
+    that a causal model, a classifier and a reward model on the same one agree.
+    """
+    body = _backbone(model)
+    above = {id(t) for block in list(find_blocks(model))[layer:] for t in (*block.parameters(), *block.buffers())}
+    for name, tensor in (*body.named_parameters(), *body.named_buffers()):
+        if id(tensor) not in above:
+            yield name, tensor
+
+
+def model_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns what shapes the hidden states beside the weights: the architecture's settings, and which adapters act.
+
+    Left out of the config is what all architectures share (names, versions, labels, dtype), and what trainers change
+    without another hidden state following: token ids and the cache.
+    """
+    from transformers import PretrainedConfig
+
+    shared = {*PretrainedConfig().to_dict(), "use_cache"}
+    config = model.config.get_text_config().to_dict()
+    settings = {key: value for key, value in config.items() if key not in shared and not key.endswith("_token_id")}
+    return {"class": type(_backbone(model)).__name__, "config": settings, "adapters": _adapters(model)}
+
+
+def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Returns what decides which ids a text becomes and which of them are special: every rule, and a hash of the words.
+
+    Left out is how a tokenizer pads and truncates, which a call elsewhere may change.
+    """
+    import xxhash
+
+    backend = tokenizer.backend_tokenizer
+    stages = ("normalizer", "pre_tokenizer", "post_processor")
+    states = {stage: getattr(backend, stage) for stage in stages}
+    return {
+        "words": xxhash.xxh3_128_hexdigest(backend.model.__getstate__()),
+        "added": repr(sorted((i, repr(token)) for i, token in tokenizer.added_tokens_decoder.items())),
+        "special": repr(sorted(set(tokenizer.all_special_ids))),
+        "template": json.dumps(tokenizer.chat_template, sort_keys=True),
+        **{stage: "" if state is None else state.__getstate__().decode() for stage, state in states.items()},
+    }
+
+
+class TensorHash:
+    """The hash of many tensors: of their names, shapes, dtypes and values.
+
+    On the CPU they are read each time (10 GB a second). From another device they are copied only when a sum over their
+    bits or their version says that they have changed.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[list[int], str] | None = None
+
+    def __call__(self, tensors: Iterable[tuple[str, Tensor]]) -> str:
+        import xxhash
+
+        tensors = sorted(((name, tensor.detach()) for name, tensor in tensors), key=lambda pair: pair[0])
+        here = all(tensor.device.type == "cpu" for _, tensor in tensors)
+        marks = None if here else change_marks([tensor for _, tensor in tensors])
+        if marks is None or self._known is None or self._known[0] != marks:
+            digest = xxhash.xxh3_128()
+            for name, tensor in tensors:
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._known = (marks, digest.hexdigest())
+        return self._known[1]
+
+
+def change_marks(tensors: list[Tensor]) -> list[int]:
+    """Returns numbers of which one is another when a tensor is another, or has changed: on its device, in one read."""
+    sums = [t.reshape(-1).view(_BITS[t.element_size()]).sum() for t in tensors]
+    versions = [number for t in tensors for number in (t.data_ptr(), 0 if t.is_inference() else t._version)]
+    return [*torch.stack([s.to(sums[0].device) for s in sums]).tolist(), *versions]
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    from transformers import PreTrainedModel
+
+    # What PEFT calls the base model of its wrapper is another thing.
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def _adapters(model: PreTrainedModel) -> list[str]:
+    """Of each layer with adapters, which act and how strongly: the tensors alone do not say."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [
+        # Only LoRA and its kin have a scaling.
+        f"{name} {layer.active_adapters} {layer.disable_adapters} {layer.merged_adapters} "
+        f"{sorted(getattr(layer, 'scaling', {}).items())}"
+        for name, layer in _backbone(model).named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]

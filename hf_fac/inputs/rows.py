@@ -1,0 +1,398 @@
+"""Rows of any TRL data-set type in, token ids and a content mask out.
+
+The ids are those that the trainer would see: `apply_chat_template` for conversations, the tokenizer's own call for
+plain text. The mask says which of those tokens hold what a person or a model wrote, as opposed to what the template
+adds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .chat_template import ChatRenderer, check_messages, check_string, excerpt, named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PoolOver = Literal["all", "user", "assistant", "completion"]
+Side = Literal["chosen", "rejected"]
+
+# The columns of each type, most telling first: a data set may carry `prompt` or `messages` beside its preference pair.
+_TYPES = (
+    ("chosen", "rejected"),
+    ("messages",),
+    ("prompt", "completion"),
+    ("prompt",),
+    ("text",),
+)
+
+
+class RowError(ValueError):
+    """A row that cannot be read; the message names the row, what was found and the remedy."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of content in a rendered row: `[start, end)` in characters, and who wrote it."""
+
+    start: int
+    end: int
+    role: str | None
+    completion: bool
+
+
+@dataclass
+class Pieces:
+    """What a reader makes of rows. A row is one piece, or several overlapping windows when `stride` is set.
+
+    ids: per piece, int32 [n_tokens].
+    content: per piece, bool [n_tokens], true where the token counts.
+    row: per piece, the index of its row.
+    offset: per piece, the index in the row of the piece's first token.
+    n_rows: rows that were read, skipped ones too.
+    truncated: rows that lost tokens to `max_length`.
+    special_in_content: special tokens that stood inside content and do not count.
+    skipped: index of the row -> reason: rows without any text and, with `on_error="skip"`, those that cannot be read.
+    """
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    content: list[np.ndarray] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
+    offset: list[int] = field(default_factory=list)
+    n_rows: int = 0
+    truncated: int = 0
+    special_in_content: int = 0
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class ConversationReader:
+    """Reads rows as the trainer of their type would.
+
+    A row is a string, or a dict with the columns `text`, `messages`, `prompt`, `prompt` + `completion`, `chosen` +
+    `rejected` or `prompt` + `chosen` + `rejected`, each standard (a string) or conversational (a list of messages),
+    with the optional columns `tools` and `chat_template_kwargs`. All rows of one call are of one type and format. The
+    EOS that TRL's trainers write at the end of standard rows is not added: it is no content and changes none.
+
+    Args:
+        tokenizer: a fast tokenizer (character offsets are needed).
+        pool_over: whose tokens count: all content, the user's, the assistant's, or the completion's.
+        side: which completion of a preference pair is read.
+        max_length: most tokens in a piece; None is no limit.
+        stride: None cuts longer rows at `max_length`; a number reads them in windows that overlap by so many tokens.
+        prepend_bos: start every piece with the tokenizer's BOS, for an SAE trained so (in a later window it stands in
+            place of the first token, which the window before has too).
+        skip_first: count every token but the row's first n instead of content tokens (the paper's code skips 31).
+        on_error: "raise" a `RowError`, or "skip" the row and say so in `Pieces.skipped`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pool_over: PoolOver = "all"
+    side: Side = "chosen"
+    max_length: int | None = None
+    stride: int | None = None
+    prepend_bos: bool = False
+    skip_first: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} is a slow tokenizer and gives no character offsets; load a fast one "
+                "(AutoTokenizer.from_pretrained(..., use_fast=True))."
+            )
+        for name, allowed in (
+            ("pool_over", ("all", "user", "assistant", "completion")),
+            ("side", ("chosen", "rejected")),
+            ("on_error", ("raise", "skip")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; it must be at least 1, or None for no limit.")
+        if self.stride is not None and (self.max_length is None or not 0 <= self.stride < self.max_length):
+            raise ValueError(
+                f"stride is {self.stride} with max_length {self.max_length}; windows need a max_length, and a stride "
+                "(their overlap) from 0 to max_length - 1."
+            )
+        if self.prepend_bos and self.tokenizer.bos_token_id is None:
+            raise ValueError("The SAE was trained with a BOS token (prepend_bos), but this tokenizer has none.")
+        if self.prepend_bos and self.stride is not None and self.max_length == 1:
+            raise ValueError("max_length is 1, and every window starts with a BOS token; it must be at least 2.")
+        if self.skip_first is not None and self.skip_first < 0:
+            raise ValueError(f"skip_first is {self.skip_first}; it must be 0 or more, or None for content tokens.")
+        added = self.tokenizer.added_tokens_decoder
+        special = set(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        self._special = np.array(sorted(special), dtype=np.int64)
+        self._offset_tokenizer = _with_whole_offsets(self.tokenizer)
+        self._renderer = ChatRenderer(self.tokenizer)
+
+    def __call__(self, rows: Iterable[Any]) -> Pieces:
+        """Read rows.
+
+        Returns: `Pieces`. A row that was skipped, or has no text, has one piece without tokens.
+        Raises: `RowError` for a row that cannot be read, unless `on_error="skip"`.
+        """
+        pieces = Pieces()
+        texts: list[str] = []
+        spans: list[list[Span]] = []
+        plain: list[bool] = []
+        first_type: str | None = None
+        for index, row in enumerate(as_rows(rows)):
+            pieces.n_rows += 1
+            text, row_spans, is_plain = "", [], True
+            try:
+                kind, whole, found, in_plain = self._read(row)
+                name = _type_name(kind, in_plain)
+                if name != (first_type or name):
+                    raise ValueError(
+                        f"it is a row of type {name} among rows of type {first_type}; read rows of different types "
+                        "separately"
+                    )
+                pooled = self._pooled(found, kind)
+                first_type = name
+                if any(whole[span.start : span.end].strip() for span in found):
+                    text, row_spans, is_plain = whole, pooled, in_plain
+                else:
+                    pieces.skipped[index] = "it has no text: what it holds is empty or whitespace"
+            except ValueError as error:
+                if self.on_error == "raise":
+                    raise RowError(
+                        f"Row {index} cannot be read: {error}. (on_error='skip' leaves such rows out and counts them.) "
+                        f"The row: {excerpt(row)}"
+                    ) from error
+                pieces.skipped[index] = str(error)
+            texts.append(text)
+            spans.append(row_spans)
+            plain.append(is_plain)
+        # Plain text gets the tokenizer's own special tokens, rendered conversations carry theirs already.
+        encoded: list[tuple[list[int], list[tuple[int, int]]]] = [([], [])] * len(texts)
+        for is_plain in (True, False):
+            chosen = [i for i, p in enumerate(plain) if p is is_plain and texts[i]]
+            if chosen:
+                batch = self._tokenize([texts[i] for i in chosen], add_special_tokens=is_plain)
+                for i, ids, offsets in zip(chosen, batch["input_ids"], batch["offset_mapping"], strict=True):
+                    encoded[i] = (ids, offsets)
+        for index, (ids, offsets) in enumerate(encoded):
+            self._add(pieces, index, texts[index], np.array(ids, dtype=np.int32), offsets, spans[index])
+        return pieces
+
+    def render(self, row: Any) -> tuple[str, list[Span], bool]:
+        """Returns the row as text, its content spans that count, and whether it is plain text (no chat template).
+
+        Raises: ValueError, without the row's number, when the row cannot be read.
+        """
+        kind, text, spans, is_plain = self._read(row)
+        return text, self._pooled(spans, kind), is_plain
+
+    def offsets(self, row: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Returns the row's text and the `[start, end)` characters of each of its token ids, before any truncation."""
+        text, _, is_plain = self.render(row)
+        batch = self._tokenize([text], add_special_tokens=is_plain)
+        offsets = batch["offset_mapping"][0]
+        if self.prepend_bos and batch["input_ids"][0][:1] != [self.tokenizer.bos_token_id]:
+            offsets = [(0, 0), *offsets]
+        return text, offsets
+
+    def _tokenize(self, texts: list[str], *, add_special_tokens: bool) -> Mapping[str, Any]:
+        return self._offset_tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+
+    def _read(self, row: Any) -> tuple[tuple[str, ...], str, list[Span], bool]:
+        """The row's type, its text, all its content, and whether it is plain text."""
+        kind = _row_type(row)
+        if kind == ("text",):
+            text = row if isinstance(row, str) else check_string(row["text"], "text")
+            _check_unicode(text)
+            return kind, text, [Span(0, len(text), None, False)], True
+        prompt, answer = self._parts(row, kind)
+        if isinstance(prompt, str):
+            text = prompt + answer
+            _check_unicode(text)
+            spans = [Span(0, len(prompt), "user", False), Span(len(prompt), len(text), "assistant", True)]
+            return kind, text, spans, True
+        messages = [*prompt, *answer]
+        text, places = self._renderer(
+            messages,
+            tools=row.get("tools"),
+            options=row.get("chat_template_kwargs"),
+            answer_follows=kind == ("prompt",),
+        )
+        _check_unicode(text)
+        spans = [Span(p.start, p.end, messages[p.message]["role"], p.message >= len(prompt)) for p in places]
+        return kind, text, spans, False
+
+    def _parts(self, row: Mapping[str, Any], kind: tuple[str, ...]) -> tuple[Any, Any]:
+        """What comes before the completion, and the completion (of `messages`: everything, and nothing)."""
+        if kind in (("messages",), ("prompt",)):
+            prompt = _standard_or_messages(row, kind[0])
+            return prompt, type(prompt)()
+        if kind == ("prompt", "completion"):
+            prompt, answer = _standard_or_messages(row, "prompt"), _standard_or_messages(row, "completion")
+        else:
+            chosen, rejected = _standard_or_messages(row, "chosen"), _standard_or_messages(row, "rejected")
+            if type(chosen) is not type(rejected):
+                raise ValueError(
+                    "of chosen and rejected one is a string, the other a list of messages; make both the same"
+                )
+            answer = chosen if self.side == "chosen" else rejected
+            if row.get("prompt") is not None:
+                prompt = _standard_or_messages(row, "prompt")
+            else:
+                shared = _shared(chosen, rejected)
+                prompt, answer = answer[:shared], answer[shared:]
+        if type(prompt) is not type(answer):
+            raise ValueError(
+                "the prompt is a string and the completion a list of messages, or the other way round; make both the "
+                "same, or drop the prompt where chosen and rejected hold it too"
+            )
+        return prompt, answer
+
+    def _pooled(self, spans: list[Span], kind: tuple[str, ...]) -> list[Span]:
+        if self.pool_over == "all":
+            return spans
+        if kind == ("text",):
+            raise ValueError(f"plain text has no roles, so pool_over={self.pool_over!r} selects nothing; use 'all'")
+        if self.pool_over == "completion":
+            if kind in (("messages",), ("prompt",)):
+                raise ValueError(f"a {kind[0]} row has no completion; use pool_over='assistant' or 'all'")
+            return [s for s in spans if s.completion]
+        return [s for s in spans if s.role == self.pool_over]
+
+    def _add(
+        self,
+        pieces: Pieces,
+        index: int,
+        text: str,
+        ids: np.ndarray,
+        offsets: list[tuple[int, int]],
+        spans: list[Span],
+    ) -> None:
+        counts = np.zeros(len(ids), dtype=bool)
+        if len(ids):
+            bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+            is_content = np.zeros(len(text) + 1, dtype=np.int64)
+            for span in spans:
+                is_content[span.start + 1 : span.end + 1] = 1
+            before = np.cumsum(is_content)
+            counts = before[bounds[:, 1]] > before[bounds[:, 0]]
+            special = np.isin(ids, self._special)
+            if self.skip_first is None:
+                pieces.special_in_content += int((counts & special).sum())
+            counts &= ~special
+        bos = np.array([self.tokenizer.bos_token_id] if self.prepend_bos and len(ids) else [], dtype=np.int32)
+        if len(bos) and ids[0] != bos[0]:
+            ids, counts = np.concatenate([bos, ids]), np.concatenate([[False], counts])
+        if self.skip_first is not None:
+            counts = np.arange(len(ids)) >= self.skip_first
+        limit = self.max_length or max(len(ids), 1)
+        starts = [0]
+        if len(ids) > limit:
+            if self.stride is None:
+                pieces.truncated += 1
+            else:
+                overlap = max(self.stride, len(bos))
+                starts = list(range(0, len(ids) - overlap, limit - overlap))
+        for start in starts:
+            window, counted = ids[start : start + limit], counts[start : start + limit]
+            if start and len(bos):
+                window, counted = np.concatenate([bos, window[1:]]), np.concatenate([[False], counted[1:]])
+            pieces.ids.append(window)
+            pieces.content.append(counted)
+            pieces.row.append(index)
+            pieces.offset.append(start)
+
+
+def as_rows(rows: Any) -> Iterable[Any]:
+    """Returns an iterable of rows from a `datasets` data set, a list, or a batch of `map` (a dict of columns).
+
+    Raises: TypeError for one string, one row, or a dict of data sets, where rows are expected.
+    """
+    if isinstance(rows, str):
+        raise TypeError("One string was given where a list of rows is expected; write [text].")
+    if type(rows).__name__ == "DataFrame":
+        return rows.to_dict("records")
+    if not isinstance(rows, Mapping):
+        return rows
+    columns = {name: rows[name] for name in rows}
+    for name, values in columns.items():
+        if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+            raise TypeError(f"One row was given where rows are expected (its {name!r} is no column); write [row].")
+        if type(values).__name__ in ("Dataset", "IterableDataset"):
+            raise TypeError(f"A dict of data sets was given where rows are expected; choose one, such as [{name!r}].")
+    sizes = {name: len(values) for name, values in columns.items()}
+    if len(set(sizes.values())) > 1:
+        raise TypeError(f"The columns have different lengths: {sizes}.")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _with_whole_offsets(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer; a copy of it where its post-processor takes the spaces of a token out of the token's offsets."""
+    processor = tokenizer.backend_tokenizer.post_processor
+    state = processor.__getstate__() if processor is not None else b""
+    if b'"trim_offsets":true' not in state:
+        return tokenizer
+    whole, processor = copy.deepcopy(tokenizer), copy.deepcopy(processor)
+    processor.__setstate__(state.replace(b'"trim_offsets":true', b'"trim_offsets":false'))
+    whole.backend_tokenizer.post_processor = processor
+    return whole
+
+
+def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """How much of both is their prompt, as TRL's `extract_prompt` has it: always less than the whole."""
+    for number, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
+        if one != other:
+            return number - (chosen[number - 1 : number] == " ")
+    return max(min(len(chosen), len(rejected)) - 1, 0)
+
+
+def _row_type(row: Any) -> tuple[str, ...]:
+    if isinstance(row, str):
+        return ("text",)
+    if not isinstance(row, Mapping):
+        raise ValueError(f"it is {named(row)}; a row is a string or a dict of columns")
+    for kind in _TYPES:
+        missing = [column for column in kind if row.get(column) is None]
+        if not missing:
+            return kind
+        held = [column for column in kind if column not in missing]
+        # A prompt alone is a type of its own.
+        if held and (missing[0] in row or held != ["prompt"]):
+            state = "is None" if missing[0] in row else "is missing"
+            raise ValueError(f"it has {held[0]}, but its {missing[0]} {state}; fill it, or leave the row out")
+    empty = [column for kind in _TYPES for column in kind if column in row]
+    if empty:
+        raise ValueError(f"its {empty[0]} is None; fill it, or leave the row out")
+    raise ValueError(
+        f"its columns are {excerpt(list(row))}; expected text, messages, prompt, prompt + completion, or "
+        "chosen + rejected (rename the column that holds the text)"
+    )
+
+
+def _type_name(kind: tuple[str, ...], is_plain: bool) -> str:
+    return "/".join(kind) + ("" if is_plain or kind == ("messages",) else " (conversational)")
+
+
+def _standard_or_messages(row: Mapping[str, Any], column: str) -> str | list[dict[str, Any]]:
+    value = row[column]
+    return value if isinstance(value, str) and column != "messages" else check_messages(value, column)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} is a lone surrogate ({text[error.start]!a}), which no tokenizer can read; "
+            "decode the source with errors='replace'"
+        ) from error

@@ -1,0 +1,226 @@
+"""Where SAEs lie and how they are read: SAELens' and EleutherAI sparsify's folders, the .pth files of the paper (arXiv
+2602.10388), on this disk or in a Hub repository. In: a path or a repository's name; out: a SAELens SAE. Nothing is
+unpickled, and nothing larger is fetched than what the SAE's own config accounts for.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from sae_lens import SAE
+
+    Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
+
+CONFIG, SAELENS_WEIGHTS, SPARSIFY_WEIGHTS = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
+LAYOUTS = f"{CONFIG} with {SAELENS_WEIGHTS} (SAELens) or {SPARSIFY_WEIGHTS} (sparsify), or one .pth file of the paper"
+ELSEWHERE = "take one that find_sae(model_id) lists, or train one with train_sae"
+_CONFIG_BYTES = 1 << 20
+_BYTES_EACH = 32  # of [d_sae, d_in]: two float64 matrices, and as much again
+_MOST_BYTES = 64 << 30
+
+
+def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
+    """The SAE of a folder or .pth file. Raises: FileNotFoundError, ValueError."""
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
+    from safetensors import SafetensorError
+
+    if path.is_file():
+        weights = path if path.suffix == ".pth" else None
+    else:
+        name = _weights({file.name for file in path.glob("*") if file.is_file()})
+        weights = path / name if name else None
+    if weights is None:
+        patterns = ("*", "*/*.pth", f"*/{CONFIG}", f"*/*/{CONFIG}")
+        inside = [file.relative_to(path).as_posix() for pattern in patterns for file in path.glob(pattern)]
+        raise _no_sae(label, inside or [path.name])
+    converters = {SAELENS_WEIGHTS: sae_lens_disk_loader, SPARSIFY_WEIGHTS: _convert_sparsify}
+    folder_converter = converters.get(weights.name)
+    try:
+        if folder_converter is not None:
+            return SAE.load_from_disk(weights.parent, converter=folder_converter, **options)
+        return SAE.load_from_disk(weights, converter=_convert_checkpoint, **options)
+    except LookupError as error:
+        raise ValueError(f"{label!r} cannot be read as an SAE: missing or unknown to SAELens: {error}.") from error
+    except (EOFError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        # PyTorch spreads its reasons over lines.
+        raise ValueError(f"{label!r} cannot be read as an SAE: {' '.join(str(error).split())}") from error
+
+
+def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | bool | None) -> Path:
+    """The folder or .pth file of an SAE in a local snapshot of a Hub repository. Without `sae_id` it is the one at the
+    top, or the only one there is. The config comes first, and the weights only when they are no larger than it says.
+
+    Raises: FileNotFoundError where there is no such SAE, or several; HubError when the repository cannot be read or the
+        weights are too large; ValueError for a config without widths.
+    """
+    from ..hub.repo import HubError, list_files, pull_folder
+
+    cached = None
+    try:
+        commit, sizes = list_files(repo, revision=revision, token=token)
+    except HubError as error:
+        cached = _cached(repo, revision) if error.status is None else None
+        if cached is None:
+            text = f"{repo!r} is no local path and did not come from the Hub: {error}"
+            raise HubError(text, status=error.status) from error
+        sizes = {file.relative_to(cached).as_posix(): 0 for file in cached.rglob("*") if file.is_file()}
+    folder, weights = _choose(sizes, sae_id)
+    if weights is None:
+        raise _no_sae(f"{repo}:{sae_id}" if sae_id else repo, list(sizes))
+    target = weights if weights.endswith(".pth") else folder
+    if cached is not None:
+        return cached / target
+
+    def pull(*paths: str, max_bytes: int) -> Path:
+        wanted = [glob.escape(path) for path in paths]
+        # Only a pattern that ends in .pth fetches one; what it holds is read as tensors only.
+        return pull_folder(repo, revision=commit, token=token, allow_patterns=wanted, max_bytes=max_bytes).path
+
+    if target == weights:
+        return pull(weights, max_bytes=_MOST_BYTES) / target
+    config = f"{folder}/{CONFIG}".lstrip("/")
+    root = pull(config, *({"config.json"} & sizes.keys()), max_bytes=2 * _CONFIG_BYTES)
+    try:
+        found = json.loads((root / config).read_text())
+        d_sae = found.get("d_sae") or found.get("num_latents") or found["d_in"] * found["expansion_factor"]
+        entries = int(d_sae) * int(found["d_in"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{repo}: {config} does not say the SAE's widths ({error!r}).") from error
+    return pull(weights, max_bytes=min(_BYTES_EACH * entries + _CONFIG_BYTES, _MOST_BYTES)) / target
+
+
+def _choose(files: Collection[str], sae_id: str | None) -> tuple[str, str | None]:
+    """The folder of an SAE among the paths of a repository, and the path of its weights."""
+    if sae_id is not None and sae_id.endswith(".pth"):
+        return "", sae_id if sae_id in files else None
+    folders: dict[str, set[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        folders.setdefault(folder, set()).add(name)
+    found = {folder: name for folder, names in folders.items() if (name := _weights(names))}
+    folder = (sae_id or "").strip("/")
+    if sae_id is None and "" not in found and len(found) == 1:
+        folder = next(iter(found))
+    return folder, f"{folder}/{found[folder]}".lstrip("/") if folder in found else None
+
+
+def _weights(names: Collection[str]) -> str | None:
+    """Which of the files in a folder has an SAE's weights, safetensors first; None when there is no single one."""
+    if CONFIG in names:
+        for name in (SAELENS_WEIGHTS, SPARSIFY_WEIGHTS):
+            if name in names:
+                return name
+    checkpoints = [name for name in names if name.endswith(".pth")]
+    return checkpoints[0] if len(checkpoints) == 1 else None
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The snapshot that another program left in the cache: it keeps no listing."""
+    from huggingface_hub import snapshot_download
+
+    with suppress(OSError):
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    return None
+
+
+def _no_sae(label: str, files: list[str]) -> FileNotFoundError:
+    inside = [file.removesuffix(f"/{CONFIG}") for file in files if file.endswith((f"/{CONFIG}", ".pth"))]
+    inside.sort(key=lambda name: (len(name), name))
+    remedy = f"choose with sae_id= from {some(inside)}" if inside else "give the folder or file that holds it"
+    top = sorted({file.split("/", 1)[0] for file in files})
+    return FileNotFoundError(f"{label!r} holds no single SAE: expected {LAYOUTS}, found {some(top)}; {remedy}.")
+
+
+def some(names: list[str]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "nothing"
+
+
+def layer_of_hook(hook: str) -> int:
+    """The layer that a hook's name means. Raises: ValueError for other places than the residual stream."""
+    if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook):
+        return int(match[1]) + (match[2] == "post")
+    if match := re.fullmatch(r"(?:.*\.)?(?:layers|layer|h|blocks)\.(\d+)(?:\.output)?", hook):
+        return int(match[1]) + 1
+    if re.fullmatch(r"hook_embed|(?:.*\.)?(?:embed_tokens|embed_in)", hook):
+        return 0
+    raise ValueError(f"This SAE reads {hook!r}, hf_fac reads the residual stream between blocks: {ELSEWHERE}.")
+
+
+def hook_of_layer(layer: int) -> str:
+    """TransformerLens' name for a layer."""
+    return f"blocks.{layer - 1}.hook_resid_post" if layer else "hook_embed"
+
+
+def _convert_sparsify(folder: Path, device: str, cfg_overrides: dict[str, Any]) -> Parts:
+    """SAELens' config and tensors of a folder of EleutherAI sparsify, which is named after its hookpoint ("layers.15").
+
+    SAELens' own converter does not fit it: it transposes the decoder, and takes b_dec off the input or not by
+    normalize_decoder, where sparsify always does.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / CONFIG).read_text())
+    for option in ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed"):
+        if config.get(option):
+            raise ValueError(f"its option {option} makes it no plain autoencoder of one place: {ELSEWHERE}.")
+    if config.get("activation", "topk") != "topk":
+        raise ValueError(f"SAELens has no {config['activation']!r} activation, only 'topk': {ELSEWHERE}.")
+    tensors = load_file(folder / SPARSIFY_WEIGHTS, device=device)
+    folder = folder.absolute()  # "." has no name
+    hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+    # A folder of another name, such as a download's, says nothing about the layer.
+    named = re.search(r"\.\d+(\.|$)|^embed", hookpoint.name)
+    run = hookpoint.parent / "config.json"
+    d_sae = config.get("num_latents") or config["d_in"] * config["expansion_factor"]
+    return _topk_parts(
+        {"d_in": config["d_in"], "d_sae": d_sae, "k": config["k"], "device": device, **cfg_overrides},
+        {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
+        | {key: tensors[key] for key in ("W_dec", "b_dec")},
+        layer=layer_of_hook(hookpoint.name) if named else None,
+        model_name=json.loads(run.read_text()).get("model") if run.is_file() else None,
+    )
+
+
+def _convert_checkpoint(path: Path, device: str, cfg_overrides: dict[str, Any]) -> Parts:
+    """SAELens' config and tensors of a .pth file of the paper's released code, whose name says its layer."""
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except UnpicklingError:
+        # PyTorch's own message tells how to run the code.
+        raise ValueError("it holds more than tensors, and hf_fac unpickles nothing: ask for safetensors.") from None
+    config, tensors = checkpoint["config"], checkpoint["weight"]
+    layer = re.search(r"_l(\d+)(?=[_.])", path.name)
+    # Its "mask" takes part only when that code edits a model, never in encoding.
+    return _topk_parts(
+        {"d_in": config["d_inp"], "d_sae": config["d_hide"], "k": config["topK"], "device": device, **cfg_overrides},
+        {key: tensors[key] for key in ("W_enc", "b_enc", "b_dec")} | {"W_dec": tensors["W_enc"].T},
+        layer=int(layer[1]) if layer else None,
+    )
+
+
+def _topk_parts(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], *, layer: int | None, model_name: str | None = None
+) -> Parts:
+    import torch
+    from sae_lens import TopKSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.util import str_to_dtype
+
+    metadata = SAEMetadata(model_name=model_name, hook_name=None if layer is None else hook_of_layer(layer))
+    dtype = str_to_dtype(config["dtype"])
+    # Own memory for each: safetensors stores neither views nor tensors that share it.
+    own = {key: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    return TopKSAEConfig(**config, metadata=metadata).to_dict(), own

@@ -1,0 +1,107 @@
+"""An SAE on the Hub: in SAELens' layout, so that plain SAELens opens it, with a model card that says what it is of, how
+well it fits and how it is loaded. In: an SAE and a repository's name; out: the commit's URL. `load_sae` pulls it.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..hub.cards import cell
+from ..hub.repo import push_folder
+from .loading import read_settings, save_sae
+
+if TYPE_CHECKING:
+    import torch
+    from sae_lens import SAE
+
+_LEFTOVERS = ["sae.safetensors", "sparsity.safetensors"]  # of another SAE in that folder, which SAELens would read
+_ROWS = {
+    "training_data": "training data",
+    "training_tokens": "training samples",
+    "fvu": "fraction of variance unexplained",
+    "l0": "active features a token (L0)",
+    "dead_share": "share of features that are dead",
+    "loss_recovered": "loss recovered",
+    "eval_tokens": "measured on so many held-out tokens",
+    "sink_norm": "tokens of a larger norm are sinks",
+    "seed": "seed",
+}
+
+
+def push_sae_to_hub(
+    sae: SAE[Any],
+    repo_id: str,
+    *,
+    sae_id: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """The URL of the commit that puts an SAE and its part of the model card into a repo, which may hold several:
+    `SAE.from_pretrained(repo_id, sae_id)` of SAELens and `load_sae(f"{repo_id}:{sae_id}")` open it.
+
+    Args:
+        sae_id: the SAE's folder in the repo; by default the name of the place it reads ("blocks.14.hook_resid_post").
+        dtype: what the weights are stored in, as in `save_sae`: float16 for half the size.
+        others: those of `hub.push_folder`.
+
+    Raises: HubError; ValueError for weights that are not finite or too large for dtype, an SAE of something else than
+        the residual stream, and one that does not say which place it reads, without sae_id.
+    """
+    settings, hook = read_settings(sae), sae.cfg.metadata.hook_name
+    sae_id = (sae_id or hook or "").strip("/")
+    if not sae_id:
+        raise ValueError("The SAE does not say which place it reads: give sae_id, the folder in the repo.")
+    model = settings.model_name
+    # The Hub refuses a card whose base model cannot be a repo's name, and a folder's name means nothing there.
+    is_repo = model is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not Path(model).exists()
+    metadata = {
+        "library_name": "saelens",
+        "tags": ["saelens", "sparse-autoencoder", "interpretability", "hf-fac"],
+        "base_model": [model] if is_repo else None,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_sae(sae, folder, dtype=dtype)
+        return push_folder(
+            folder,
+            repo_id,
+            path_in_repo=sae_id,
+            card=(metadata, _card(sae, repo_id, sae_id)),
+            delete_patterns=_LEFTOVERS,
+            revision=revision,
+            private=private,
+            token=token,
+            commit_message=commit_message or f"Upload the SAE {sae_id} with hf_fac",
+            create_pr=create_pr,
+        )
+
+
+def _card(sae: SAE[Any], repo_id: str, sae_id: str) -> str:
+    cfg, settings = sae.cfg, read_settings(sae)
+    own = {key: value for key, value in (cfg.metadata.hf_fac or {}).items() if value is not None}
+    k = f", k = {cfg.k}" if hasattr(cfg, "k") else ""
+    model = settings.model_name or "an unnamed model"
+    at = f" at {own['model_revision']}" if "model_revision" in own else ""
+    rows = {
+        "reads": f"{model}{at}, layer {settings.layer} (0 is the embedding; `{cfg.metadata.hook_name}`)",
+        "architecture": f"{cfg.architecture()}, {cfg.d_sae:,} features of width {cfg.d_in:,}{k}",
+        **{label: own[key] for key, label in _ROWS.items() if key in own},
+    }
+    return "\n".join(
+        [
+            f"# SAE `{sae_id}`\n",
+            f"A sparse autoencoder of the residual stream of {model}.\n",
+            "| | |\n|---|---|",
+            *(f"| {label} | {cell(value)} |" for label, value in rows.items()),
+            f'\n```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo_id}", "{sae_id}")\n```\n',
+            "With hf-fac (arXiv 2602.10388), to see which features a data set activates:\n",
+            "```python\nfrom hf_fac import SAEFeaturizer\n",
+            f'featurizer = SAEFeaturizer.from_pretrained("{model}", sae="{repo_id}:{sae_id}")\n```',
+        ]
+    )

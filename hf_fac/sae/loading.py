@@ -1,0 +1,313 @@
+"""Find, load, convert, check and save sparse autoencoders (SAEs) of the residual stream.
+
+A name goes in: a Hub repository, a SAELens release, a local folder (SAELens' or EleutherAI sparsify's layout) or a .pth
+file of the paper (arXiv 2602.10388). A SAELens SAE comes out, so that all later code sees one type; what hf_fac cannot
+honour is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .formats import CONFIG, ELSEWHERE, SAELENS_WEIGHTS, hook_of_layer, layer_of_hook, pull_sae, read_sae, some
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from sae_lens import SAE
+    from sae_lens.saes.sae import SAEMetadata
+
+
+@dataclass(frozen=True)
+class SAESettings:
+    """What an SAE expects of its input, from its metadata.
+
+    Attributes:
+        layer: the layer read: 0 is the embedding, L the output of the L-th block; None when the SAE does not say.
+        model_name: the model it was trained on, as its maker wrote it; None when unknown.
+        prepend_bos: the SAE was trained with a BOS token in front of every sequence; False also when unknown.
+        center: the mean over d_in is subtracted from each activation first (TransformerLens' centred writing weights;
+            it centres models with LayerNorm only, so ignore this for RMSNorm).
+        sink_norm: tokens whose activation has a larger L2 norm (raw units) are sinks and left out; None when unknown.
+        fvu: fraction of variance unexplained on the data it was made for; None when unknown.
+    """
+
+    layer: int | None
+    model_name: str | None
+    prepend_bos: bool
+    center: bool
+    sink_norm: float | None
+    fvu: float | None
+
+
+def load_sae(
+    name: str | os.PathLike[str],
+    *,
+    sae_id: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> SAE[Any]:
+    """The SAE that `name` means, as a SAELens inference SAE on `device`, computing in `dtype`.
+
+    A local path that exists wins; then `a:b` is SAE b of the SAELens release a, or folder b of the Hub repository a;
+    then `user/repo` is a Hub repository. Weights are converted from the dtype they are stored in. Nothing is unpickled.
+
+    Args:
+        sae_id: subfolder (or .pth file) of a folder or repository, or the SAE's id in a SAELens release. The only SAE
+            of a repository needs none.
+        revision: branch, tag or commit of a Hub repository.
+        token: for a Hub repository; releases are downloaded by SAELens with the stored login.
+
+    Raises:
+        FileNotFoundError: nothing of that name, or no SAE in it.
+        HubError: a repository that cannot be read, or holds more than its config accounts for.
+        ValueError: not readable as an SAE, weights that are not finite, or refused by `check_sae`.
+    """
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    from sae_lens.util import dtype_to_str, str_to_dtype
+
+    name, options = os.fspath(name), {"device": str(device), "dtype": dtype_to_str(str_to_dtype(dtype))}
+    if sae_id is None and ":" in name and not Path(name).expanduser().exists():
+        name, sae_id = name.split(":", 1)
+    path, label = Path(name).expanduser(), f"{name}:{sae_id}" if sae_id else name
+    releases = {} if path.exists() else get_pretrained_saes_directory()
+    is_repo = not path.exists() and name not in releases and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    if revision is not None and not is_repo:
+        raise ValueError(f"revision={revision!r} is for a Hub repository, which {name!r} is not: leave it out.")
+
+    with warnings.catch_warnings():
+        # SAELens advises to load the model with these arguments; read_settings honours the one that matters.
+        warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+        if path.exists() or is_repo:
+            local = pull_sae(name, sae_id, revision, token) if is_repo else path / (sae_id or "")
+            sae = read_sae(local, label, options)
+        elif name in releases:
+            if sae_id not in (ids := list(releases[name].saes_map)):
+                raise ValueError(
+                    f"{sae_id!r} is none of the {len(ids)} SAEs of the SAELens release {name!r}: say '{name}:<id>', "
+                    f"where <id> is one of {some(ids)}."
+                )
+            sae = SAE.from_pretrained(name, sae_id, **options)
+        else:
+            raise FileNotFoundError(
+                f"{name!r} is no local path, no SAELens release (find_sae lists them), no Hub repository 'user/repo'."
+            )
+    _require_finite(sae.state_dict(), label, "the file is damaged, or the dtype too small for it")
+    check_sae(sae)
+    return sae
+
+
+def save_sae(sae: SAE[Any], folder: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> Path:
+    """The folder, now holding the SAE in SAELens' layout: plain `SAE.load_from_disk(folder)` opens it.
+
+    Files appear whole or not at all; an SAE that was there is replaced. A training SAE is saved as the inference SAE.
+
+    Args:
+        dtype: what the weights are stored in, e.g. float16 for half the size. cfg.json keeps the dtype that the SAE
+            computes in, which SAELens converts stored weights to.
+
+    Raises:
+        ValueError: weights that are not finite, or too large for `dtype`.
+    """
+    from sae_lens import TrainingSAE
+    from sae_lens.util import str_to_dtype
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder).expanduser()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        write = sae.save_inference_model if isinstance(sae, TrainingSAE) else sae.save_model
+        weights, config = write(temporary)
+        tensors = load_file(weights)
+        if dtype is not None:
+            tensors = {key: tensor.to(str_to_dtype(dtype)) for key, tensor in tensors.items()}
+            save_file(tensors, weights)
+        _require_finite(tensors, "The SAE", "train it again, or store it in a wider dtype")
+        folder.mkdir(exist_ok=True)
+        # Without its cfg.json a folder holds no SAE, so at no moment do old and new files pass for one.
+        (folder / CONFIG).unlink(missing_ok=True)
+        os.chmod(weights, os.stat(config).st_mode)  # safetensors writes files that only their owner can read
+        os.replace(weights, folder / SAELENS_WEIGHTS)
+        os.replace(config, folder / CONFIG)
+    return folder
+
+
+def find_sae(model: str, *, layer: int | None = None) -> pd.DataFrame:
+    """The SAEs of SAELens' directory that read the residual stream of `model`, by layer; empty when there are none.
+
+    Columns: name ("release:sae_id", for load_sae), layer (as in SAESettings), hook_name, release, sae_id. `model` is a
+    Hub id, its last part, or TransformerLens' name for it, in any case. The directory ships inside SAELens: no network.
+    Left out: transcoders, attention and MLP outputs, the middle of a block, and what check_sae is known to refuse.
+    """
+    import pandas as pd
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    wanted, rows = _model_key(model), []
+    for release, entry in get_pretrained_saes_directory().items():
+        normalized = (entry.config_overrides or {}).get("normalize_activations", "none") != "none"
+        if normalized or entry.conversion_func == "temporal" or _model_key(entry.model) != wanted:
+            continue
+        for sae_id, path in entry.saes_map.items():
+            if hook := _directory_hook(f"{release}/{sae_id}/{path}"):
+                rows.append((f"{release}:{sae_id}", layer_of_hook(hook), hook, release, sae_id))
+    found = pd.DataFrame(rows, columns=["name", "layer", "hook_name", "release", "sae_id"])
+    if layer is not None:
+        found = found[found.layer == layer]
+    return found.sort_values("layer", kind="stable", ignore_index=True)
+
+
+def read_settings(sae: SAE[Any]) -> SAESettings:
+    """What the SAE expects of its input. Raises ValueError when it does not read the residual stream between blocks.
+
+    Our own metadata, `sae.cfg.metadata["hf_fac"]`, is a dict that survives saving and SAELens: layer (wins over the
+    hook's name), model_revision, sink_norm, training_data, fvu, l0, dead_share, loss_recovered; any may be absent.
+    """
+    metadata = sae.cfg.metadata
+    own = metadata.hf_fac or {}
+    return SAESettings(
+        layer=_layer(metadata),
+        model_name=metadata.model_name,
+        prepend_bos=bool(metadata.prepend_bos),
+        center=bool((metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights")),
+        sink_norm=own.get("sink_norm"),
+        fvu=own.get("fvu"),
+    )
+
+
+def check_sae(sae: SAE[Any], *, d_in: int | None = None, n_layers: int | None = None) -> None:
+    """Nothing, when hf_fac can honour the SAE on a model of hidden size `d_in` with `n_layers` blocks.
+
+    Raises:
+        ValueError: in one sentence, what was found, what was expected and what to do.
+    """
+    cfg, metadata = sae.cfg, sae.cfg.metadata
+    architecture, hook, decoder = cfg.architecture(), metadata.hook_name, list(sae.W_dec.shape)
+    refusals = {
+        f"is a transcoder from {hook} to {metadata.hook_name_out}, hf_fac needs an autoencoder of one place": (
+            "transcoder" in architecture or metadata.hook_name_out
+        ),
+        f"is a crosscoder (reads {hook}, decoder {decoder}), hf_fac needs an autoencoder of one place": (
+            not isinstance(hook, str | None) or decoder != [cfg.d_sae, cfg.d_in]
+        ),
+        "is a temporal SAE, which reads whole sequences, hf_fac gives it single tokens": architecture == "temporal",
+        f"reads attention heads ({hook}), hf_fac reads the residual stream": cfg.reshape_activations != "none",
+        f"expects normalised inputs (normalize_activations={cfg.normalize_activations!r}), hf_fac gives it raw ones": (
+            cfg.normalize_activations != "none"
+        ),
+    }
+    for found, refused in refusals.items():
+        if refused:
+            raise ValueError(f"This SAE {found}: {ELSEWHERE}.")
+    layer = _layer(metadata)
+    remedy = f"use the model it was made for ({metadata.model_name or 'unknown'}), or {ELSEWHERE}"
+    if d_in is not None and cfg.d_in != d_in:
+        raise ValueError(
+            f"This SAE reads activations of width {cfg.d_in}, the model's hidden size is {d_in}: {remedy}."
+        )
+    if layer is not None and n_layers is not None and not 0 <= layer <= n_layers:
+        raise ValueError(
+            f"This SAE reads layer {layer}, the model has layers 0 (the embedding) to {n_layers}: {remedy}."
+        )
+
+
+def fold_input_scale(sae: SAE[Any], scale: float) -> SAE[Any]:
+    """The same SAE, changed in place: trained on x / scale, it now takes raw x and reconstructs raw x.
+
+    Features keep the units they were trained in, so thresholds and k mean what they meant, and FVU is the same. W_enc
+    is divided by scale, W_dec and b_dec are multiplied by it, whether or not b_dec is taken off the input.
+
+    Raises:
+        ValueError: scale not positive and finite, or an SAE for which this does not hold.
+    """
+    from sae_lens import TopKSAE, TopKTrainingSAE
+
+    architecture, normalization = sae.cfg.architecture(), sae.cfg.normalize_activations
+    foldable = ("standard", "topk", "abstopk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"The input scale must be positive and finite, not {scale}.")
+    if architecture not in foldable or normalization not in ("none", "expected_average_only_in"):
+        raise ValueError(
+            f"An input scale cannot be folded into a {architecture} SAE with normalize_activations={normalization!r}: "
+            f"train one of {', '.join(foldable)} without normalisation."
+        )
+    if isinstance(sae, TopKSAE | TopKTrainingSAE) and sae.cfg.rescale_acts_by_decoder_norm:
+        # These features are measured in decoder norms, which the scale changes: make the norms 1 first.
+        sae.fold_W_dec_norm()
+        sae.cfg.rescale_acts_by_decoder_norm = False
+    sae.fold_activation_norm_scaling_factor(1 / scale)
+    return sae
+
+
+def fvu(sae: SAE[Any], x: torch.Tensor) -> float:
+    """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2.
+
+    `x` is [n, d_in], as the SAE takes it (raw; centred when its settings say so), of any floating dtype and device.
+
+    Raises:
+        ValueError: another shape, values that are not finite, or no variance.
+    """
+    import torch
+
+    if x.ndim != 2 or x.shape[1] != sae.cfg.d_in:
+        raise ValueError(f"FVU takes activations of shape [n, {sae.cfg.d_in}], not {list(x.shape)}.")
+    if not x.isfinite().all():
+        raise ValueError("The activations hold NaN or infinite values, so FVU is undefined: leave those tokens out.")
+    x = x.detach().to("cpu", torch.float64)
+    mean, unexplained = x.mean(0), 0.0
+    with torch.no_grad():
+        for chunk in x.split(1024):  # keeps [tokens, d_sae] small
+            reconstruction = sae(chunk.to(sae.device, sae.dtype)).to("cpu", torch.float64)
+            unexplained += (chunk - reconstruction).square().sum().item()
+    total = (x - mean).square().sum().item()
+    if total == 0:
+        raise ValueError(f"FVU needs activations that differ, not {len(x)} without variance.")
+    return unexplained / total
+
+
+def _layer(metadata: SAEMetadata) -> int | None:
+    own = (metadata.hf_fac or {}).get("layer")
+    return own if own is not None or metadata.hook_name is None else layer_of_hook(metadata.hook_name)
+
+
+def _directory_hook(entry: str) -> str | None:
+    """The residual hook of "release/id/path", all that SAELens' directory says of an SAE; None for other places."""
+    if match := re.search(r"/(blocks\.\d+\.hook_resid_(?:pre|post))[_/]", entry):
+        return match[1]
+    if re.search(r"-res(?:-canonical)?/embedding/", entry):
+        return hook_of_layer(0)
+    conventions = (
+        r"-res(?:-canonical)?/layer_(\d+)/",  # Gemma Scope
+        r"/resid_post(?:_all)?[/_]layer_(\d+)[/_]",  # Gemma Scope 2, dictionary_learning
+        r"[-/]L(\d+)R(?:-|$)",  # Llama Scope: A, M and R for attention, MLP and residual
+        r"/layer(\d+)\.sae\.pt$",  # Qwen Scope
+        r"-SAE-l(\d+)\.pth?$",  # Goodfire
+    )
+    matches = (re.search(convention, entry) for convention in conventions)
+    return next((hook_of_layer(int(match[1]) + 1) for match in matches if match), None)
+
+
+def _model_key(model: str) -> str:
+    """What the names of one model share: "gpt2-small", "gpt2" and "openai-community/gpt2" have the same key."""
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    def last(name: str) -> str:
+        return name.rstrip("/").rsplit("/", 1)[-1].lower().removeprefix("meta-")
+
+    aliases = {last(alias): last(official) for official, names in MODEL_ALIASES.items() for alias in names}
+    return aliases.get(last(model), last(model))
+
+
+def _require_finite(tensors: dict[str, torch.Tensor], label: str, remedy: str) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{label}: {key} holds NaN or infinite values; {remedy}.")

@@ -1,0 +1,351 @@
+"""Train a sparse autoencoder on the hidden states of one layer of any transformers model.
+
+In go a model, its tokenizer and a data set of any of the row types; out comes a SAELens SAE that reads raw hidden
+states, with what it was trained on and how well it does in its metadata. SAELens' trainer does the steps; what feeds it
+is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..inputs import hidden_states as acts
+from ..inputs.rows import ConversationReader
+from .evaluation import content_states, evaluate_sae
+from .loading import fold_input_scale, save_sae
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from sae_lens import SAE
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ROWS_AT_ONCE = 256
+_SCALE_ROWS = 32  # some thousand tokens tell a mean and a median well enough
+
+
+def train_sae(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | IterableDataset | list,
+    *,
+    layer: int,
+    d_sae: int | None = None,
+    architecture: str = "topk",
+    k: int = 32,
+    epochs: int = 1,
+    training_tokens: int | None = None,
+    eval_dataset: Dataset | list | None = None,
+    batch_size: int = 2048,
+    learning_rate: float = 1e-3,
+    buffer_tokens: int = 2**19,
+    batch_tokens: int | None = None,
+    max_length: int = 1024,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    sae_options: dict[str, Any] | None = None,
+) -> SAE:
+    """Train an SAE on content tokens at `layer` (DESIGN: 0 is the embedding, L the output of block L).
+
+    Hidden states are made on the fly and shuffled in a buffer; a data set that fits into the buffer is read by the
+    model once, whatever the number of epochs. Special, template, padding and sink tokens are left out. Inputs are
+    divided by their mean norm / sqrt(d_in) while training; the scale is folded into the weights at the end.
+
+    Args:
+        d_sae: number of features; 8 x the hidden size when None.
+        architecture: any that SAELens trains ("topk", "batchtopk", "standard", "jumprelu", "gated", ...).
+        k: active features a token, for architectures that fix it.
+        epochs: how often the data set is read, when `training_tokens` does not say how many tokens to train on.
+        training_tokens: required for a streaming data set.
+        eval_dataset: held-out rows; when None, 5 % of the rows (at most 500) are set aside. A streaming data set gives
+            its first 200.
+        batch_size, learning_rate: tokens a step; Adam with warm-up over 5 % and linear decay over the last 20 %.
+        buffer_tokens: tokens in the shuffle buffer, 4 * d_in bytes each (one group of 256 rows may come on top).
+        batch_tokens: tokens in one forward pass.
+        output_dir: where checkpoints and the finished SAE are written. A run that died goes on from its last checkpoint
+            (one at the end of every buffer) when it is started again with the same settings; other settings refuse.
+        sae_options: more fields of the architecture's SAELens config (`l1_coefficient`, ...).
+
+    Returns: the SAE, float32 on the model's device, with `sae.cfg.metadata["hf_fac"]`: layer, model_revision,
+        sink_norm, training_data, training_tokens, seed, and the figures of `SAEMetrics` on the held-out rows.
+    Raises: ValueError for settings that cannot be, RowError for a row that cannot be read.
+    """
+    from sae_lens import SAE
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    acts.check_layer(model, layer)
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"SAELens trains no {architecture!r}; it trains {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
+        )
+    reader = ConversationReader(tokenizer, max_length=max_length)
+    train, held_out = _split(dataset, eval_dataset, seed)
+    batch_tokens = batch_tokens or acts.default_batch_tokens(model.device)
+    stream = _Stream(model, reader, train, layer, buffer_tokens, batch_tokens, seed)
+    total = training_tokens or epochs * stream.count_tokens()
+    if total < 1:
+        raise ValueError("The data set has no content token to train on.")
+    d_in = model.config.get_text_config().hidden_size
+    scale, sink_norm = stream.measure_scale()
+    batch_size = min(batch_size, total)
+    steps = max(total // batch_size, 1)
+
+    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    options = {"d_in": d_in, "d_sae": d_sae or 8 * d_in, "device": str(model.device), **(sae_options or {})}
+    if "k" in config_class.__dataclass_fields__:
+        options.setdefault("k", k)
+    torch.manual_seed(seed)
+    config = config_class(**options)
+    config.metadata.model_name = model.config._name_or_path or type(model).__name__
+    config.metadata.hook_name = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+    config.metadata.prepend_bos = False
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=steps * batch_size,
+            train_batch_size_samples=batch_size,
+            lr=learning_rate,
+            lr_end=learning_rate / 10,
+            lr_warm_up_steps=steps // 20,
+            lr_decay_steps=steps // 5,
+            # A feature counts as dead, and is revived, after a twentieth of the run without firing.
+            dead_feature_window=max(steps // 20, 25),
+            device=str(model.device),
+            autocast=model.device.type == "cuda",
+        ),
+        sae_class(config),
+        iter(()),
+    )
+    settings = {
+        "config": {name: value for name, value in config.to_dict().items() if name != "metadata"},
+        "layer": layer, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
+        "buffer_tokens": buffer_tokens, "max_length": max_length, "scale": round(scale, 4),
+        "model": config.metadata.model_name,
+    }  # fmt: skip
+    checkpoints = None if output_dir is None else _Checkpoints(Path(output_dir), settings)
+    start = checkpoints.restore(trainer) if checkpoints else _Position(0, 0, 0)
+    with tqdm(total=steps, initial=trainer.n_training_steps, desc="Training the SAE", unit="step") as bar:
+        left = steps - trainer.n_training_steps
+        for fill, position in stream.fills(start, sink_norm, scale, batch_size=batch_size, steps=left):
+            order = torch.randperm(len(fill), generator=torch.Generator().manual_seed(seed + position.fills))
+            for part in order[: max(len(fill) // batch_size, 1) * batch_size].split(batch_size):
+                trainer.step(fill[part])
+                trainer.n_training_steps += 1
+                bar.update()
+                if trainer.n_training_steps >= steps:
+                    break
+            if trainer.n_training_steps >= steps:
+                break
+            if checkpoints:
+                checkpoints.save(trainer, position)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.sae.eval()
+        trainer.sae.save_inference_model(folder)
+        sae = SAE.load_from_disk(folder, device=str(model.device))
+    sae = fold_input_scale(sae, scale)
+    metrics = evaluate_sae(model, tokenizer, sae, held_out, layer=layer, sink_norm=sink_norm, max_length=max_length)
+    sae.cfg.metadata["hf_fac"] = {
+        "layer": layer,
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "sink_norm": sink_norm,
+        "training_data": _describe(dataset),
+        "training_tokens": trainer.n_training_samples,
+        "seed": seed,
+        **{name: value for name, value in metrics._asdict().items() if name != "tokens"},
+        "eval_tokens": metrics.tokens,
+    }
+    if output_dir is not None:
+        save_sae(sae, output_dir)
+        checkpoints.clear()
+    return sae
+
+
+class _Position(NamedTuple):
+    """Where a stream stands: the next row to read, how many buffers came before, and whether one holds everything."""
+
+    epoch: int
+    row: int
+    fills: int
+    whole: bool = False
+
+
+class _Stream:
+    """Buffers of hidden states of a data set's content tokens, in an order that depends on seed and epoch alone."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reader: ConversationReader,
+        dataset: Dataset | IterableDataset,
+        layer: int,
+        buffer_tokens: int,
+        batch_tokens: int,
+        seed: int,
+    ) -> None:
+        self.model, self.reader, self.dataset, self.layer = model, reader, dataset, layer
+        self.buffer_tokens, self.batch_tokens, self.seed = buffer_tokens, batch_tokens, seed
+        self.causal = acts.is_causal(model, layer)
+        self.n_tokens: int | None = None
+        self.first: list[Tensor] = []
+
+    def groups(self, epoch: int, row: int) -> Iterator[list[dict]]:
+        """The rows of an epoch from `row` on, some hundred at a time."""
+        if hasattr(self.dataset, "__len__"):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))[row:]
+            for start in range(0, len(order), _ROWS_AT_ONCE):
+                yield self.dataset.select(order[start : start + _ROWS_AT_ONCE]).to_list()
+            return
+        shuffled = self.dataset.shuffle(seed=self.seed + epoch, buffer_size=10_000).skip(row)
+        for batch in shuffled.batch(_ROWS_AT_ONCE):
+            yield [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+    def count_tokens(self) -> int:
+        if not hasattr(self.dataset, "__len__"):
+            raise ValueError("A streaming data set has no length: say how many tokens to train on (training_tokens=).")
+        self.n_tokens = sum(int(c.sum()) for group in self.groups(0, 0) for c in self.reader(group).content)
+        return self.n_tokens
+
+    def measure_scale(self) -> tuple[float, float]:
+        """The mean norm over sqrt(d_in), and the norm above which a token is a sink, from the first rows."""
+        first = next(self.groups(0, 0))[:_SCALE_ROWS]
+        self.first = list(self.states(first, None))
+        if not self.first:
+            raise ValueError(f"The first {_SCALE_ROWS} rows have no content token to train on.")
+        norms = torch.cat(self.first).norm(dim=-1).cpu().numpy()
+        cutoff = acts.sink_cutoff(norms)
+        d_in = self.model.config.get_text_config().hidden_size
+        return float(norms[norms <= cutoff].mean()) / d_in**0.5, cutoff
+
+    def states(self, rows: list[dict], sink_norm: float | None) -> Iterator[Tensor]:
+        pieces = self.reader(rows)
+        return content_states(self.model, pieces, self.layer, self.batch_tokens, sink_norm, self.causal)
+
+    def fills(
+        self, start: _Position, sink_norm: float, scale: float, *, batch_size: int, steps: int
+    ) -> Iterator[tuple[Tensor, _Position]]:
+        """Yields a buffer [n, d_in] float32, and the position after it, without end.
+
+        Of each buffer whole batches are used; the one that completes `steps` is yielded as soon as it can, so that no
+        row is read for nothing.
+        """
+        held, n_held, (epoch, row, fills, whole) = [], 0, start
+        # A buffer that holds everything is always read in the order of the first epoch.
+        epoch = 0 if whole else epoch
+        n_tokens = min(self.buffer_tokens, self.n_tokens or self.buffer_tokens)
+        bar = tqdm(total=n_tokens, desc="Reading hidden states", unit="token", unit_scale=True, leave=False)
+
+        def add(states: Tensor) -> int:
+            held.append(states.cpu() / scale)
+            bar.update(len(states))
+            return len(states)
+
+        while True:
+            whole = row == 0 and not held
+            if (epoch, row) == (0, 0):
+                # These were read for the scale.
+                n_held += sum(add(states[states.norm(dim=-1) <= sink_norm]) for states in self.first)
+                row = min(_SCALE_ROWS, getattr(self.dataset, "num_rows", _SCALE_ROWS))
+            for group in self.groups(epoch, row):
+                row += len(group)
+                for states in self.states(group, sink_norm):
+                    n_held += add(states)
+                    if n_held >= steps * batch_size:
+                        break
+                if n_held >= min(self.buffer_tokens, steps * batch_size):
+                    whole, fills, steps = False, fills + 1, steps - n_held // batch_size
+                    bar.reset()
+                    yield torch.cat(held), _Position(epoch, row, fills)
+                    held.clear()
+                    n_held = 0
+            if whole and not n_held:
+                raise ValueError("The data set has no content token to train on.")
+            epoch, row = epoch + 1, 0
+            if whole:
+                # All of it fits: later epochs are the same buffer, shuffled anew.
+                bar.close()
+                buffer = torch.cat(held)
+                held.clear()
+                while True:
+                    fills += 1
+                    yield buffer, _Position(epoch, 0, fills, True)
+                    epoch += 1
+
+
+def _split(dataset: Any, eval_dataset: Any, seed: int) -> tuple[Dataset | IterableDataset, Any]:
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(dataset, IterableDataset):
+        if eval_dataset is not None:
+            return dataset, eval_dataset
+        return dataset.skip(200), list(dataset.take(200))
+    if not isinstance(dataset, Dataset):
+        rows = list(dataset)
+        dataset = Dataset.from_list([{"text": row} if isinstance(row, str) else row for row in rows])
+    if eval_dataset is not None:
+        return dataset, eval_dataset
+    if len(dataset) < 20:
+        raise ValueError(f"{len(dataset)} rows are too few to set some aside; give eval_dataset=, or at least 20 rows.")
+    parts = dataset.train_test_split(test_size=min(500, len(dataset) // 20), seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _describe(dataset: Any) -> str:
+    info = getattr(dataset, "info", None)
+    name = getattr(info, "dataset_name", None) or type(dataset).__name__
+    size = f", {len(dataset)} rows" if hasattr(dataset, "__len__") else ", streamed"
+    return name + size
+
+
+class _Checkpoints:
+    """One checkpoint at a time in `output_dir/checkpoint-N`; a folder without its progress.json does not count."""
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        self.folder = folder
+        self.key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _found(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+    def restore(self, trainer: Any) -> _Position:
+        from safetensors.torch import load_file
+
+        for path in reversed(self._found()):
+            if not (path / "progress.json").exists():
+                continue
+            progress = json.loads((path / "progress.json").read_text())
+            if progress["settings"] != self.key:
+                raise ValueError(
+                    f"{path} is a checkpoint of a run with other settings; give another output_dir, or delete it."
+                )
+            trainer.load_trainer_state(path)
+            trainer.sae.load_state_dict(load_file(path / "sae_weights.safetensors"))
+            torch.set_rng_state(torch.tensor(progress["rng"], dtype=torch.uint8))
+            return _Position(*progress["position"])
+        return _Position(0, 0, 0)
+
+    def save(self, trainer: Any, position: _Position) -> None:
+        name = f"checkpoint-{trainer.n_training_samples}"
+        old = self._found()
+        trainer.save_checkpoint(name, base_path=str(self.folder))
+        progress = {"settings": self.key, "position": position, "rng": torch.get_rng_state().tolist()}
+        temporary = self.folder / name / "progress.tmp"
+        temporary.write_text(json.dumps(progress))
+        temporary.rename(self.folder / name / "progress.json")
+        for path in old:
+            if path.name != name:
+                shutil.rmtree(path)
+
+    def clear(self) -> None:
+        for path in self._found():
+            shutil.rmtree(path)

@@ -1,0 +1,10 @@
+"""How is a model pushed along a direction?"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "steered_chat": ["SteeredChat"],
+    },
+)

@@ -1,0 +1,240 @@
+"""A chat model that needs no instruction-following: a local model that an SAE's decoder direction pushes towards a
+feature while it writes, many features in one batch. Fluency is judged by the same model without the push.
+
+A vector is added to the residual stream while the model writes (Turner et al. 2023, arXiv:2308.10248); its strength is
+counted in the stream's own norm, which makes it comparable between layers and SAEs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..chat.batch_generation import Text, evaluating
+from ..chat.local import Completion, LocalChat
+from ..features.calibration import mean_content_norm
+from ..inputs.hidden_states import check_layer, find_blocks, pack
+from ..sae.loading import check_sae
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+_MARK = "hf_fac"
+_LOGITS = 2**26  # elements of [tokens, vocabulary] that exist at one time: 256 MB in float32
+
+
+class UserTurn(NamedTuple):
+    """What writes a user's first message: `steered.complete([conversation], stop=stop, ...)`."""
+
+    steered: SteeredChat
+    conversation: list[dict]
+    stop: tuple[str, ...]
+
+
+class SteeredChat:
+    """A `LocalChat` that writes texts with a feature switched on.
+
+        steered = SteeredChat(LocalChat(model, tokenizer), sae, layer=15)
+        request = [{"role": "user", "content": "Write a question."}]
+        [[text, other]] = steered.complete([request], features=[123], strengths=[0.4], n=2)
+
+    At the SAE's layer x becomes x + strength * mean_norm * W_dec[f] / ||W_dec[f]|| wherever a token is written from:
+    at the prompt's last token and at all that follow. The rest of the prompt is read as it stands, and so once for all
+    features. The model is hooked only while it writes.
+
+    Args:
+        layer: as everywhere, the output of the layer-th block; 0 is what enters the first.
+        mean_norm: the unit of strength; None takes the mean norm of the content tokens of a few built-in sentences at
+            that layer, sinks left out.
+
+    Raises: TypeError for another chat; ValueError for an SAE of another width or kind, a layer that is not there, or a
+        mean_norm that is not positive.
+    """
+
+    def __init__(self, chat: LocalChat, sae: SAE, *, layer: int, mean_norm: float | None = None):
+        if not isinstance(chat, LocalChat):
+            raise TypeError(
+                f"chat is of type {type(chat).__name__}; steering changes a model's hidden states, so it needs a "
+                "LocalChat."
+            )
+        check_layer(chat.model, layer)
+        check_sae(sae, d_in=chat.model.config.get_text_config().hidden_size)
+        if mean_norm is not None and not 0 < mean_norm < math.inf:
+            raise ValueError(f"mean_norm is {mean_norm}; it must be a positive number, or None to measure it.")
+        self.chat, self.sae, self.layer = chat, sae, layer
+        self.mean_norm = mean_norm or mean_content_norm(chat.model, chat.tokenizer, layer)
+
+    def complete(
+        self,
+        conversations: Sequence[list[dict]],
+        *,
+        features: Sequence[int],
+        strengths: Sequence[float],
+        n: int = 1,
+        temperature: float = 0.8,
+        top_p: float = 0.9,
+        max_tokens: int = 256,
+        seed: int = 0,
+        begun: Sequence[str | None] | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[list[Completion]]:
+        """Returns n completions of each conversation; what is not said here is as in `LocalChat.complete`.
+
+        A completion depends on its feature and strength as well: the same conversation with another feature is written
+        with other random numbers.
+
+        Args:
+            features: per conversation, the feature that is switched on.
+            strengths: per conversation, how much, in units of `mean_norm`; 0 is plain writing, 0.5 to 0.6 the place to
+                begin (on the embedded model little answers to 0.3, and at 0.8 texts begin to fall apart).
+
+        Raises: ValueError for a feature that the SAE has not, or has no direction for, and a strength that is negative
+            or not finite; what `LocalChat.complete` raises.
+        """
+        tags = self._checked(len(conversations), features, strengths)
+        known = list(dict.fromkeys(tags))
+        number = {tag: row for row, tag in enumerate(known)} | {None: len(known)}
+        vectors = self._vectors(known)
+
+        with _pushing(self.chat.model, self.layer) as push:
+
+            def stepping(rows: Sequence[Text | None]) -> AbstractContextManager[None]:
+                return push.by(vectors[[number[text.tag if text else None] for text in rows]])
+
+            request = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+            return self.chat.complete_tagged(conversations, tags, stepping, begun=begun, stop=stop, **request)
+
+    def user_turn(self) -> UserTurn:
+        """Returns what writes as a user would, without being asked to: the model goes on from what the chat template
+        puts before a user's first message (Magpie, Xu et al. 2024, arXiv:2406.08464).
+
+        No request has to be understood, and none shows in the text. A model without a template begins a document.
+        Raises: ValueError for a template that does not show what a user says.
+        """
+        tokenizer = copy.deepcopy(self.chat.tokenizer)
+        if tokenizer.chat_template:
+            asked = [{"role": "user", "content": _MARK}]
+            text = tokenizer.apply_chat_template(asked, tokenize=False, **self.chat.chat_template_kwargs)
+            before, found, after = text.partition(_MARK)
+            if not found:
+                raise ValueError("The chat template does not show what a user says, so no user's turn can be begun.")
+        else:
+            before, after = tokenizer.bos_token or tokenizer.eos_token or "", ""
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        steered, chat = copy.copy(self), copy.copy(self.chat)
+        steered.chat, chat.tokenizer = chat, tokenizer
+        stop = after.strip() or after
+        return UserTurn(steered, [{"role": "user", "content": before}], (stop,) if stop else ())
+
+    def perplexity(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns how surprising the model, without steering, finds each text: float64 [n], exp of the mean negative
+        log-likelihood of its tokens but the first; NaN for a text of fewer than two tokens.
+
+        A text stands alone: no chat template, no prompt, and a BOS only where the tokenizer itself puts one. Of one
+        that is longer than the model's context the beginning is read.
+        """
+        model, tokenizer = self.chat.model, self.chat.tokenizer
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+        pieces = [(bos + piece)[:context] if len(piece) > 1 else [] for piece in ids]
+        found = np.full(len(pieces), np.nan)
+        budget = max(1, min(self.chat.batch_tokens, _LOGITS // model.config.get_text_config().vocab_size))
+        with evaluating(model):
+            for batch in pack([len(piece) for piece in pieces], budget):
+                # Padding stands on the right, where causal attention does not see it, so no mask is needed.
+                padded = torch.zeros(len(batch), len(pieces[batch[0]]), dtype=torch.long)
+                for place, i in enumerate(batch):
+                    padded[place, : len(pieces[i])] = torch.tensor(pieces[i])
+                padded = padded.to(model.device)
+                logits = model(input_ids=padded, use_cache=False).logits[:, :-1].float()
+                losses = logits.logsumexp(-1) - logits.gather(-1, padded[:, 1:, None])[..., 0]
+                losses = losses.double().cpu()
+                for place, i in enumerate(batch):
+                    found[i] = losses[place, len(bos) : len(pieces[i]) - 1].mean().exp()
+        return found
+
+    def _checked(self, n: int, features: Sequence[int], strengths: Sequence[float]) -> list[tuple[int, float]]:
+        for name, values in (("features", features), ("strengths", strengths)):
+            if len(values) != n:
+                raise ValueError(f"{name} has {len(values)} entries for {n} conversations; give one for each.")
+        d_sae = self.sae.cfg.d_sae
+        tags = []
+        for index, (feature, strength) in enumerate(zip(features, strengths, strict=True)):
+            integer = isinstance(feature, int | np.integer) and not isinstance(feature, bool)
+            if not integer or not 0 <= feature < d_sae:
+                raise ValueError(
+                    f"Conversation {index} asks for feature {feature!r}; the SAE has features 0 to {d_sae - 1}."
+                )
+            if not 0 <= strength < math.inf:
+                raise ValueError(
+                    f"Conversation {index} asks for the strength {strength}; it must be a number from 0 up, in units "
+                    "of mean_norm (0.5 is usual)."
+                )
+            tags.append((int(feature), float(strength)))
+        return tags
+
+    def _vectors(self, tags: list[tuple[int, float]]) -> Tensor:
+        """What is added for each tag, and a row of zeros: [n + 1, d_in]."""
+        model, d_in = self.chat.model, self.sae.cfg.d_in
+        features = [feature for feature, _ in tags]
+        directions = self.sae.W_dec.detach()[features].double().cpu()
+        norms = directions.norm(dim=-1, keepdim=True)
+        for feature, norm in zip(features, norms[:, 0].tolist(), strict=True):
+            if not 0 < norm < math.inf:
+                raise ValueError(
+                    f"The decoder direction of feature {feature} has the norm {norm}: there is nothing to steer "
+                    "towards. Leave the feature out."
+                )
+        lengths = torch.tensor([strength * self.mean_norm for _, strength in tags], dtype=torch.float64)
+        vectors = torch.cat([directions / norms * lengths[:, None], torch.zeros(1, d_in, dtype=torch.float64)])
+        return vectors.to(model.device, model.dtype)
+
+
+class _Push:
+    """What is added at a layer: [rows, d_in], or nothing."""
+
+    vectors: Tensor | None = None
+
+    @contextmanager
+    def by(self, vectors: Tensor) -> Iterator[None]:
+        self.vectors = vectors
+        try:
+            yield
+        finally:
+            self.vectors = None
+
+    def after(self, _module: nn.Module, _inputs: object, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return self._added(output[0]), *output[1:]
+        return self._added(output)
+
+    def before(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (self._added(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._added(kwargs["hidden_states"])}
+
+    def _added(self, hidden: Tensor) -> Tensor:
+        return hidden if self.vectors is None else hidden + self.vectors[:, None].to(hidden)
+
+
+@contextmanager
+def _pushing(model: PreTrainedModel, layer: int) -> Iterator[_Push]:
+    """While it lasts, the model's hidden states at the layer can be pushed."""
+    push, blocks = _Push(), find_blocks(model)
+    if layer:
+        handle = blocks[layer - 1].register_forward_hook(push.after)
+    else:
+        handle = blocks[0].register_forward_pre_hook(push.before, with_kwargs=True)
+    try:
+        yield push
+    finally:
+        handle.remove()

@@ -1,0 +1,312 @@
+"""A task: what makes a feature relevant for it, the TRL type of its samples, and how a sample is asked for and read.
+
+In: a feature's explanation and spans, and later what a model wrote. Out: conversations to send to a model, and rows
+that the TRL trainer of the task's type takes, or the reason why an answer is none. The wording is in prompts.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+from ..inputs.rows import PoolOver
+from ..inputs.token_context import MarkedSpan
+from .parsing import Answer, check_text, read_json, read_list, read_text
+from .prompts import Message, begin_list, request_part, request_sample
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+TaskType = Literal["labelled", "messages", "prompt_completion", "preference", "implicit_preference", "contrastive"]
+# By type: the parts that a model writes, and the columns of a row.
+_PARTS: dict[str, tuple[str, ...]] = {
+    "labelled": ("text", "label"),
+    "messages": ("prompt", "completion"),
+    "prompt_completion": ("prompt", "completion"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "implicit_preference": ("prompt", "chosen", "rejected"),
+    "contrastive": ("question", "matching", "other"),
+}
+_COLUMNS = _PARTS | {
+    "messages": ("messages",),
+    "implicit_preference": ("chosen", "rejected"),
+    "contrastive": ("prompt", "chosen", "rejected"),
+}
+_POOLS: dict[str, tuple[PoolOver, ...]] = dict.fromkeys(_PARTS, ("all", "user", "assistant", "completion")) | {
+    "labelled": ("all", "user"),
+    "messages": ("all", "user", "assistant"),
+    "contrastive": ("all", "user"),  # the answer is a letter: what can activate a feature stands in the question
+}
+_ANSWERS = ("completion", "chosen")  # what the model says when the prompt is put to it: taken word for word
+_BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN_TASKS = tuple(sorted(path.stem for path in _BUILTIN.glob("*.yaml")))
+_CHOICE = re.compile(r"\A\(?([AB])[).:]\s+")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that features are rated and samples are written for; `dataclasses.replace` makes a variant of one.
+
+    Args:
+        name: what ratings and samples are filed under.
+        guideline: when a feature matters for the task, and what the ratings yes, probably, maybe and no mean for it.
+        type: the columns of a row, conversational but for the first type:
+            labelled: text, label. messages: messages. prompt_completion: prompt, completion.
+            preference: prompt, chosen, rejected. implicit_preference: chosen, rejected, both with the prompt.
+            contrastive: prompt (a question with choices A and B), chosen and rejected (a letter each).
+        pool_over: whose tokens are read for features, as `ConversationReader` takes it.
+        parts: what a model is told to write, by part: text and label; prompt and completion; prompt, chosen and
+            rejected; question, matching and other (the choices that show a behaviour, and that do not).
+        labels: of a labelled task, their names; the label of a row is the index.
+
+    Raises: ValueError for anything else, naming the field.
+    """
+
+    name: str
+    guideline: str
+    type: TaskType
+    pool_over: PoolOver
+    parts: Mapping[str, str] = field(hash=False)
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        def need(condition: bool, problem: str) -> None:
+            if not condition:
+                raise ValueError(f"task {self.name!r}: {problem}")
+
+        need(_all_texts([self.name, self.guideline]), "name and guideline must be texts that are not empty")
+        need(self.type in get_args(TaskType), f"type is {self.type!r}; it must be one of {', '.join(_PARTS)}")
+        pools, names = _POOLS[self.type], _PARTS[self.type]
+        need(
+            self.pool_over in pools, f"pool_over is {self.pool_over!r}; for {self.type} it is one of {', '.join(pools)}"
+        )
+        complete = isinstance(self.parts, Mapping) and set(self.parts) == set(names)
+        need(complete, f"the parts of {self.type} are {', '.join(names)}; got {self.parts!r:.200}")
+        need(_all_texts(self.parts.values()), "each of parts must say in words what is to be written")
+        labels = tuple(self.labels) if isinstance(self.labels, list | tuple) else (self.labels,)
+        need(
+            _all_texts(labels), f"labels must be texts, got {labels!r:.200} (YAML wants quotes around 'yes', 'no', '1')"
+        )
+        need(len({label.casefold() for label in labels}) == len(labels), f"labels must differ, got {labels}")
+        fits = len(labels) > 1 if self.type == "labelled" else not labels
+        need(fits, f"a labelled task has two or more labels, others have none; got {labels}")
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "parts", {name: self.parts[name] for name in names})
+
+    @property
+    def carrier(self) -> str:
+        """The part that has to activate the feature, by whose tokens are read."""
+        return _PARTS[self.type][self.pool_over in ("assistant", "completion")]
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the carrier is what the assistant says."""
+        return self.carrier in _ANSWERS
+
+    def carried_by(self, row: Mapping[str, Any]) -> str:
+        """Returns the text of a row that has to activate the feature (of a contrastive item question and choices): of a
+        conversation the user's, or the assistant's, last message, "" where there is none; of a standard column all."""
+        columns = _COLUMNS[self.type]
+        value = row[self.carrier if self.carrier in columns else columns[0]]
+        if isinstance(value, str):
+            return value
+        role = "assistant" if self.reads_answers else "user"
+        return next((message["content"] for message in reversed(value) if message["role"] == role), "")
+
+    def alone(self, text: str) -> dict[str, Any]:
+        """Returns a row for a featurizer with this `pool_over` in which a carrier is all that is read."""
+        if self.type == "labelled":
+            return {"text": text}
+        if self.reads_answers:
+            answer = [{"role": "assistant", "content": text}]
+            return {"prompt": [{"role": "user", "content": "Please answer."}], "completion": answer}
+        return {"messages": [{"role": "user", "content": text}]}
+
+    def ask(
+        self,
+        explanation: str | None,
+        spans: Sequence[MarkedSpan],
+        positive: MarkedSpan | None = None,
+        negative: MarkedSpan | None = None,
+        *,
+        form: Literal["json", "text"] = "json",
+        variant: int = 0,
+    ) -> list[Message]:
+        """Returns the conversation that asks a chat model for a sample that activates a feature.
+
+        Args:
+            explanation: what the feature responds to; None leaves it to the spans.
+            spans: texts that activate it. positive, negative: the contrastive pair, with their activations.
+            form: "json" asks for all parts (`read` reads the answer); "text" for the carrier alone, from a model too
+                small for JSON (`read_part` reads it, `next_part` asks for the rest).
+            variant: adds HINTS[variant % len(HINTS)].
+
+        Raises: ValueError when neither explanation nor span says what the feature is.
+        """
+        return request_sample(
+            self.name, self.parts, self.labels, self.carrier, explanation, spans, positive, negative,
+            form=form, variant=variant,
+        )  # fmt: skip
+
+    def begin(
+        self, explanation: str | None, spans: Sequence[MarkedSpan], positive: MarkedSpan | None = None
+    ) -> list[Message]:
+        """Returns, for a small model, a conversation whose last turn, the assistant's, is a begun numbered list: the
+        spans, the positive, and the next number. The model continues that turn; `read_list` reads what it adds.
+
+        Raises: ValueError when neither explanation nor span says what the feature is.
+        """
+        return begin_list(self.parts[self.carrier], explanation, spans, positive)
+
+    def read(self, text: str) -> Answer:
+        """Returns the row in the answer to `ask`, or the reason why there is none (see `read_json`, `row`)."""
+        found = read_json(text)
+        return found if found.value is None else self.row(found.value)
+
+    def read_list(self, conversation: Sequence[Message], text: str, *, ended: bool = False) -> list[Answer]:
+        """Returns the carriers that `text` adds to the list begun in `conversation` (see `answers.read_list`)."""
+        number = int(conversation[-1]["content"].rpartition("\n")[2].removesuffix("."))
+        return read_list(text, number=number, ended=ended)
+
+    def next_part(self, parts: Mapping[str, str]) -> tuple[str, list[Message]] | None:
+        """Returns which part is to be written next and the conversation that asks for it; None when all are there.
+
+        For models that write a text but no JSON: from a carrier to a row, part by part (`read_part`, then `row`).
+        """
+        name = next((name for name in self.parts if name not in parts), None)
+        if name is None:
+            return None
+        if name in _ANSWERS:
+            return name, [{"role": "user", "content": parts["prompt"]}]
+        return name, request_part(self.parts, self.labels, name, parts)
+
+    def read_part(self, name: str, text: str) -> Answer:
+        """Returns the text of a part, or the reason why there is none (see `read_text`)."""
+        return check_text(text) if name in _ANSWERS else read_text(text)
+
+    def row(self, parts: Mapping[str, str]) -> Answer:
+        """Returns the row made of all parts, in the columns of the task's type, or the reason why there is none.
+
+        A label is named in any case, with or without a full stop. Refused are wrong keys, values that `check_text`
+        refuses, pairs whose two answers are equal, and questions that give choices. Which of a contrastive item's
+        choices is A is fixed by its question, one half each; "A)" and "B)" before the two choices are taken off.
+        """
+        if set(parts) != set(self.parts):
+            return Answer(None, f"its keys are {sorted(parts)}, not {sorted(self.parts)}")
+        texts = {}
+        for name in self.parts:
+            texts[name], reason = check_text(parts[name])
+            if reason:
+                return Answer(None, f"{name}: {reason}")
+        first, *others = texts.values()
+        if len(others) == 2 and others[0].casefold() == others[1].casefold():
+            return Answer(None, f"its {' and '.join(list(texts)[1:])} are the same")
+        if self.type == "labelled":
+            names = [label.casefold() for label in self.labels]
+            if (label := others[0].rstrip(".").casefold()) not in names:
+                return Answer(None, f"label is {others[0][:80]!a}, not one of {', '.join(self.labels)}")
+            return Answer({"text": first, "label": names.index(label)}, None)
+        if self.type == "contrastive":
+            if re.search(r"^\s*\(?[AB][).:]\s", first, re.MULTILINE):
+                return Answer(None, "question: it gives choices")
+            letters = [_CHOICE.match(other) for other in others]
+            if all(letters) and letters[0][1] != letters[1][1]:
+                others = [other[letter.end() :] for other, letter in zip(others, letters, strict=True)]
+            elif any(letters):
+                return Answer(None, f"its choices carry letters that do not fit: {others}")
+            matching_is_b = zlib.crc32(first.encode()) % 2
+            a, b = others[::-1] if matching_is_b else others
+            first = f"{first}\n\nChoices:\n(A) {a}\n(B) {b}"
+            others = ["(B)", "(A)"] if matching_is_b else ["(A)", "(B)"]
+        turns = zip(("user", "assistant", "assistant"), [first, *others], strict=False)
+        prompt, *answers = ([{"role": role, "content": text}] for role, text in turns)
+        values = [prompt, *answers]
+        if self.type in ("messages", "implicit_preference"):
+            values = [prompt + answer for answer in answers]
+        return Answer(dict(zip(_COLUMNS[self.type], values, strict=True)), None)
+
+    def example(self) -> dict[str, Any]:
+        """Returns a row that says nothing, to see whether rows of this task can be read."""
+        labels = {"label": self.labels[0]} if self.labels else {}
+        return self.row({name: f"This is the {name}." for name in self.parts} | labels).value
+
+    def as_read(self, row: Mapping[str, Any], pool_over: PoolOver | None = None) -> Mapping[str, Any]:
+        """Returns a row as a featurizer with `pool_over` (None: the task's) takes it: where a labelled task's user is
+        read, its text becomes a user's message (plain text has no user); every other row stays as it is."""
+        if self.type == "labelled" and (pool_over or self.pool_over) == "user":
+            return {"messages": [{"role": "user", "content": row["text"]}]}
+        return row
+
+    def features(self) -> Features:
+        """Returns the columns of the task's rows as `datasets.Features`, also for a data set without rows."""
+        from datasets import Features, List, Value
+
+        if self.type == "labelled":
+            return Features({"text": Value("string"), "label": Value("int64")})
+        turns = List({"role": Value("string"), "content": Value("string")})
+        return Features(dict.fromkeys(_COLUMNS[self.type], turns))
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
+        """Returns the task in a YAML file whose keys are the fields of `Task`; `to_yaml` writes an example.
+
+        Raises: ValueError, naming the file, for what is not YAML, keys that are unknown or missing, and wrong values.
+        """
+        import yaml
+
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        known = [f.name for f in fields(cls)]
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: a task is a mapping with the keys {', '.join(known)}; got {found!r:.80}")
+        wrong = [f"unknown key {key!r}" for key in found if key not in known]
+        wrong += [f"missing key {f.name!r}" for f in fields(cls) if f.default is MISSING and f.name not in found]
+        if wrong:
+            raise ValueError(f"{path}: {', '.join(wrong)}; the keys of a task are {', '.join(known)}")
+        try:
+            return cls(**found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Write the task as YAML that `from_yaml` reads back to an equal task."""
+        import yaml
+
+        class Readable(yaml.SafeDumper):
+            """Texts of several lines stay as they are."""
+
+        def represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+            # YAML takes these for line breaks or drops them, unless they are escaped.
+            odd = any(c in text for c in "\r\x85\u2028\u2029\ufeff")
+            style = '"' if odd else "|" if "\n" in text else None
+            return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+        Readable.add_representer(str, represent)
+        content = {key: list(v) if key == "labels" else v for key, v in asdict(self).items() if v}
+        text = yaml.dump(content, Dumper=Readable, sort_keys=False, allow_unicode=True, width=110)
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def get_task(task: Task | str | os.PathLike[str]) -> Task:
+    """Returns a task: itself, a built-in one by its name, or a user's own by the path of its YAML file.
+
+    Raises: ValueError for a name that is neither; FileNotFoundError for a YAML file that does not exist.
+    """
+    if isinstance(task, Task):
+        return task
+    if task in BUILTIN_TASKS:
+        return Task.from_yaml(_BUILTIN / f"{task}.yaml")
+    if Path(task).suffix in (".yaml", ".yml") or Path(task).is_file():
+        return Task.from_yaml(task)
+    raise ValueError(f"no task {os.fspath(task)!r}: give one of {', '.join(BUILTIN_TASKS)}, or the path of a YAML file")
+
+
+def _all_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) and value.strip() for value in values)

@@ -1,0 +1,90 @@
+"""`hf-fac synthesize` on a tiny model in local folders, with a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import model_options, run
+from flaky_server import FlakyServer
+
+from hf_fac.cli.options import load_data
+from hf_fac.dictionary.dictionary import FeatureDictionary
+from hf_fac.embedded.loader import load_dictionary
+from hf_fac.tasks.task import get_task
+
+
+@pytest.fixture
+def command(folders: Path, dictionary_folder: Path, tmp_path: Path) -> list[Any]:
+    return [
+        "synthesize", folders / "data.jsonl", folders / "anchor.jsonl", "-o", tmp_path / "out", "--threshold", 0.1,
+        "--form", "text", "--samples-per-feature", 1, "--dictionary", dictionary_folder, *model_options(folders),
+    ]  # fmt: skip
+
+
+def test_a_server_without_a_models_name_chooses_its_own(command) -> None:
+    with FlakyServer() as server:
+        run(*command, "--base-url", server.url, "--max-requests", 40)
+        models = {json.loads(body)["model"] for body in server.came}
+    assert len(models) == 1
+    assert models != {"embedded"}
+
+
+def test_ratings_are_found_under_the_name_of_a_task_in_a_file(command, dictionary_folder, tmp_path) -> None:
+    get_task("toxicity").to_yaml(tmp_path / "mine.yaml")
+    found = FeatureDictionary.load(dictionary_folder)
+    rating = {"task": "toxicity", "rating": "yes", "reason": "It is."}
+    rated = {"explanation": "words", "explanation_state": "explained", "verification": "yes", "ratings": [rating]}
+    found.updated(dict.fromkeys(found.features.tolist()[:30], rated)).save(tmp_path / "rated")
+    options = ["--task", tmp_path / "mine.yaml", "--dictionary", tmp_path / "rated", "--only-rated", "--plan"]
+    said = run(*command, "--base-url", "http://127.0.0.1:1/v1", *options)
+    assert "Plan without bounds: at most" in said
+    assert int(re.search(r"of (\d+) features of the anchor", said)[1]) <= 30
+
+
+def test_what_ended_it_is_said_and_that_the_same_command_goes_on(command, tmp_path) -> None:
+    with FlakyServer() as server:
+        base = [*command, "--base-url", server.url]
+        said = run(*base, "--max-tokens", 300)
+        ended = json.loads((tmp_path / "out" / "report.json").read_text())["ended"]
+        assert "max_tokens_total is 300" in ended
+        assert f"It ended before all was tried: {ended}" in said
+        assert "the same command then goes on where it stopped" in said
+        first = dict(server.came)
+        run(*base, "--max-tokens", 3000)
+        assert all(server.came[body] == count for body, count in first.items()), "nothing is asked twice"
+        assert len(server.came) > len(first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--form", "xml"], "--form is 'xml'; it must be one of list, text, json"),
+        (["--task", "wisdom"], "no task 'wisdom'"),
+        (["--only-rated"], "No feature was rated for 'instruction_following'"),
+        (["--samples-per-feature", 0], "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_read(command, options, message) -> None:
+    command[1] = "nowhere.jsonl"
+    assert message in run(*command, *options, fails=True)
+
+
+def test_another_models_dictionary_is_refused_before_anything_is_scored(command, tmp_path) -> None:
+    load_dictionary().save(tmp_path / "other")
+    (tmp_path / "unreadable.jsonl").write_text('{"text": null}\n')
+    command[1] = tmp_path / "unreadable.jsonl"
+    said = run(*command, "--dictionary", tmp_path / "other", fails=True)
+    assert "made for another model or SAE" in said
+
+
+def test_its_own_folder_as_data_is_its_samples(command, tmp_path) -> None:
+    with FlakyServer() as server:
+        run(*command, "--base-url", server.url, "--max-requests", 40)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["samples"] > 0
+    assert sum(report["dropped"].values()) > 0
+    assert len(load_data(str(tmp_path / "out"))) == report["samples"]

@@ -1,0 +1,496 @@
+"""Coverage and FAC against slow references written from the paper's definitions, and what must hold of any merge."""
+
+import json
+import math
+import subprocess
+import sys
+import warnings
+from functools import reduce
+from operator import or_
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_array
+
+from hf_fac.coverage.coverage import FeatureCoverage
+
+GRID = [0.0, *(float(np.float32(2.0 ** (k / 4))) for k in range(-24, 41))]
+
+
+def measurement(d_sae, keep_above=0.0, **other):
+    return {"model": "tiny", "layer": 1, "d_sae": d_sae, "keep_above": keep_above} | other
+
+
+def random_rows(rng, n=30, d=40, density=0.2):
+    """Dense activations [n, d] float32, some of them exactly on the grid, some repeated, with two empty rows."""
+    values = rng.exponential(1.0, (n, d)).astype(np.float32)
+    on_grid = rng.random((n, d)) < 0.3
+    values[on_grid] = rng.choice(np.float32(GRID[1:40]), on_grid.sum())
+    rows = values * (rng.random((n, d)) < density)
+    rows[n // 2] = rows[0]
+    rows[[2, n - 1]] = 0
+    return rows
+
+
+def cover(rows, keep_above=0.0, **kwargs):
+    return FeatureCoverage.from_activations(
+        csr_array(rows), measurement=measurement(rows.shape[1], keep_above), **kwargs
+    )
+
+
+def scored(rows, shuffle=None, **other):
+    """The data set that FACScorer returns for these activations; `shuffle` permutes the features within a row."""
+    ids = [np.flatnonzero(row).astype(np.int32) for row in rows]
+    ids = [i if shuffle is None else shuffle.permutation(i) for i in ids]
+    columns = {
+        "text": [f"row {k}" for k in range(len(rows))],
+        "fac_features": ids,
+        "fac_activations": [row[i] for row, i in zip(rows, ids, strict=True)],
+        "fac_tokens": [np.int32(5 if len(i) else 0) for i in ids],
+        "fac_measurement": [json.dumps(measurement(rows.shape[1]) | other)] * len(rows),
+    }
+    int32, float32 = datasets.List(datasets.Value("int32")), datasets.List(datasets.Value("float32"))
+    features = datasets.Features(
+        text=datasets.Value("string"),
+        fac_features=int32,
+        fac_activations=float32,
+        fac_tokens=datasets.Value("int32"),
+        fac_measurement=datasets.Value("string"),
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def quiet(data, anchor, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return data.compare(anchor, **kwargs)
+
+
+def activated(rows, delta, features):
+    """F(D), and the number of rows that activate each feature: PAPER.md, Definitions, one number at a time."""
+    counts = {i: sum(float(row[i]) > delta[i] for row in rows) for i in features}
+    return {i for i in features if counts[i]}, counts
+
+
+def reference(data, anchor, delta, features):
+    delta = [float(x) for x in np.broadcast_to(delta, data.shape[1])]
+    (own, own_rows), (wanted, anchor_rows) = activated(data, delta, features), activated(anchor, delta, features)
+    union = sorted(own | wanted)
+    p_total, q_total = (sum(rows[i] + 0.5 for i in union) for rows in (anchor_rows, own_rows))
+    ratios = [((anchor_rows[i] + 0.5) / p_total, (own_rows[i] + 0.5) / q_total) for i in union]
+    return {
+        "fac": len(own & wanted) / len(wanted) if wanted else math.nan,
+        "covered": sorted(own & wanted),
+        "missing": sorted(wanted - own, key=lambda i: (-anchor_rows[i], -anchor[:, i].max(), i)),
+        "own_rows": own_rows,
+        "anchor_rows": anchor_rows,
+        "kl": sum(p * math.log(p / q) for p, q in ratios) if union else math.nan,
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_report_is_the_papers_definition_for_any_delta_and_subset(seed):
+    rng = np.random.default_rng(seed)
+    data, anchor = random_rows(rng), random_rows(rng, n=50)
+    coverage, anchor_coverage = cover(data), cover(anchor)
+    for delta in [0.0, 1e-9, GRID[10], 0.3, GRID[24], 1.7, GRID[30], 3000.0]:
+        for features in [None, [3], rng.permutation(40)[:15], [7, 7, 2]]:
+            report = quiet(coverage, anchor_coverage, features=features, threshold=delta)
+            expected = reference(data, anchor, delta, range(40) if features is None else sorted(set(features)))
+            assert report.fac == pytest.approx(expected["fac"], nan_ok=True)
+            assert report.covered.tolist() == expected["covered"]
+            assert report.covered.dtype == report.missing.dtype == np.int64
+            assert report.threshold == delta
+            assert report.support_exact == (delta in GRID)
+            anchor_rows = [expected["anchor_rows"][i] for i in report.missing.tolist()]
+            if delta in GRID:
+                assert report.missing.tolist() == expected["missing"]
+                assert report.missing_support.tolist() == anchor_rows
+                assert report.kl_divergence == pytest.approx(expected["kl"], nan_ok=True)
+                assert report.active_share == np.sort((data > delta).sum(axis=1))[14] / 40
+                assert report.anchor_active_share == np.sort((anchor > delta).sum(axis=1))[24] / 40
+            else:
+                assert sorted(report.missing.tolist()) == sorted(expected["missing"])
+                assert (report.missing_support >= 1).all()
+                assert (report.missing_support <= anchor_rows).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_relative_delta_is_a_share_of_each_features_maximum_in_the_anchor(seed):
+    rng = np.random.default_rng(seed)
+    data, anchor = random_rows(rng), random_rows(rng, n=50)
+    report = quiet(cover(data), cover(anchor), relative=0.5)
+    assert report.threshold.tolist() == (0.5 * anchor.max(axis=0).astype(np.float64)).tolist()
+    expected = reference(data, anchor, report.threshold, range(40))
+    assert report.fac == expected["fac"]
+    assert report.covered.tolist() == expected["covered"]
+    assert "0.5 of each feature's maximum" in report.threshold_source
+    assert math.isnan(report.active_share)
+    given = quiet(cover(data), cover(anchor), threshold=report.threshold)
+    assert given.missing.tolist() == report.missing.tolist()
+    assert given.fac == report.fac
+    assert "one for each feature, as given" in given.threshold_source
+
+
+def test_a_relative_delta_stops_at_the_floor_and_says_for_how_many_features():
+    rows = np.float32([[2.0, 0.3, 0.0], [4.0, 0.3, 0.0]])
+    report = quiet(cover(rows, 0.25), cover(rows, 0.25), relative=0.5)
+    assert report.threshold.tolist() == [2.0, 0.25, 0.25]
+    assert "the floor 0.25 for 1 of 2 features" in report.threshold_source
+
+
+def test_the_table_has_a_row_for_each_feature_of_the_anchor():
+    rng = np.random.default_rng(0)
+    data, anchor = random_rows(rng, density=0.05), random_rows(rng, n=50)
+    report = quiet(cover(data), cover(anchor), threshold=GRID[24])
+    expected = reference(data, anchor, GRID[24], range(40))
+    table = report.to_pandas().set_index("feature")
+    assert list(table) == ["covered", "anchor_max", "anchor_rows", "data_max", "data_rows", "delta"]
+    assert sorted(table.index) == sorted(expected["covered"] + expected["missing"])
+    for i, row in table.iterrows():
+        assert row.covered == (i in expected["covered"])
+        assert (row.anchor_max, row.data_max, row.delta) == (anchor[:, i].max(), data[:, i].max(), GRID[24])
+        assert (row.anchor_rows, row.data_rows) == (expected["anchor_rows"][i], expected["own_rows"][i])
+
+
+entries = st.dictionaries(st.integers(0, 7), st.sampled_from([*GRID[20:30], 0.1, 0.7, 3.0]), max_size=5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.lists(entries, min_size=1, max_size=12), data=st.data())
+def test_parts_merge_in_any_order_and_grouping_to_the_same_bits(rows, data):
+    dense = np.array([[row.get(i, 0) for i in range(8)] for row in rows], np.float32)
+    part_of = np.array(data.draw(st.lists(st.integers(0, 4), min_size=len(rows), max_size=len(rows))))
+    tokens = (dense > 0).any(axis=1).astype(int)
+    parts = [cover(dense[part_of == k], tokens=tokens[part_of == k]) for k in range(5)]
+    while len(parts) > 1:
+        a = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
+        b = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
+        parts.append(a | b)
+    at_once = cover(dense, tokens=tokens)
+    assert parts[0] == at_once
+    assert at_once | FeatureCoverage(at_once.measurement) == at_once == cover(dense[::-1], tokens=tokens[::-1])
+    assert at_once.rows == len(rows)
+    assert at_once.rows_without_tokens == rows.count({})
+
+
+def test_a_change_of_one_bit_is_another_coverage():
+    rows = random_rows(np.random.default_rng(0))
+    changed = rows.copy()
+    changed[0, 0] = np.nextafter(rows[:, 0].max(), np.float32(np.inf))
+    assert cover(rows) != cover(changed)
+    assert cover(rows) != cover(rows[:-1])
+    assert cover(rows) != cover(rows, tokens=rows.any(axis=1))
+    assert cover(rows) != "something else"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_interval_is_the_delete_1_jackknife_over_rows(seed):
+    rng = np.random.default_rng(seed)
+    data, anchor = random_rows(rng, density=0.06), random_rows(rng, n=50)
+    coverage = reduce(or_, [cover(part) for part in np.array_split(data, 4)])
+    for delta in [0.0, 0.4, GRID[24]]:
+        for features in [None, np.arange(5, 30)]:
+            wanted = range(40) if features is None else features.tolist()
+            left_out = np.array(
+                [reference(np.delete(data, k, axis=0), anchor, delta, wanted)["fac"] for k in range(len(data))]
+            )
+            half = 1.96 * math.sqrt((len(data) - 1) / len(data) * np.sum((left_out - left_out.mean()) ** 2))
+            report = quiet(coverage, cover(anchor), features=features, threshold=delta)
+            assert half > 0
+            assert report.confidence == 0.95
+            assert report.interval == pytest.approx((max(0, report.fac - half), min(1, report.fac + half)))
+
+
+def test_the_interval_holds_the_mean_fac_of_samples_of_the_same_size():
+    rng = np.random.default_rng(0)
+    n, d, topics = 60, 300, 30
+    topic_of_feature, topic_of_row = rng.integers(0, topics, d), rng.integers(0, topics, 4000)
+    chance = np.where(topic_of_row[:, None] == topic_of_feature, rng.uniform(0, 0.5, d), 0.003)
+    pool = rng.exponential(1.0, chance.shape).astype(np.float32) * (rng.random(chance.shape) < chance)
+    anchor, active = cover(pool[:1000]), pool[1000:, (pool[:1000] > 0.3).any(axis=0)] > 0.3
+    draws = [rng.choice(3000, n, replace=False) for _ in range(600)]
+    mean = np.mean([active[draw].any(axis=0).mean() for draw in draws])
+    intervals = [quiet(cover(pool[1000:][draw]), anchor, threshold=0.3).interval for draw in draws[:400]]
+    assert 0.2 < mean < 0.8
+    assert np.mean([low <= mean <= high for low, high in intervals]) >= 0.93
+    assert np.mean([high - low for low, high in intervals]) < 0.2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_calibrated_delta_is_the_smallest_sparse_level_of_the_grid(seed):
+    rng = np.random.default_rng(seed)
+    anchor = random_rows(rng, n=41, d=1000, density=0.3) * (rng.random(1000) < 0.9).astype(np.float32)
+    report = quiet(cover(anchor[:10]), cover(anchor))
+    live = int((anchor > 0).any(axis=0).sum())
+    medians = {delta: np.median((anchor > delta).sum(axis=1)) for delta in GRID}
+    assert report.threshold == min(delta for delta in GRID[1:] if medians[delta] <= live // 100)
+    assert medians[0] > live // 100
+    for words in ("calibrated on the anchor", f"{live // 100}", f"{live}", "41 rows", f"{report.threshold:.4g}"):
+        assert words in report.threshold_source
+    assert report.support_exact
+
+
+def test_a_calibrated_delta_is_above_the_floor_and_lets_a_row_activate_one_feature():
+    anchor = cover(np.eye(5, dtype=np.float32))
+    report = quiet(anchor, anchor)
+    assert report.threshold == GRID[1]
+    assert "at most 1 % (1) of its 5 live features; it activates 1" in report.threshold_source
+
+
+def test_calibration_counts_thousands_of_active_features_to_within_half_a_percent():
+    for active in (511, 512, 700, 3000, 5000):
+        row = np.zeros((3, 5000), np.float32)
+        row[:2, :active] = 1.0
+        report = quiet(cover(row), cover(row), threshold=0.5)
+        assert active <= report.active_share * 5000 <= 1.004 * active
+
+
+def test_an_anchor_that_is_never_sparse_must_be_given_a_threshold():
+    rows = np.full((3, 200), 5000, np.float32)
+    with pytest.raises(ValueError, match=r"never activates at most 1 %.*threshold= or relative="):
+        cover(rows).compare(cover(rows))
+
+
+def test_a_scored_data_set_is_read_as_its_activations():
+    rng = np.random.default_rng(1)
+    rows = np.vstack([random_rows(rng), random_rows(rng, n=600), random_rows(rng, n=5)])
+    tokens = 5 * rows.any(axis=1)
+    expected = cover(rows, tokens=tokens)
+    ds = scored(rows, shuffle=rng)
+    assert FeatureCoverage.from_dataset(ds) == expected
+    assert FeatureCoverage.from_dataset(ds.shuffle(seed=0)) == expected
+    assert FeatureCoverage.from_dataset(ds.to_iterable_dataset(num_shards=3)) == expected
+    assert FeatureCoverage.from_dataset(ds, measurement=measurement(40)) == expected
+
+    def typed(row):
+        return {"fac_features": np.int32(row["fac_features"]), "fac_activations": np.float32(row["fac_activations"])}
+
+    assert FeatureCoverage.from_dataset(ds.to_iterable_dataset().map(typed)) == expected
+    parts = [FeatureCoverage.from_dataset(ds.shard(7, k)) for k in (3, 0, 6, 2, 5, 1, 4)]
+    assert reduce(or_, parts) == expected
+    assert (expected.rows, expected.rows_without_tokens) == (len(rows), int((tokens == 0).sum()))
+
+
+def test_rows_without_tokens_count_as_rows_and_are_reported():
+    rows = random_rows(np.random.default_rng(0))
+    report = quiet(FeatureCoverage.from_dataset(scored(rows)), cover(rows), threshold=1.0)
+    assert (report.rows, report.rows_without_tokens) == (30, 2)
+    assert (report.anchor_rows, report.anchor_rows_without_tokens) == (30, 0)
+    assert "2 without tokens" in str(report)
+
+
+def test_an_empty_data_set_needs_the_measurement():
+    empty = scored(random_rows(np.random.default_rng(0))).select([])
+    with pytest.raises(ValueError, match="pass measurement="):
+        FeatureCoverage.from_dataset(empty)
+    coverage = FeatureCoverage.from_dataset(empty, measurement=measurement(40))
+    assert coverage == FeatureCoverage(measurement(40))
+    report = coverage.compare(cover(random_rows(np.random.default_rng(0))), threshold=1.0)
+    assert report.fac == 0
+    assert np.isnan(report.interval).all()
+
+
+def test_an_empty_anchor_gives_nan_and_a_warning():
+    data = cover(random_rows(np.random.default_rng(0)))
+    for anchor, options in [(FeatureCoverage(measurement(40)), {}), (data, {"threshold": 5000.0})]:
+        with pytest.warns(UserWarning, match="FAC is NaN"):
+            report = data.compare(anchor, **options)
+        assert math.isnan(report.fac)
+        assert np.isnan(report.interval).all()
+        assert len(report.missing) == len(report.covered) == len(report.to_pandas()) == 0
+        assert report.to_dict()["fac"] is None
+        assert "FAC nan" in str(report)
+
+
+def test_warnings_say_where_fac_says_nothing():
+    rng = np.random.default_rng(0)
+    rows = random_rows(rng, d=200, density=0.05)
+    with pytest.warns(UserWarning, match="too near 1"):
+        cover(rows).compare(cover(rows), threshold=0.1)
+    dense = random_rows(rng, d=200, density=0.5)
+    with pytest.warns(UserWarning, match="median anchor row activates 4.%"):
+        cover(rows).compare(cover(dense), threshold=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cover(rows[:10]).compare(cover(rows), threshold=0.1).fac < 0.98
+
+
+def test_saving_is_exact_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    coverage = cover(random_rows(np.random.default_rng(0)))
+    coverage.save(tmp_path / "a.safetensors")
+    cover(random_rows(np.random.default_rng(1))).save(str(tmp_path / "b.safetensors"))
+    coverage.save(tmp_path / "b.safetensors")
+    loaded = FeatureCoverage.load(tmp_path / "a.safetensors")
+    assert loaded == coverage == FeatureCoverage.load(tmp_path / "b.safetensors")
+    assert loaded | coverage == coverage | coverage
+
+    def cut_short(source, target):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", cut_short)
+    with pytest.raises(OSError, match="no space"):
+        cover(random_rows(np.random.default_rng(2))).save(tmp_path / "b.safetensors")
+    assert FeatureCoverage.load(tmp_path / "b.safetensors") == coverage
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_loading_refuses_other_files_and_versions(tmp_path, monkeypatch):
+    from safetensors.numpy import save_file
+
+    (tmp_path / "text").write_text("not a coverage at all")
+    save_file({"weight": np.zeros(3)}, tmp_path / "weights")
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_fac.coverage.coverage._VERSION", "0")
+        cover(random_rows(np.random.default_rng(0))).save(tmp_path / "old")
+    for name, words in [("text", "not a whole safetensors"), ("weights", "found None"), ("old", "found 0")]:
+        with pytest.raises(ValueError, match=f"{name}.*{words}"):
+            FeatureCoverage.load(tmp_path / name)
+
+
+def test_a_report_is_written_as_json_and_read_as_text():
+    rng = np.random.default_rng(0)
+    data, anchor = cover(random_rows(rng, density=0.05)), cover(random_rows(rng, n=50))
+    report = quiet(data, anchor, features=np.arange(30), threshold=1.0)
+    written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert written["fac"] == report.fac
+    assert written["missing"] == report.missing.tolist()
+    assert written["features"] == list(range(30))
+    assert written["measurement"] == measurement(40)
+    assert written["hf_fac"]
+    assert "table" not in written
+    text = str(report)
+    first, support = report.missing[0], report.missing_support[0]
+    for words in (f"FAC {report.fac:.3f}", "95%", "1, as given", f"feature {first}, {support} anchor rows", "nats"):
+        assert words in text
+    assert "at least" in str(quiet(data, anchor, threshold=1.1))
+    json.dumps(quiet(data, anchor, relative=0.5).to_dict(), allow_nan=False)
+
+
+def test_parts_measured_differently_name_what_differs():
+    rows = random_rows(np.random.default_rng(0))
+    one, other = (
+        FeatureCoverage.from_activations(csr_array(rows), measurement=measurement(40, **extra))
+        for extra in ({"layer": 15, "pool_over": "all"}, {"layer": 16})
+    )
+    for action in (one.__or__, one.compare):
+        with pytest.raises(ValueError, match=r"layer: 15 and 16; pool_over: 'all' and 'absent'\): .*same FACScorer"):
+            action(other)
+    mixed = datasets.concatenate_datasets([scored(rows, layer=15), scored(rows, layer=16)])
+    for ds in (mixed, datasets.concatenate_datasets([scored(np.vstack([rows] * 20), layer=15), mixed])):
+        with pytest.raises(ValueError, match=r"measured differently.*layer: 15 and 16"):
+            FeatureCoverage.from_dataset(ds)
+    with pytest.raises(ValueError, match=r"measured differently.*layer: 3 and 15"):
+        FeatureCoverage.from_dataset(scored(rows, layer=15), measurement=measurement(40, layer=3))
+
+
+@pytest.mark.parametrize(
+    ("value", "keep_above", "problem"),
+    [
+        (math.nan, 0.0, "row 300: feature 5 at nan is not finite"),
+        (math.inf, 0.0, "row 300: feature 5 at inf is not finite"),
+        (-1.0, 0.0, "row 300: feature 5 at -1 is not above the floor keep_above = 0"),
+        (0.5, 0.5, "row 300: feature 5 at 0.5 is not above the floor keep_above = 0.5"),
+    ],
+)
+def test_bad_activations_name_row_and_remedy(value, keep_above, problem):
+    rows = np.full((400, 8), 1.0, np.float32)
+    rows[300, 5] = value
+    with pytest.raises(ValueError, match=problem + r".*: score the rows with"):
+        cover(rows, keep_above)
+    with pytest.raises(ValueError, match=problem + r".*: score the rows with"):
+        FeatureCoverage.from_dataset(scored(rows, keep_above=keep_above))
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"fac_features": [1, 40]}, "row 30: feature 40 at 2 is not in .0, 40., the width"),
+        ({"fac_features": [-1, 2]}, "row 30: feature -1 at 1 is not in"),
+        ({"fac_features": [3, 3]}, "row 30: feature 3 at 1 stands twice"),
+        ({"fac_tokens": 0}, "row 30: feature 1 at 1 is in a row without content tokens"),
+        ({"fac_features": [1]}, "row 30: not as many activations as features"),
+        ({"fac_features": None}, "rows 0 to 30 .*hold nulls"),
+        ({"fac_features": [1, None]}, "rows 0 to 30 .*hold nulls"),
+        ({"fac_tokens": None}, "rows 0 to 30 .*hold nulls"),
+        ({"fac_measurement": None}, "rows 0 to 30 .*hold nulls"),
+    ],
+)
+def test_bad_rows_of_a_data_set_name_row_and_remedy(row, problem):
+    ds = scored(random_rows(np.random.default_rng(0)))
+    good = ds[0] | {"fac_features": [1, 2], "fac_activations": [1.0, 2.0], "fac_tokens": 4}
+    bad = datasets.Dataset.from_list([good | row], features=ds.features)
+    with pytest.raises(ValueError, match=problem + r".*: score the rows with"):
+        FeatureCoverage.from_dataset(datasets.concatenate_datasets([ds, bad]))
+
+
+def test_a_saved_coverage_can_be_read_by_whom_the_umask_lets(tmp_path):
+    cover(np.ones((3, 8), np.float32)).save(tmp_path / "coverage.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "coverage.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_data_set_that_was_not_scored_names_the_column_and_the_remedy():
+    ds = scored(random_rows(np.random.default_rng(0)))
+    with pytest.raises(ValueError, match=r"fac_tokens.*score the rows with ds\.map\(FACScorer"):
+        FeatureCoverage.from_dataset(ds.remove_columns("fac_tokens"))
+    with pytest.raises(TypeError, match="DatasetDict: pass one split, one of train, test"):
+        FeatureCoverage.from_dataset(datasets.DatasetDict(train=ds, test=ds))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"threshold": -1.0}, r"none negative; got -1"),
+        ({"threshold": math.nan}, "got nan"),
+        ({"threshold": math.inf}, "got inf"),
+        ({"threshold": [1.0] * 7}, r"one finite number or 8 of them"),
+        ({"threshold": [1.0] * 7 + [0.1]}, r"threshold 0\.1 is below the floor"),
+        ({"threshold": 0.1}, r"below the floor keep_above = 0\.25: score both data sets again with a lower keep_above"),
+        ({"threshold": 1.0, "relative": 0.5}, "not both"),
+        ({"relative": 0.0}, "between 0 and 1"),
+        ({"relative": 1.0}, "between 0 and 1"),
+        ({"relative": math.nan}, "between 0 and 1"),
+        ({"features": []}, "one or more"),
+        ({"features": [1.5]}, "integer ids"),
+        ({"features": [True, False]}, "integer ids"),
+        ({"features": [[1, 2]]}, "integer ids"),
+        ({"features": [1, 8]}, r"1 to 8 leave \[0, 8\)"),
+        ({"features": [-1]}, r"-1 to -1 leave \[0, 8\)"),
+    ],
+)
+def test_bad_options_are_refused(options, problem):
+    coverage = cover(np.full((3, 8), 1.0, np.float32), 0.25)
+    with pytest.raises(ValueError, match=problem):
+        coverage.compare(coverage, **options)
+
+
+def test_bad_measurements_shapes_and_anchors_are_refused():
+    for bad in ({}, measurement(0), measurement(8, -0.1), measurement(8, math.nan), measurement(8.0)):
+        with pytest.raises(ValueError, match="d_sae >= 1 and keep_above >= 0"):
+            FeatureCoverage(bad)
+    rows = np.ones((3, 8), np.float32)
+    with pytest.raises(ValueError, match=r"shape \(3, 8\).*\(3, 9\)"):
+        FeatureCoverage.from_activations(csr_array(rows), measurement=measurement(9))
+    with pytest.raises(ValueError, match=r"shape \(3, 8\).*\(2, 8\)"):
+        cover(rows, tokens=[1, 2])
+    with pytest.raises(TypeError, match="anchor is a Dataset: pass FeatureCoverage"):
+        cover(rows).compare(scored(rows))
+
+
+def test_a_floor_between_two_levels_is_a_level_of_its_own():
+    rows = np.float32([[0.3, 1.1], [0.5, 0.0], [2.0, 0.0]])
+    coverage = cover(rows, 0.2501)
+    assert coverage.grid[0] == 0.2501
+    assert coverage.grid[1:].tolist() == [level for level in GRID if level > 0.2501]
+    report = quiet(coverage, FeatureCoverage(coverage.measurement) | coverage, threshold=0.2501)
+    assert report.to_pandas().anchor_rows.tolist() == [3, 1]
+
+
+def test_importing_coverage_loads_nothing_heavy():
+    heavy = "{'datasets', 'scipy', 'pandas', 'pyarrow', 'safetensors', 'torch', 'transformers'}"
+    code = f"import sys, hf_fac.coverage; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
