@@ -397,7 +397,7 @@ def test_what_the_template_refuses_is_named() -> None:
 
 
 def test_importing_the_protocol_and_the_endpoint_costs_no_torch() -> None:
-    code = "import sys, hf_fac.chat, hf_fac.endpoint; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, hf_fac.chat, hf_fac.chat.endpoint; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
 
 
@@ -407,7 +407,7 @@ def test_importing_the_protocol_and_the_endpoint_costs_no_torch() -> None:
 @pytest.fixture(autouse=True)
 def close_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(hf_fac.endpoint, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(hf_fac.chat.endpoint, "FIRST_WAIT_S", 0.01)
 
 
 def endpoint(server: FlakyServer, **options: Any) -> EndpointChat:

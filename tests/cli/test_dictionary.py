@@ -188,10 +188,11 @@ def test_push_and_pull_go_to_the_hub_and_back(dictionary_folder, folders, tmp_pa
     with HubServer() as hub:
         hub.put("user/rows", {"data.jsonl": b"{}"}, "datasets")
         code = """
+from datasets import load_dataset
+from hf_fac.cli import app
+
 for command in args["commands"]:
     app(command, standalone_mode=False)
-from command_line import model_options, run
-from datasets import load_dataset
 result = load_dataset("user/features", split="train")["feature"][:]
 """
         commands = [

@@ -437,7 +437,7 @@ def refused(name):
         return f"{type(error).__name__}: {error}"
 
 result = [refused(f"user/{name}") for name in ("data", "none", "broken", "absent")]
-hf_fac.dictionary._MAX_BYTES = 10
+hf_fac.dictionary.dictionary._MAX_BYTES = 10
 result.append(refused("user/data"))
 """,
             token=WRITE_TOKEN,

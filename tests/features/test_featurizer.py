@@ -158,7 +158,7 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("chunk", [D_SAE * 7, 2**24])
 def test_features_are_those_of_saelens_own_encoder_for_every_architecture(name, chunk, tokenizer, monkeypatch):
-    monkeypatch.setattr(hf_fac.encoder, "_CHUNK", chunk)
+    monkeypatch.setattr(hf_fac.features.encoder, "_CHUNK", chunk)
     architecture, options = ARCHITECTURES[name]
     sae = tiny_sae(architecture, **options)
     featurizer = SAEFeaturizer(tiny_model(), tokenizer, sae)
@@ -318,7 +318,7 @@ def test_maxima_are_those_of_loops_and_the_first_of_equals_is_named(
     counts = torch.rand(n, generator=generator) < 0.8
     x[~counts] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_fac.encoder, "_CHUNK", chunk)
+        patch.setattr(hf_fac.features.encoder, "_CHUNK", chunk)
         encoder = Encoder(sae, features=features)
         made = len(features) if features and encoder.elementwise else 16
         values = encoder._values

@@ -192,7 +192,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, x):
 
 @pytest.mark.parametrize("moves", [0, 1])
 def test_a_save_cut_short_never_mixes_two_saes(tmp_path, monkeypatch, moves):
-    folder, replace, done = save_sae(make_sae(), tmp_path / "sae"), hf_fac.sae.os.replace, []
+    folder, replace, done = save_sae(make_sae(), tmp_path / "sae"), hf_fac.sae.loading.os.replace, []
 
     def cut(source, destination):
         if len(done) == moves:
@@ -200,7 +200,7 @@ def test_a_save_cut_short_never_mixes_two_saes(tmp_path, monkeypatch, moves):
         done.append(destination)
         replace(source, destination)
 
-    monkeypatch.setattr(hf_fac.sae.os, "replace", cut)
+    monkeypatch.setattr(hf_fac.sae.loading.os, "replace", cut)
     with pytest.raises(KeyboardInterrupt):
         save_sae(make_sae("standard"), folder)
     with pytest.raises(FileNotFoundError, match="holds no single SAE"):
@@ -545,7 +545,7 @@ def test_hooks_are_those_that_saelens_configures():
     for release, sae_id, path, entry in directory():
         if entry.conversion_func in ("gemma_2", "goodfire", "qwen_scope"):  # the loaders that ask no network
             config = NAMED_PRETRAINED_SAE_CONFIG_GETTERS[entry.conversion_func](entry.repo_id, path, "cpu")
-            found = hf_fac.sae._directory_hook(f"{release}/{sae_id}/{path}")
+            found = hf_fac.sae.loading._directory_hook(f"{release}/{sae_id}/{path}")
             expected = config["hook_name"]
             assert found == (expected if "resid" in expected or expected == "hook_embed" else None), (release, sae_id)
             checked += 1
@@ -555,7 +555,9 @@ def test_hooks_are_those_that_saelens_configures():
 def test_every_residual_release_is_found_and_nothing_else_is():
     releases = {}
     for release, sae_id, path, _ in directory():
-        releases.setdefault(release, set()).add(hf_fac.sae._directory_hook(f"{release}/{sae_id}/{path}") is not None)
+        releases.setdefault(release, set()).add(
+            hf_fac.sae.loading._directory_hook(f"{release}/{sae_id}/{path}") is not None
+        )
     other = ("transcoder", "-mlp", "-att", "_lxa_", "_lxm_", "hook-z", "resid-mid", "-clt-")
     assert {release: {not any(word in release for word in other)} for release in releases} == releases
 

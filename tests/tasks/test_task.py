@@ -429,7 +429,7 @@ def test_tasks_are_found_by_name_by_path_and_as_they_are(tmp_path):
     for path in (tmp_path / "own.yaml", tmp_path / "own"):
         IMPLICIT.to_yaml(path)
         assert get_task(path) == get_task(str(path)) == IMPLICIT
-    with pytest.raises(ValueError, match="no task 'toxic': give one of toxicity, "):
+    with pytest.raises(ValueError, match="no task 'toxic': give one of helpfulness, "):
         get_task("toxic")
     with pytest.raises(FileNotFoundError):
         get_task(tmp_path / "absent.yaml")

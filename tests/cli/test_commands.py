@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict
 from tiny import CORPUS
 
 from hf_fac import FACScorer, FeatureCoverage, SAEFeaturizer, score_shards
-from hf_fac.cli import app as cli
+from hf_fac.cli import commands as cli
 from hf_fac.cli.options import load_data
 from hf_fac.inputs.rows import RowError
 
