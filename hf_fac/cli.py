@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from . import cli_dictionary, cli_synthesis
 from . import cli_options as opt
@@ -22,7 +23,21 @@ if TYPE_CHECKING:
     from .coverage import FACReport
     from .featurizer import SAEFeaturizer
 
+_RESUMES = ("score", "train-sae", "interpret", "rate", "synthesize")
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            goes_on = ": the same command goes on where it was" if ctx.invoked_subcommand in _RESUMES else ""
+            typer.echo(f"Stopped{goes_on}.", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
