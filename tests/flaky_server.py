@@ -196,8 +196,23 @@ class FlakyServer:
                 send(call, 200, {"error": {"message": "overloaded", "code": 529}})
             case "content is a number":
                 send(call, 200, {**proper, "choices": [{"message": {"role": "assistant", "content": 7}}]})
+            case "echo":
+                send(call, 422, {"error": {"message": f"the server says {call.headers['Authorization']}"}})
             case "no body":
                 send(call, 200, b"")
+
+
+class SlowServer(FlakyServer):
+    """Answers nothing until `open` is set; `waiting` is released once for each request that came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.waiting = threading.Event(), threading.Semaphore(0)
+
+    def answer(self, *call: Any) -> None:
+        self.waiting.release()
+        self.open.wait()
+        super().answer(*call)
 
 
 def head(

@@ -26,7 +26,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from flaky_server import FAULTS, FlakyServer
+from flaky_server import FAULTS, FlakyServer, SlowServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -583,19 +583,6 @@ def test_a_server_of_ones_own_is_asked_offline(monkeypatch: pytest.MonkeyPatch) 
         assert endpoint(server).complete(user("hello"))[0][0].finish == "stop"
     with pytest.raises(ChatError, match="HF_HUB_OFFLINE is set"):
         EndpointChat("org/m", provider="together", token="hf_x").complete(user("hello"))
-
-
-class SlowServer(FlakyServer):
-    """Answers nothing until `open` is set; `waiting` is released once for each request that came."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open, self.waiting = threading.Event(), threading.Semaphore(0)
-
-    def answer(self, *call: Any) -> None:
-        self.waiting.release()
-        self.open.wait()
-        super().answer(*call)
 
 
 @pytest.mark.parametrize("patient", [True, False])
