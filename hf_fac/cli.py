@@ -284,7 +284,7 @@ def main() -> None:
     """The console script: errors that are for people are shown as one line, without a traceback."""
     import sys
 
-    from .endpoint import ChatError
+    from .chat import ChatError
     from .hub_errors import HubError
 
     try:

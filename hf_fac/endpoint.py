@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat import NOT_ASKED, Completion, check_arguments, progress_bar
+from .chat import NOT_ASKED, ChatError, Completion, check_arguments, progress_bar
 from .journal import SharedLines
-from .transport import ChatError, Failed, Server, TimedOut, Transient
+from .transport import Failed, Server, TimedOut, Transient
 from .wire import Request, completion
 
 if TYPE_CHECKING:

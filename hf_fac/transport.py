@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING
 
+from .chat import ChatError
 from .wire import Reply, read_reply
 
 if TYPE_CHECKING:
@@ -22,25 +23,12 @@ if TYPE_CHECKING:
 
     from httpx2 import URL, AsyncClient, Response
 
-    from .chat import Completion
-
 _TOKEN_BYTES = 1024  # no token is longer, escaped in JSON
 _REPLY_BYTES = 1 << 20  # room for all else in a reply
 _RETRIED = (408, 409, 425, 429)  # and what is 500 or more
 _THIS_REQUEST = (400, 413, 414, 415, 422)  # the server did not like what was asked; another request may do
 _HF_HOSTS = (".huggingface.co", ".huggingface.cloud")
 _ROUTER = "https://router.huggingface.co/v1"  # takes "model" and "model:provider"
-
-
-class ChatError(RuntimeError):
-    """No request can succeed: what the server said and what to do.
-
-    completions: as `complete` would have returned them, with all that was answered before; the rest failed.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.completions: list[list[Completion]] = []
 
 
 class Transient(Exception):
@@ -66,7 +54,7 @@ class Server:
         from httpx2 import URL, InvalidURL
 
         try:
-            url = URL(base_url or _ROUTER)
+            url = URL(_ROUTER if base_url is None else base_url)
         except InvalidURL:
             raise ValueError("base_url is no address.") from None
         if url.scheme not in ("http", "https") or not url.host:

@@ -4,6 +4,7 @@ gives what a healthy one gives, nothing is paid for twice, no key is seen anywhe
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -618,6 +619,14 @@ def test_requests_run_at_once_up_to_the_limit() -> None:
     assert server.most_at_once == 5
 
 
+def test_it_can_be_called_where_an_event_loop_runs() -> None:
+    async def notebook(chat: EndpointChat) -> list:
+        return chat.complete(CONVERSATIONS[:3])
+
+    with FlakyServer() as server:
+        assert [answer.finish for [answer] in asyncio.run(notebook(endpoint(server)))] == ["stop"] * 3
+
+
 def test_a_cap_stops_spending_and_keeps_what_was_bought(caplog: pytest.LogCaptureFixture) -> None:
     with FlakyServer() as server:
         chat = endpoint(server, max_requests=20)
@@ -876,6 +885,7 @@ def test_settings_that_do_not_fit_are_refused_without_repeating_a_key() -> None:
         ({}, "Give a model"),
         ({"base_url": "http://h/v1", "provider": "together"}, "not both"),
         ({"base_url": "h:8000"}, "begin with http"),
+        ({"base_url": " "}, "begin with http"),
         ({"base_url": f"http://user:{KEY}@h/v1"}, "A key is the token"),
         ({"base_url": f"http://h/v1?key={KEY}"}, "A key is the token"),
         ({"model": "m", "max_concurrency": 0}, "at least 1"),
