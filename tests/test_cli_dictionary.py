@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from datasets import load_dataset
 from flaky_server import FlakyServer, SlowServer
 from hub_server import WRITE_TOKEN, HubServer, run_with_hub
 from test_cli import folders, model_options  # noqa: F401 (folders is a fixture)
 from typer.testing import CliRunner
 
-from hf_fac.cli import app
+from hf_fac.cli import _RESUMES, app
 from hf_fac.coverage import FeatureCoverage
 from hf_fac.dictionary import FeatureDictionary
 
@@ -210,7 +211,7 @@ def test_push_and_pull_go_to_the_hub_and_back(dictionary_folder, folders, tmp_pa
     with HubServer() as hub:
         hub.put("user/rows", {"data.jsonl": b"{}"}, "datasets")
         code = """
-from hf_fac.cli import app
+from hf_fac.cli import _RESUMES, app
 for command in args["commands"]:
     app(command, standalone_mode=False)
 from datasets import load_dataset
@@ -288,3 +289,8 @@ def test_a_command_is_stopped_though_a_server_does_not_answer(dictionary_folder,
         assert said.strip().endswith("Stopped: the same command goes on where it was.")
         assert "Traceback" not in said
         server.open.set()
+
+
+def test_commands_that_are_said_to_go_on_say_so_in_their_help() -> None:
+    commands = typer.main.get_command(app).commands
+    assert {name for name, command in commands.items() if "it goes on" in command.help} == set(_RESUMES)
