@@ -39,6 +39,17 @@ class Completion(NamedTuple):
     completion_tokens: int
 
 
+class ChatError(RuntimeError):
+    """No request can succeed: what the server said and what to do.
+
+    completions: as `complete` would have returned them, with all that was answered before; the rest failed.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.completions: list[list[Completion]] = []
+
+
 class Chat(Protocol):
     """Anything that completes conversations."""
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from . import dictionary as cli_dictionary
 from . import options as opt
@@ -23,7 +24,21 @@ if TYPE_CHECKING:
     from ..coverage.coverage import FACReport
     from ..features.featurizer import SAEFeaturizer
 
+_RESUMES = ("score", "train-sae", "interpret", "rate", "synthesize")
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            goes_on = ": the same command goes on where it was" if ctx.invoked_subcommand in _RESUMES else ""
+            typer.echo(f"Stopped{goes_on}.", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -270,7 +285,7 @@ def main() -> None:
     """The console script: errors that are for people are shown as one line, without a traceback."""
     import sys
 
-    from ..chat.endpoint import ChatError
+    from ..chat.local import ChatError
     from ..hub.errors import HubError
 
     try:

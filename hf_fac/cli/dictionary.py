@@ -43,6 +43,7 @@ def interpret(
     chat: opt.ChatModel = None,
     base_url: opt.BaseUrl = None,
     key_env: opt.KeyEnv = None,
+    timeout: opt.Timeout = 120.0,
     max_tokens: opt.MaxTokens = None,
     form: opt.AnswerForm = "json",
     sample: SampleSize = None,
@@ -74,7 +75,7 @@ def interpret(
         return
     from ..dictionary.explanation import detect, explain
 
-    writer = make_chat(chat, base_url, key_env, max_tokens, form, output / "journal", device)
+    writer = make_chat(chat, base_url, key_env, timeout, max_tokens, form, output / "journal", device)
     how = {"features": _sampled(dictionary, sample, seed), "seed": seed}
     dictionary = explain(dictionary, writer, form=form, journal=output / "journal" / "explain.jsonl", **how)
     dictionary.save(output)
@@ -91,6 +92,7 @@ def rate(
     chat: opt.ChatModel = None,
     base_url: opt.BaseUrl = None,
     key_env: opt.KeyEnv = None,
+    timeout: opt.Timeout = 120.0,
     max_tokens: opt.MaxTokens = None,
     form: opt.AnswerForm = "json",
     sample: SampleSize = None,
@@ -103,7 +105,7 @@ def rate(
     from ..tasks.task import get_task
 
     dictionary, wanted = FeatureDictionary.load(folder), get_task(task)
-    writer = make_chat(chat, base_url, key_env, max_tokens, form, folder / "journal", device)
+    writer = make_chat(chat, base_url, key_env, timeout, max_tokens, form, folder / "journal", device)
     file_name = re.sub(r"[^\w.-]+", "-", wanted.name)
     dictionary = rate_features(
         dictionary, task=wanted, chat=writer, features=_sampled(dictionary, sample, seed), form=form, seed=seed,

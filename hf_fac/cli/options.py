@@ -55,7 +55,8 @@ ChatModel = Annotated[
     typer.Option("--chat", help="Chat model: its name on the server, or a Hub id or folder; 'embedded': SmolLM2."),
 ]
 BaseUrl = Annotated[str | None, typer.Option(help="Server that speaks chat completions, up to and including /v1.")]
-KeyEnv = Annotated[str | None, typer.Option(help="Environment variable that holds the server's key.")]
+KeyEnv = Annotated[str | None, typer.Option(help="Name of the environment variable that holds the server's key.")]
+Timeout = Annotated[float, typer.Option(help="Seconds that a request to the server may take in all.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Ask the server nothing more after so many tokens in all.")]
 AnswerForm = Annotated[str, typer.Option("--form", help="json, or text for a chat model too small to write JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")]
@@ -80,6 +81,7 @@ def make_chat(
     chat: str | None,
     base_url: str | None,
     key_env: str | None,
+    timeout: float,
     max_tokens: int | None,
     form: str,
     folder: Path,
@@ -95,10 +97,14 @@ def make_chat(
     if base_url is not None:
         from ..chat.endpoint import EndpointChat
 
-        if key_env is not None and not os.environ.get(key_env):
-            raise typer.BadParameter(f"The environment variable {key_env} holds no key.")
-        token = os.environ[key_env] if key_env else None
-        return EndpointChat(chat, base_url=base_url, token=token, max_tokens_total=max_tokens, cache_dir=folder)
+        token = None if key_env is None else os.environ.get(key_env, "").strip()
+        if token == "":
+            raise typer.BadParameter(  # without what was given, which may be the key itself
+                "The environment variable that --key-env names holds no key. Give the variable's name, not the key."
+            )
+        return EndpointChat(
+            chat, base_url=base_url, token=token, timeout=timeout, max_tokens_total=max_tokens, cache_dir=folder
+        )
     from ..chat.local import LocalChat
 
     if chat == "embedded":

@@ -41,6 +41,7 @@ def synthesize(
     chat: opt.ChatModel = None,
     base_url: opt.BaseUrl = None,
     key_env: opt.KeyEnv = None,
+    timeout: opt.Timeout = 120.0,
     max_tokens: opt.MaxTokens = None,
     samples_per_feature: Annotated[int, typer.Option(min=1, help="The most samples kept for a feature.")] = 2,
     form: Annotated[str | None, typer.Option(help="list, text or json; what works best is tried by default.")] = None,
@@ -79,7 +80,7 @@ def synthesize(
         check_measured(dataset, name, featurizer.measurement, "samples will be")
     if chat is None and base_url is None:
         chat = "embedded"
-    writer = make_chat(chat, base_url, key_env, max_tokens, "text", output / "answers", device)
+    writer = make_chat(chat, base_url, key_env, timeout, max_tokens, "text", output / "answers", device)
     scored_rows, scored_anchor = scored(rows, featurizer, "data set"), scored(reference, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(scored_rows).compare(
         FeatureCoverage.from_dataset(scored_anchor), features=features, threshold=threshold

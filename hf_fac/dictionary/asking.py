@@ -151,7 +151,7 @@ def ask(
 
 def _complete(chat: Chat, batch: list[Question], journal: Journal, **settings: Any) -> dict[str, Answer]:
     """Puts the answers into the journal; what could not be answered is returned."""
-    from ..chat.endpoint import ChatError
+    from ..chat.local import ChatError
 
     try:
         completions = chat.complete([question.conversation for question in batch], **settings)

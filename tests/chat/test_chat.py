@@ -4,6 +4,7 @@ gives what a healthy one gives, nothing is paid for twice, no key is seen anywhe
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -11,18 +12,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from flaky_server import FAULTS, FlakyServer
+from flaky_server import FAULTS, FlakyServer, SlowServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -46,8 +51,9 @@ import hf_fac.chat.endpoint
 from hf_fac.chat.batch_generation import sample
 from hf_fac.chat.endpoint import ChatError, EndpointChat
 from hf_fac.chat.local import Completion, LocalChat
+from hf_fac.chat.transport import Server
 
-QUICK_FAULTS = tuple(fault for fault in FAULTS if fault != "hang")
+QUICK_FAULTS = tuple(fault for fault in FAULTS if fault not in ("hang", "drip"))
 KEY = "sk-thisKeyMustNotBeSeenAnywhere"
 
 
@@ -446,10 +452,27 @@ def test_a_server_that_is_gone_is_not_asked_for_ever() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         chat = EndpointChat("m", base_url=f"http://127.0.0.1:{unused.getsockname()[1]}/v1", attempts=2)
-        answers = [answer for [answer] in chat.complete(CONVERSATIONS)]
-    assert {answer.finish for answer in answers} == {"failed"}
+        with pytest.raises(ChatError, match="requests in a row") as raised:
+            chat.complete(CONVERSATIONS)
+    assert {answer.finish for [answer] in raised.value.completions} == {"failed"}
     assert chat.spent.requests < 50
-    assert any("requests in a row" in answer.error for answer in answers)
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_a_server_that_never_answers_ends_the_run_after_a_few_timeouts(
+    fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FlakyServer(rate=1, faults=(fault,), hang=1) as server:
+        chat = endpoint(server, timeout=0.2, max_concurrency=4)
+        start = time.monotonic()
+        with pytest.raises(ChatError, match=r"did not answer within 0\.2 s, 3 times in a row") as raised:
+            chat.complete(CONVERSATIONS)
+        assert time.monotonic() - start < 5
+    assert len(raised.value.completions) == 60
+    assert chat.spent.requests <= 3 * 4
+    first = caplog.records[0]
+    assert first.levelname == "WARNING", "the first failure is told at once"
+    assert first.message.startswith("The server did not answer within 0.2 s; again in")
 
 
 @pytest.mark.parametrize(
@@ -519,12 +542,89 @@ def test_a_pause_that_is_asked_for_is_made(monkeypatch: pytest.MonkeyPatch) -> N
         [[answer]] = endpoint(server).complete(user("hello"))
         assert time.monotonic() - start < 100
         assert "attempts: 1" in answer.error
+        assert "asks to wait 4,000 s, longer than the 300 s of max_wait" in answer.error
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("x" * 2_000, "2,000 characters, more than max_tokens=5 can hold"),
+        ("x" * 2_000_000, "larger than 1,053,696 bytes"),
+    ],
+)
+def test_an_answer_is_no_longer_than_max_tokens_allows(content: str, said: str) -> None:
+    with FlakyServer(messages={"long": {"message": {"role": "assistant", "content": content}}}) as server:
+        [[answer]] = endpoint(server).complete(user("long"), max_tokens=5)
+    assert (answer.finish, answer.text) == ("failed", "")
+    assert said in answer.error
+
+
+@pytest.mark.parametrize("tokens", [-5, 10**12, 1e300, "many", True, None, [7]])
+def test_figures_of_usage_that_cannot_be_are_estimated(tokens: Any) -> None:
+    content = {"message": {"role": "assistant", "content": "x" * 40}}
+    with FlakyServer(
+        usage={"prompt_tokens": tokens, "completion_tokens": tokens}, messages={"y" * 80: content}
+    ) as server:
+        chat = endpoint(server)
+        [[answer]] = chat.complete(user("y" * 80))
+    assert (answer.finish, answer.prompt_tokens, answer.completion_tokens) == ("stop", 0, 0)
+    assert (chat.spent.prompt_tokens, chat.spent.completion_tokens) == (20, 10)
+
+
+def test_a_redirect_is_refused() -> None:
+    with FlakyServer() as other, FlakyServer(redirect=f"{other.url}/chat/completions") as server:
+        with pytest.raises(ChatError, match=f"307 .to {other.url}/.*Redirects are not followed"):
+            endpoint(server, token=KEY).complete(user("hello"))
+        assert not other.keys
+
+
+def test_a_server_of_ones_own_is_asked_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with FlakyServer() as server:
+        assert endpoint(server).complete(user("hello"))[0][0].finish == "stop"
+    with pytest.raises(ChatError, match="HF_HUB_OFFLINE is set"):
+        EndpointChat("org/m", provider="together", token="hf_x").complete(user("hello"))
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_ctrl_c_waits_for_what_is_under_way_and_a_second_one_does_not(patient: bool, tmp_path: Path) -> None:
+    script = (
+        "import sys; from hf_fac.chat.endpoint import EndpointChat;"
+        "chat = EndpointChat('m', base_url=sys.argv[1], cache_dir=sys.argv[2], max_concurrency=3);"
+        "chat.complete([[{'role': 'user', 'content': f'question {k}'}] for k in range(60)], max_tokens=9)"
+    )
+    with SlowServer() as server:
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, server.url, str(tmp_path)], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3):
+            assert server.waiting.acquire(timeout=60)
+        child.send_signal(signal.SIGINT)
+        said = child.stderr.readline()
+        assert said.startswith("Interrupted: waiting for 3 requests under way, at most 120 s")
+        if patient:
+            server.open.set()
+        else:
+            child.send_signal(signal.SIGINT)
+        assert child.stderr.read().rstrip().endswith("KeyboardInterrupt")
+        assert child.wait(timeout=20) != 0
+        server.open.set()
+        written = tmp_path / "answers.jsonl"
+        assert (written.read_bytes().count(b"\n") if written.exists() else 0) == (3 if patient else 0)
 
 
 def test_requests_run_at_once_up_to_the_limit() -> None:
     with FlakyServer(latency=0.05) as server:
         endpoint(server, max_concurrency=5).complete(CONVERSATIONS[:30])
     assert server.most_at_once == 5
+
+
+def test_it_can_be_called_where_an_event_loop_runs() -> None:
+    async def notebook(chat: EndpointChat) -> list:
+        return chat.complete(CONVERSATIONS[:3])
+
+    with FlakyServer() as server:
+        assert [answer.finish for [answer] in asyncio.run(notebook(endpoint(server)))] == ["stop"] * 3
 
 
 def test_a_cap_stops_spending_and_keeps_what_was_bought(caplog: pytest.LogCaptureFixture) -> None:
@@ -659,12 +759,125 @@ def test_the_key_is_in_no_file_log_repr_or_message(tmp_path: Path, caplog: pytes
     assert not any(KEY in text for text in said)
 
 
-def test_the_saved_hub_token_goes_to_no_other_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_savedTokenOfTheHub00000000000000000")
-    with FlakyServer() as server:
-        endpoint(server).complete(user("hello"))
-    assert server.keys == ["Bearer none"]
-    assert "hf_savedTokenOfTheHub" not in repr(EndpointChat("m", provider="together"))
+def test_a_key_in_an_answer_is_masked(tmp_path: Path) -> None:
+    content = {"message": {"role": "assistant", "content": f"You sent {KEY}."}}
+    refusal = {"message": {"role": "assistant", "content": None, "refusal": f"Not for {KEY}"}}
+    with FlakyServer(messages={"one": content, "two": refusal}) as server:
+        [[one], [two]] = endpoint(server, token=KEY, cache_dir=tmp_path).complete(user("one", "two"))
+    assert one.text == "You sent ***."
+    assert two.error == "The model refused: Not for ***"
+    assert KEY not in (tmp_path / "answers.jsonl").read_text()
+
+
+@pytest.mark.parametrize("token", [f"{KEY}\n", f"  {KEY}\r\n\t"])
+def test_what_is_around_a_key_is_not_sent(token: str) -> None:
+    with FlakyServer(key=KEY) as server:
+        assert endpoint(server, token=token).complete(user("hello"))[0][0].finish == "stop"
+
+
+@pytest.mark.parametrize("inside", ["\n", " ", "\0", "\x1b", "\x7f", "é", "\u202e", "\ud800"])
+def test_a_key_that_cannot_be_one_is_refused_and_not_shown(inside: str) -> None:
+    with pytest.raises(ValueError, match="copy it again") as raised:
+        EndpointChat("m", base_url="http://127.0.0.1:9/v1", token=KEY + inside + KEY)
+    assert KEY not in "".join(traceback.format_exception(raised.value))
+
+
+SAVED = "hf_savedTokenOfTheHub00000000000000000"
+
+
+class Recorder(ThreadingHTTPServer):
+    """A server and a proxy for every other: keeps what came, and answers with refusals."""
+
+    def __init__(self) -> None:
+        self.came: list[tuple[str, str]] = []
+        came = self.came
+
+        class Handler(BaseHTTPRequestHandler):
+            def refuse(self) -> None:
+                came.append((self.requestline, str(self.headers)))
+                self.send_error(400)
+
+            do_GET = do_HEAD = do_POST = do_CONNECT = refuse
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def __enter__(self) -> Recorder:
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+ASK_EVERYWHERE = """
+import sys
+from hf_fac.chat.endpoint import ChatError, EndpointChat
+port, saved = sys.argv[1:]
+here = f"127.0.0.1:{port}"
+hosts = [here, f"localhost:{port}", "huggingface.co", "x.huggingface.cloud", "huggingface.co.example.com",
+         "nothuggingface.co", "huggingface.co.", "me.hf.space", "huggingface.co:80", f"huggingface.co@{here}",
+         f"{here}/huggingface.co", f"{here}#.huggingface.co", f"{here}\\.huggingface.co"]
+addresses = [f"http://{host}/v1" for host in hosts]
+wheres = [{"base_url": one} for one in addresses] + [{"model": one} for one in addresses[:3]]
+wheres += [{"provider": one} for one in (None, "together", "hf-inference", "openai", f"http://{here}", "no such")]
+for where in wheres:
+    for token in (None, "", " ", "\\n", "\\t \\n"):
+        try:
+            chat = EndpointChat(**{"model": "org/m", **where}, token=token, attempts=1, timeout=20)
+            chat.complete([[{"role": "user", "content": "hello"}]])
+        except (ValueError, ChatError) as error:
+            assert saved not in str(error)
+"""
+
+
+@pytest.mark.parametrize("place", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "file"])
+def test_the_saved_hub_token_goes_to_no_other_host(place: str, tmp_path: Path) -> None:
+    with Recorder() as recorder:
+        here = f"http://127.0.0.1:{recorder.server_port}"
+        environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+        environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": here, "HF_INFERENCE_ENDPOINT": here}
+        # What is for other hosts comes here too, readable where it is not encrypted.
+        environment |= {"HTTP_PROXY": here, "HTTPS_PROXY": here, "NO_PROXY": "127.0.0.1,localhost"}
+        environment |= {"HF_HUB_OFFLINE": "0"}
+        environment |= {} if place == "file" else {place: SAVED}
+        if place == "file":
+            (tmp_path / "token").write_text(SAVED + "\n")
+        command = [sys.executable, "-c", ASK_EVERYWHERE, str(recorder.server_port), SAVED]
+        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
+    lines = [line for line, _ in recorder.came]
+    assert lines.count("POST /v1/chat/completions HTTP/1.1") >= 10
+    assert lines.count("CONNECT router.huggingface.co:443 HTTP/1.1") == 6 * 5
+    assert {line.split()[1] for line in lines if line.startswith("CONNECT")} == {"router.huggingface.co:443"}
+    assert any("example.com" in line for line in lines)
+    assert not [line for line, headers in recorder.came if "authorization" in headers.lower() or SAVED in headers]
+
+
+@pytest.mark.parametrize(
+    ("address", "gets_it"),
+    [
+        ("https://router.huggingface.co/v1", True),
+        ("https://HUGGINGFACE.co/v1", True),
+        ("https://x.us-east-1.endpoints.huggingface.cloud/v1", True),
+        ("http://router.huggingface.co/v1", False),
+        ("https://huggingface.co.example.com/v1", False),
+        ("https://nothuggingface.co/v1", False),
+        ("https://me.hf.space/v1", False),
+        ("https://127.0.0.1/huggingface.co", False),
+    ],
+)
+def test_the_saved_hub_token_is_for_the_hubs_own_hosts(
+    address: str, gets_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SAVED)
+    for token in (None, "", " \n"):
+        headers = Server("a chat", address, token, timeout=1, max_wait=1).client().headers
+        assert headers.get("Authorization") == (f"Bearer {SAVED}" if gets_it else None)
+    given = Server("a chat", address, KEY, timeout=1, max_wait=1).client().headers
+    assert given["Authorization"] == f"Bearer {KEY}"
 
 
 def test_settings_that_do_not_fit_are_refused_without_repeating_a_key() -> None:
@@ -672,9 +885,14 @@ def test_settings_that_do_not_fit_are_refused_without_repeating_a_key() -> None:
         ({}, "Give a model"),
         ({"base_url": "http://h/v1", "provider": "together"}, "not both"),
         ({"base_url": "h:8000"}, "begin with http"),
+        ({"base_url": " "}, "begin with http"),
         ({"base_url": f"http://user:{KEY}@h/v1"}, "A key is the token"),
         ({"base_url": f"http://h/v1?key={KEY}"}, "A key is the token"),
         ({"model": "m", "max_concurrency": 0}, "at least 1"),
+        ({"model": "m", "timeout": 0}, "above 0 seconds"),
+        ({"model": "http://h/v1"}, "give it as base_url"),
+        ({"base_url": "http://h\x1b/v1"}, "no address"),
+        ({"model": "m", "provider": "together", "token": KEY}, "provider's address as base_url"),
     ):
         with pytest.raises(ValueError, match=said) as raised:
             EndpointChat(**options)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from command_line import model_options, run
 from datasets import load_dataset
-from flaky_server import FlakyServer
+from flaky_server import FlakyServer, SlowServer
 from hub_server import WRITE_TOKEN, HubServer, run_with_hub
 from typer.testing import CliRunner
 
-from hf_fac.cli import app
+from hf_fac.cli.commands import _RESUMES, app
 from hf_fac.coverage.coverage import FeatureCoverage
 from hf_fac.dictionary.dictionary import FeatureDictionary
 
@@ -216,3 +220,59 @@ result = load_dataset("user/features", split="train")["feature"][:]
         assert (tmp_path / "s" / file).read_bytes() == (folders / "sae" / file).read_bytes()
     opened = load_dataset(str(tmp_path / "d"), split="train", cache_dir=str(tmp_path / "cache"))
     assert FeatureDictionary(opened) == there
+
+
+def test_a_key_given_as_a_variables_name_is_not_shown(server, dictionary_folder, monkeypatch) -> None:
+    monkeypatch.setenv("BLANK_KEY", " \n")
+    for name in (KEY, f"{KEY}\n", "", "BLANK_KEY"):
+        said = run("rate", dictionary_folder, "toxicity", "--base-url", server.url, "--key-env", name, fails=True)
+        assert "holds no key. Give the variable's name, not the key" in said
+        assert KEY not in said
+    assert not server.came
+
+
+def test_a_key_with_a_line_break_is_written_nowhere(dictionary_folder, tmp_path, monkeypatch) -> None:
+    built = FeatureDictionary.load(dictionary_folder)
+    built = built.select(built.features[:3])
+    explained = {"explanation": "words", "explanation_state": "explained", "verification": "yes"}
+    built.updated(dict.fromkeys(built.features.tolist(), explained)).save(tmp_path)
+    with FlakyServer(rate=1, faults=("echo",), key=KEY) as server:
+        options = ["--chat", "teacher", "--base-url", server.url, "--key-env", "TEACHER_KEY"]
+        monkeypatch.setenv("TEACHER_KEY", f"{KEY}\n")
+        with pytest.warns(UserWarning, match="toxicity"):
+            run("rate", tmp_path, "toxicity", *options)
+        monkeypatch.setenv("TEACHER_KEY", f"{KEY}\n{KEY}")
+        said = run("rate", tmp_path, "toxicity", *options, fails=True)
+    assert "copy it again" in said
+    assert KEY not in said
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    [reason] = {rating["reason"] for row in FeatureDictionary.load(tmp_path) for rating in row["ratings"]}
+    assert "the server says Bearer ***" in reason
+    assert not any(KEY.encode() in file.read_bytes() for file in written)
+
+
+def test_a_command_is_stopped_though_a_server_does_not_answer(dictionary_folder, tmp_path) -> None:
+    built = FeatureDictionary.load(dictionary_folder)
+    explained = {"explanation": "words", "explanation_state": "explained", "verification": "yes"}
+    built.updated(dict.fromkeys(built.features.tolist(), explained)).save(tmp_path)
+    with SlowServer() as server:
+        command = ["rate", str(tmp_path), "toxicity", "--chat", "m", "--base-url", server.url, "--timeout", "77"]
+        child = subprocess.Popen(
+            [sys.executable, "-c", "from hf_fac.cli import main; main()", *command],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for _ in range(8):
+            assert server.waiting.acquire(timeout=120)
+        child.send_signal(signal.SIGINT)
+        assert any("Interrupted: waiting for 8 requests under way, at most 77 s" in line for line in child.stderr)
+        child.send_signal(signal.SIGINT)
+        said = child.stderr.read()
+        assert child.wait(timeout=30) == 130
+        assert said.strip().endswith("Stopped: the same command goes on where it was.")
+        assert "Traceback" not in said
+        server.open.set()
+
+
+def test_commands_that_are_said_to_go_on_say_so_in_their_help() -> None:
+    commands = typer.main.get_command(app).commands
+    assert {name for name, command in commands.items() if "it goes on" in command.help} == set(_RESUMES)

@@ -30,6 +30,7 @@ FAULTS = (
     "reset before",
     "reset in the middle",
     "hang",
+    "drip",
     "half a JSON",
     "HTML",
     "not UTF-8",
@@ -51,6 +52,8 @@ class FlakyServer:
         latency: seconds that each answer takes.
         statuses: content of the last message -> status that is always answered.
         messages: content of the last message -> the choice that is always answered.
+        usage: what every answer holds as its usage; True for the right one, False for none.
+        redirect: where every request is sent on to.
     """
 
     def __init__(
@@ -65,11 +68,12 @@ class FlakyServer:
         latency: float = 0.0,
         statuses: dict[str, int] | None = None,
         messages: dict[str, dict[str, Any]] | None = None,
-        usage: bool = True,
+        usage: Any = True,
+        redirect: str | None = None,
     ):
         self.rate, self.faults, self.seed, self.key, self.hang = rate, faults, seed, key, hang
         self.latency, self.statuses, self.messages, self.usage = latency, statuses or {}, messages or {}, usage
-        self.retry_after = "0"
+        self.retry_after, self.redirect = "0", redirect
         self.came: Counter[str] = Counter()  # requests by body
         self.paid: Counter[str] = Counter()  # whole, proper answers by body
         self.failed: Counter[str] = Counter()  # requests that failed, by fault
@@ -120,6 +124,8 @@ class FlakyServer:
         asked = json.loads(body)
         if status := self.statuses.get(asked["messages"][-1]["content"]):
             return send(call, status, {"error": {"message": f"the server says {status} to {authorization}"}})
+        if self.redirect:
+            return send(call, 307, b"", Location=self.redirect)
         name = json.dumps(asked, sort_keys=True)
         with self.lock:
             self.came[name] += 1
@@ -146,7 +152,7 @@ class FlakyServer:
         read = sum(len(message["content"].split()) for message in asked["messages"])
         usage = {"prompt_tokens": read, "completion_tokens": len(words), "total_tokens": read + len(words)}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
-        return {**reply, "usage": usage} if self.usage else reply
+        return {**reply, "usage": usage if self.usage is True else self.usage} if self.usage else reply
 
     def fail(self, call: BaseHTTPRequestHandler, fault: str, proper: dict[str, Any]) -> None:
         whole = json.dumps(proper).encode()
@@ -171,6 +177,11 @@ class FlakyServer:
             case "hang":
                 time.sleep(self.hang)
                 reset(call)
+            case "drip":
+                for _ in range(int(self.hang / 0.05)):
+                    call.wfile.write(b"H" if call.close_connection else b"HTTP/1.1 200 OK\r\nX-Drip: ")
+                    call.close_connection = True
+                    time.sleep(0.05)
             case "half a JSON":
                 send(call, 200, whole[: len(whole) // 2])
             case "HTML":
@@ -185,8 +196,23 @@ class FlakyServer:
                 send(call, 200, {"error": {"message": "overloaded", "code": 529}})
             case "content is a number":
                 send(call, 200, {**proper, "choices": [{"message": {"role": "assistant", "content": 7}}]})
+            case "echo":
+                send(call, 422, {"error": {"message": f"the server says {call.headers['Authorization']}"}})
             case "no body":
                 send(call, 200, b"")
+
+
+class SlowServer(FlakyServer):
+    """Answers nothing until `open` is set; `waiting` is released once for each request that came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.waiting = threading.Event(), threading.Semaphore(0)
+
+    def answer(self, *call: Any) -> None:
+        self.waiting.release()
+        self.open.wait()
+        super().answer(*call)
 
 
 def head(
