@@ -32,7 +32,8 @@ from hf_fac.dictionary import FeatureDictionary
 from hf_fac.dictionary_schema import schema
 from hf_fac.featurizer import SAEFeaturizer
 from hf_fac.reading import Reading
-from hf_fac.spans import build_dictionary, row_hash
+from hf_fac.spans import build_dictionary
+from hf_fac.stored_rows import row_hash
 from hf_fac.top_spans import TopSpans, window_hashes
 
 WORDS = " ".join(CORPUS).split()
