@@ -15,6 +15,7 @@ from rich.text import Text
 from . import cli_dictionary, cli_synthesis
 from . import cli_options as opt
 from .cli_options import check_measured, console, load_data, make_featurizer, scored
+from .files import try_output, write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,6 +83,7 @@ def score(
     from .coverage import FeatureCoverage
     from .shards import score_shards
 
+    try_output(output, folder=True)
     dataset = load_data(data, split)
     featurizer = make_featurizer(
         model, sae, sae_id, device, layer=layer, activation=activation, keep_above=keep_above, pool_over=pool_over,
@@ -128,6 +130,8 @@ def missing(
     from .coverage import FeatureCoverage
     from .scorer import COLUMNS
 
+    if output:
+        try_output(output)
     data_rows, anchor_rows = load_data(data, split), load_data(anchor, split)
     featurizer = None
     if not all(set(COLUMNS) <= set(rows.column_names) for rows in (data_rows, anchor_rows)):
@@ -143,8 +147,7 @@ def missing(
     )
     print_report(report, anchor_rows, featurizer, top)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report.to_dict(), indent=1))
+        write_whole(output, json.dumps(report.to_dict(), indent=1))
         console.print(f"The whole report is in {output}.")
 
 
@@ -171,6 +174,7 @@ def train_sae_command(
     """Train a sparse autoencoder on a model's hidden states. Started again, it goes on from its last checkpoint."""
     from .sae_training import train_sae
 
+    try_output(output, folder=True)
     if model is None:
         from .embedded import load_model
 

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from . import cli_options as opt
 from .cli_options import check_measured, console, load_data, make_chat, make_featurizer, scored
+from .files import try_output, write_whole
+from .stored_rows import write_parquet
 
 if TYPE_CHECKING:
     from .coverage import FACReport
@@ -60,6 +62,7 @@ def synthesize(
     from .synthesis import FACSynthesizer
     from .tasks import get_task
 
+    try_output(output, folder=True)
     wanted = get_task(task)
     if form not in (None, *FORMS):
         raise typer.BadParameter(f"--form is {form!r}; it must be one of {', '.join(FORMS)}.")
@@ -95,9 +98,9 @@ def synthesize(
     result = synthesizer.synthesize(
         report, journal=output / "journal", max_samples=max_samples, max_requests=max_requests, max_seconds=max_seconds
     )
-    result.dataset.to_parquet(str(output / "samples.parquet"))
-    result.dropped.to_parquet(str(output / "dropped.parquet"))
-    (output / "report.json").write_text(json.dumps(result.report.to_dict(), indent=1))
+    write_parquet(result.dataset, output / "samples.parquet")
+    write_parquet(result.dropped, output / "dropped.parquet")
+    write_whole(output / "report.json", json.dumps(result.report.to_dict(), indent=1))
     console.print(str(result.report), highlight=False)
     console.print(f"Samples, what was dropped, and the report are in {output}.")
     if result.report.ended:

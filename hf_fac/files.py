@@ -123,10 +123,13 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else str(error)
+        in_way = number in (errno.EEXIST, errno.ENOTDIR)
+        reason = "a file is in the way" if in_way else os.strerror(number) if number else str(error)
         full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         text = f"{path} cannot be written ({reason}): {'make room there, or ' if full else ''}choose another output."
-        raise (OSError(number, text) if number else OSError(text)) from error
+        named = type(OSError(number or 0, ""))(text)  # PermissionError where it was one
+        named.errno = number
+        raise named from error
 
 
 def _partial(path: Path) -> Path:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from .files import write_whole
+from .files import try_output, write_whole
 
 _SETTINGS = "settings.json"
 _FORMAT = "hf_fac journal 2"
@@ -130,7 +130,7 @@ class SharedLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[str, dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try_output(path.parent, folder=True)
         written = path.read_bytes() if path.exists() else b""
         for line in written.splitlines():
             with suppress(ValueError, KeyError, TypeError, AttributeError):

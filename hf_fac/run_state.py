@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .files import write_whole
+from .files import try_output, write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,7 +101,7 @@ class Ranks:
         """
         from accelerate.utils import broadcast_object_list
 
-        folder.mkdir(parents=True, exist_ok=True)
+        try_output(folder, folder=True)
         token = [uuid.uuid4().hex[:12]]
         if args.world_size > 1:
             if args.process_index == 0:

@@ -80,7 +80,7 @@ def score_shards(
             )
         except RowError as error:
             raise RowError(f"In rows {part[0]} to {part[-1]}, counted from a multiple of 1,000: {error}") from error
-        write_parquet(scored, file, note={"rows": rows_digest(rows), "fingerprint": fingerprint})
+        write_parquet(scored, file, note={"shard": file.name, "fingerprint": fingerprint, "rows": rows_digest(rows)})
     return list(shards)
 
 
@@ -100,10 +100,12 @@ def _check_manifest(path: Path, featurizer: SAEFeaturizer, dataset: Dataset, sha
 
 
 def _check_shard(file: Path, dataset: Dataset, part: range, fingerprint: str) -> None:
-    note = read_note(file) or {}
-    if note.get("fingerprint") != fingerprint:
+    note = read_note(file)
+    if note is None:
+        problem = "was not written by score_shards, or is not whole"
+    elif note["fingerprint"] != fingerprint:
         problem = "was scored with another model, SAE or setting"
-    elif note.get("rows") != rows_digest(dataset.select(part)):
+    elif note["rows"] != rows_digest(dataset.select(part)):
         problem = f"does not hold what is now in rows {part[0]} to {part[-1]} of the data"
     else:
         return

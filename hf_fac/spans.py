@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,22 +89,22 @@ def build_dictionary(
         if state.exists():
             top.load(state, settings)
     shards = range(rank * shard_rows, len(dataset), world_size * shard_rows)
-    for start, known in zip(shards, top.shards, strict=False):
-        stop = min(start + shard_rows, len(dataset))
-        if digest_of_hashes(rows.hashes(start, stop)) != known:
-            raise ValueError(
-                f"{state} is of a pass over other rows: {start} to {stop - 1} have changed. Choose another output_dir."
-            )
+    content = ""
+    for start in shards[: top.shards_done]:
+        content = digest_of_hashes(rows.hashes(start, min(start + shard_rows, len(dataset))), after=content)
+    if content != top.content:
+        raise ValueError(f"{state} is of a pass over other rows, or in another order: choose another output_dir.")
     batch = max(1, min(_MOST_ROWS, _CELLS // featurizer.d_sae))
     with _progress(sum(min(shard_rows, len(dataset) - start) for start in shards), top.total_rows) as bar:
-        for start in shards[len(top.shards) :]:
+        for start in shards[top.shards_done :]:
             stop = min(start + shard_rows, len(dataset))
             hashes = rows.hashes(start, stop)
             for first in range(start, stop, batch):
                 _read(featurizer, rows, first, min(first + batch, stop), top, before, after)
                 bar.update(min(batch, stop - first))
             top.data = (top.data + sum(hashes)) % 2**64
-            top.shards.append(digest_of_hashes(hashes))
+            top.content = digest_of_hashes(hashes, after=top.content)
+            top.shards_done += 1
             if state is not None:
                 top.save(state, settings)
     if top.skipped:
@@ -111,6 +112,19 @@ def build_dictionary(
             f"{top.skipped:,} of {top.total_rows:,} rows were skipped, without text or unreadable", stacklevel=2
         )
     return _dictionary(featurizer, rows, top, before, after, source or rows.name, measurement)
+
+
+def content_hash(dataset: Dataset | list[Any]) -> str:
+    """Returns what a dictionary of these rows, in any order, has in its column `data`."""
+    return f"{sum(_Rows(dataset).hashes(0, len(dataset))) % 2**64:016x}"
+
+
+def remove_states(output_dir: str | os.PathLike[str]) -> None:
+    """Remove what `build_dictionary` keeps in a folder to go on from, and the folder where it holds nothing else."""
+    for state in Path(output_dir).glob("spans-*-of-*.safetensors"):
+        state.unlink()
+    with suppress(OSError):
+        Path(output_dir).rmdir()
 
 
 class _Rows:

@@ -57,11 +57,12 @@ def row_hash(row: Any) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(row, sort_keys=True, default=repr).encode())
 
 
-def digest_of_hashes(hashes: Iterable[int]) -> str:
-    """Returns a hash of rows in their order, from their `row_hash`es: 32 hexadecimal digits."""
+def digest_of_hashes(hashes: Iterable[int], *, after: str = "") -> str:
+    """Returns a hash of rows in their order, from their `row_hash`es and the hash of the rows before them: 32
+    hexadecimal digits."""
     import xxhash
 
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128(after.encode())
     for value in hashes:
         digest.update(value.to_bytes(8, "little"))
     return digest.hexdigest()

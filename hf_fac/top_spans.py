@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _TRILLION = 10**12
 _ARRAYS = ("activation", "window", "row", "position", "rows", "whole", "trillionths")
-_COUNTS = ("total_rows", "data", "skipped", "shards")
+_COUNTS = ("total_rows", "data", "skipped", "shards_done", "content")
 
 
 class TopSpans:
@@ -32,7 +32,7 @@ class TopSpans:
     a feature are the same. row: int64, position: int32, of the token in its row; of equal activations the first rows.
     rows: int64 [d_sae], rows that activate the feature. whole, trillionths: int64 [d_sae], the sum of activations over
     those rows in integers, so that it is the same in any order: whole + trillionths / 10**12.
-    data: the sum of the rows' hashes. shards: a hash of the rows of each shard that is done.
+    data: the sum of the rows' hashes. content: a hash of the rows read, in their order.
     """
 
     def __init__(self, d_sae: int, n: int) -> None:
@@ -41,8 +41,8 @@ class TopSpans:
         self.row = np.zeros((d_sae, n), np.int64)
         self.position = np.zeros((d_sae, n), np.int32)
         self.rows, self.whole, self.trillionths = np.zeros((3, d_sae), np.int64)
-        self.total_rows = self.data = self.skipped = 0
-        self.shards: list[str] = []
+        self.total_rows = self.data = self.skipped = self.shards_done = 0
+        self.content = ""
 
     def add(self, first_row: int, reading: Reading, windows: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         """Count rows `first_row` and on. `windows` gives the hashes at rows and positions, int64 [m] each, of them.

@@ -251,7 +251,8 @@ def test_a_folder_with_another_pass_is_refused(featurizer, rows, tmp_path) -> No
     build_dictionary(featurizer, rows, output_dir=tmp_path)
     for other, options, problem in (
         (rows[:-1], {}, "dataset_rows: there 60, now 59"),
-        ([*rows[:-1], {"text": "changed"}], {}, "dataset: "),
+        ([*rows[:-1], {"text": "changed"}], {}, "pass over other rows, or in another order"),
+        ([rows[1], rows[0], *rows[2:]], {}, "pass over other rows, or in another order"),
         (rows, {"spans": 5}, "spans: there 10, now 5"),
         (rows, {"shard_rows": 9}, "shard_rows: there 5000, now 9"),
     ):

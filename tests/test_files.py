@@ -34,15 +34,24 @@ def test_a_file_appears_whole_with_the_mode_that_the_umask_gives(tmp_path):
     assert names(tmp_path) == ["bytes", "path", "plain", "text"]
 
 
+def put(partial, content):
+    (partial / "file" if partial.is_dir() else partial).write_text(content)
+
+
+def write_all(context, content, error=None):
+    with context as found:
+        for partial in found if isinstance(found, list) else [found]:
+            put(partial, content)
+        if error is not None:
+            raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_fault_leaves_what_was_there(tmp_path, error):
     write_whole(tmp_path / "file", "old")
-    with pytest.raises(error), whole_file(tmp_path / "file") as partial:
-        partial.write_text("new")
-        raise error
-    with pytest.raises(error), whole_folder(tmp_path / "folder") as partial:
-        (partial / "new").touch()
-        raise error
+    for context in (whole_file(tmp_path / "file"), whole_folder(tmp_path / "folder")):
+        with pytest.raises(error):
+            write_all(context, "new", error)
     assert names(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "old"
 
@@ -53,19 +62,15 @@ def test_of_several_writers_the_last_or_where_asked_the_first_stays(tmp_path):
         write_whole(path, "first")
         write_whole(path, "second", keep_first=keep_first)
         assert path.read_text() == kept
-    for content in ("first", "second"):
-        with whole_folder(tmp_path / "folder") as partial:
-            (partial / "file").write_text(content)
+        write_all(whole_folder(tmp_path / "folder"), "second" if keep_first else "first")
     assert (tmp_path / "folder" / "file").read_text() == "first"
     assert names(tmp_path) == ["file-False", "file-True", "folder"]
 
 
 def test_a_set_of_files_is_never_of_two_ages(tmp_path, monkeypatch):
     paths = [tmp_path / "config", tmp_path / "weights"]
-    for content in ("old", "new"):
-        with whole_files(*paths) as partials:
-            for partial in partials:
-                partial.write_text(content)
+    write_all(whole_files(*paths), "old")
+    write_all(whole_files(*paths), "new")
     assert [path.read_text() for path in paths] == ["new", "new"]
     moved, replace = [], os.replace
 
@@ -76,9 +81,8 @@ def test_a_set_of_files_is_never_of_two_ages(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", cut_short)
-    with pytest.raises(KeyboardInterrupt), whole_files(*paths) as partials:
-        for partial in partials:
-            partial.write_text("newest")
+    with pytest.raises(KeyboardInterrupt):
+        write_all(whole_files(*paths), "newest")
     assert names(tmp_path) == ["weights"]
 
 
@@ -179,5 +183,5 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path, folder, place):
     (tmp_path / "file").touch()
     path = {"below a file": tmp_path / "file" / "out", "a file or folder": tmp_path / ("file" if folder else ""),
             "/proc": Path("/proc/out")}[place]  # fmt: skip
-    with pytest.raises(OSError, match="cannot be written.*choose another output"):
+    with pytest.raises(OSError, match=r"cannot be written.*choose another output"):
         try_output(path, folder=folder)
