@@ -148,7 +148,8 @@ def _partial(path: Path) -> Path:
 def _sync(file: Path, mode: int) -> None:
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
-    file.chmod(mode)  # safetensors and tempfile write for the owner alone
+    if file.stat().st_mode != mode:  # safetensors writes for the owner alone
+        file.chmod(mode)
 
 
 def _place(partial: Path, path: Path, keep_first: bool) -> None:

@@ -120,18 +120,10 @@ def save_sae(sae: SAE[Any], folder: str | os.PathLike[str], *, dtype: str | torc
     Raises:
         ValueError: weights that are not finite, or too large for `dtype`.
     """
-    from sae_lens import TrainingSAE
     from sae_lens.util import str_to_dtype
     from safetensors.torch import save_file
 
-    folder, tensors = Path(folder).expanduser(), sae.state_dict()
-    # As SAELens' save_inference_model and save_model, which write to a folder.
-    if isinstance(sae, TrainingSAE):
-        sae.process_state_dict_for_saving_inference(tensors)
-        config = sae.cfg.get_inference_sae_cfg_dict()
-    else:
-        sae.process_state_dict_for_saving(tensors)
-        config = sae.cfg.to_dict()
+    folder, (config, tensors) = Path(folder).expanduser(), inference_parts(sae)
     if dtype is not None:
         tensors = {key: tensor.to(str_to_dtype(dtype)) for key, tensor in tensors.items()}
     _require_finite(tensors, "The SAE", "train it again, or store it in a wider dtype")
@@ -141,6 +133,18 @@ def save_sae(sae: SAE[Any], folder: str | os.PathLike[str], *, dtype: str | torc
         config_file.write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, weights_file)
     return folder
+
+
+def inference_parts(sae: SAE[Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Returns the config and tensors that SAELens would write; for a training SAE, those of its inference SAE."""
+    from sae_lens import TrainingSAE
+
+    tensors = sae.state_dict()
+    if isinstance(sae, TrainingSAE):
+        sae.process_state_dict_for_saving_inference(tensors)
+        return sae.cfg.get_inference_sae_cfg_dict(), tensors
+    sae.process_state_dict_for_saving(tensors)
+    return sae.cfg.to_dict(), tensors
 
 
 def find_sae(model: str, *, layer: int | None = None) -> pd.DataFrame:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from . import activations as acts
 from .conversations import ConversationReader
 from .files import try_output, whole_folder
-from .sae import fold_input_scale, save_sae
+from .sae import fold_input_scale, inference_parts, save_sae
 from .sae_layouts import SAELENS_WEIGHTS
 from .sae_metrics import content_states, evaluate_sae
 from .stored_rows import rows_digest
@@ -155,10 +154,9 @@ def train_sae(
                 if trainer.n_training_steps >= steps:
                     break
                 checkpoints.save(trainer, position)
-        with tempfile.TemporaryDirectory() as folder:
-            trainer.sae.eval()
-            trainer.sae.save_inference_model(folder)
-            sae = SAE.load_from_disk(folder, device=str(model.device))
+        # Not by way of a folder, whose disk may be full.
+        parts = inference_parts(trainer.sae.eval())
+        sae = SAE.load_from_disk("", device=str(model.device), converter=lambda *_, **__: parts)
         sae = fold_input_scale(sae, scale)
         metrics = evaluate_sae(model, tokenizer, sae, held_out, layer=layer, sink_norm=sink_norm, max_length=max_length)
         sae.cfg.metadata["hf_fac"] = {
