@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from ..storage.files import try_output, write_whole
 from . import dictionary as cli_dictionary
 from . import options as opt
 from . import synthesize as cli_synthesis
@@ -98,6 +99,7 @@ def score(
     from ..coverage.coverage import FeatureCoverage
     from ..features.shards import score_shards
 
+    try_output(output, folder=True)
     dataset = load_data(data, split)
     featurizer = make_featurizer(
         model, sae, sae_id, device, layer=layer, activation=activation, keep_above=keep_above, pool_over=pool_over,
@@ -144,6 +146,8 @@ def missing(
     from ..coverage.coverage import FeatureCoverage
     from ..features.scoring import COLUMNS
 
+    if output:
+        try_output(output)
     data_rows, anchor_rows = load_data(data, split), load_data(anchor, split)
     featurizer = None
     if not all(set(COLUMNS) <= set(rows.column_names) for rows in (data_rows, anchor_rows)):
@@ -159,8 +163,7 @@ def missing(
     )
     print_report(report, anchor_rows, featurizer, top)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report.to_dict(), indent=1))
+        write_whole(output, json.dumps(report.to_dict(), indent=1))
         console.print(f"The whole report is in {output}.")
 
 
@@ -187,6 +190,7 @@ def train_sae_command(
     """Train a sparse autoencoder on a model's hidden states. Started again, it goes on from its last checkpoint."""
     from ..sae.training import train_sae
 
+    try_output(output, folder=True)
     if model is None:
         from ..embedded.loader import load_model
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..storage.files import try_output, whole_file
 from . import options as opt
 from .options import check_measured, console, differing, load_data, make_chat, make_featurizer, scored
 
@@ -54,27 +54,36 @@ def interpret(
 ) -> None:
     """Collect the strongest spans of every feature that a data set activates; with --chat also have them explained,
     verified and the explanations tested. Started again, it goes on where it was."""
+    from ..dictionary.build import content_hash, remove_states
+
     if (output / _DICTIONARY).exists():
         from ..dictionary.dictionary import FeatureDictionary
 
         dictionary = FeatureDictionary.load(output)
+        if data is not None and content_hash(load_data(data, split)) != dictionary.dataset[0]["data"]:
+            raise typer.BadParameter(
+                f"{output} holds a dictionary of other rows than those of {data}: choose another folder, or leave the "
+                "data out to go on with it."
+            )
         console.print(f"Going on with the dictionary in {output}; delete it to collect spans anew.")
     elif data is None:
         raise typer.BadParameter(f"{output} holds no dictionary yet: give the data to collect spans from.")
     elif others := sorted(file.name for file in output.rglob("*.parquet")):
         raise typer.BadParameter(f"{output} holds {others[0]}, no part of a dictionary: choose another folder.")
     else:
+        try_output(output, folder=True)
         featurizer = make_featurizer(
             model, sae, sae_id, device, layer=layer, activation=activation, pool_over=pool_over, side=side,
             max_length=max_length, on_error=on_error, preset=preset,
         )  # fmt: skip
         dictionary = _collected(featurizer, data, split, spans, output)
-    shutil.rmtree(output / _PROGRESS, ignore_errors=True)
+    remove_states(output / _PROGRESS)
     _print_summary(dictionary, output)
     if chat is None and base_url is None:
         return
     from ..dictionary.explanation import detect, explain
 
+    try_output(output, folder=True)
     writer = make_chat(chat, base_url, key_env, timeout, max_tokens, form, output / "journal", device)
     how = {"features": _sampled(dictionary, sample, seed), "seed": seed}
     dictionary = explain(dictionary, writer, form=form, journal=output / "journal" / "explain.jsonl", **how)
@@ -105,6 +114,7 @@ def rate(
     from ..tasks.task import get_task
 
     dictionary, wanted = FeatureDictionary.load(folder), get_task(task)
+    try_output(folder, folder=True)
     writer = make_chat(chat, base_url, key_env, timeout, max_tokens, form, folder / "journal", device)
     file_name = re.sub(r"[^\w.-]+", "-", wanted.name)
     dictionary = rate_features(
@@ -134,9 +144,12 @@ def select(
 ) -> None:
     """Choose from a pool the rows that activate most of the features that a report says are missing. A pool that is
     not scored yet is measured as the report was: give the options that it was made with."""
+    from fsspec.utils import infer_compression
+
     from ..coverage.selection import select as select_rows
     from ..features.scoring import COLUMNS
 
+    try_output(output)
     found = _read_report(report)
     measured, data = found["measurement"], load_data(pool, split)
     featurizer = None
@@ -153,8 +166,8 @@ def select(
             )
     data = scored(data, featurizer, "pool")
     chosen = select_rows(data, found["missing"], rows, threshold=found["threshold"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    data.select(chosen.rows).remove_columns(COLUMNS).to_json(output)
+    with whole_file(output) as partial:
+        data.select(chosen.rows).remove_columns(COLUMNS).to_json(partial, compression=infer_compression(str(output)))
     covered, missing = len(chosen.covered), len(found["missing"])
     console.print(
         f"{len(chosen.rows):,} rows activate {covered:,} of {missing:,} missing features. Written to {output}."
@@ -203,6 +216,7 @@ def pull(
     revision: opt.Revision = None,
 ) -> None:
     """Pull a dictionary or an SAE; it is checked before it is written."""
+    try_output(output, folder=True)
     if kind == "dictionary":
         from ..dictionary.dictionary import FeatureDictionary
 

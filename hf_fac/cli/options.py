@@ -123,6 +123,8 @@ def load_data(name: str, split: str = "train") -> Dataset:
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+    from ..storage.parquet import read_note
+
     path = Path(name)
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.is_file() and path.suffix not in kinds:
@@ -132,6 +134,9 @@ def load_data(name: str, split: str = "train") -> Dataset:
     parts = sorted(path.glob("shard-*-of-*.parquet")) if (path / "measurement.json").exists() else []
     if parts and len(parts) < (whole := int(parts[0].stem.rpartition("-")[2])):
         raise typer.BadParameter(f"{name} holds {len(parts)} of {whole} shards: start hf-fac score again, it goes on.")
+    for file in parts:
+        if (read_note(file) or {}).get("shard") != file.name:
+            raise typer.BadParameter(f"{file} is not what hf-fac score wrote there: score the rows into a new folder.")
     if (path / "dropped.parquet").exists() and (path / "samples.parquet").exists():
         parts = [path / "samples.parquet"]
     try:

@@ -10,6 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..storage.files import try_output, write_whole
+from ..storage.parquet import write_parquet
 from . import options as opt
 from .options import check_measured, console, load_data, make_chat, make_featurizer, scored
 
@@ -61,6 +63,7 @@ def synthesize(
     from ..synthesis.synthesizer import FACSynthesizer
     from ..tasks.task import get_task
 
+    try_output(output, folder=True)
     wanted = get_task(task)
     if form not in (None, *FORMS):
         raise typer.BadParameter(f"--form is {form!r}; it must be one of {', '.join(FORMS)}.")
@@ -96,9 +99,9 @@ def synthesize(
     result = synthesizer.synthesize(
         report, journal=output / "journal", max_samples=max_samples, max_requests=max_requests, max_seconds=max_seconds
     )
-    result.dataset.to_parquet(str(output / "samples.parquet"))
-    result.dropped.to_parquet(str(output / "dropped.parquet"))
-    (output / "report.json").write_text(json.dumps(result.report.to_dict(), indent=1))
+    write_parquet(result.dataset, output / "samples.parquet")
+    write_parquet(result.dropped, output / "dropped.parquet")
+    write_whole(output / "report.json", json.dumps(result.report.to_dict(), indent=1))
     console.print(str(result.report), highlight=False)
     console.print(f"Samples, what was dropped, and the report are in {output}.")
     if result.report.ended:

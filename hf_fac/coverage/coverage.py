@@ -13,11 +13,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from ..storage.files import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,16 +164,11 @@ class FeatureCoverage:
         """Write one safetensors file, whole or not at all."""
         from safetensors import numpy as safetensors
 
-        partial = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
         metadata = {name: json.dumps(getattr(self, name)) for name in _METADATA}
-        try:
-            # Not save_file, whose files only their owner can read.
-            partial.write_bytes(
-                safetensors.save({n: getattr(self, n) for n in _ARRAYS}, {"hf_fac.coverage": _VERSION} | metadata)
+        with whole_file(path) as partial:
+            safetensors.save_file(
+                {n: getattr(self, n) for n in _ARRAYS}, partial, {"hf_fac.coverage": _VERSION} | metadata
             )
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..storage.files import try_output
+from ..storage.parquet import digest_of_hashes, row_hash
 from .top_spans import TopSpans, window_hashes
 
 if TYPE_CHECKING:
@@ -77,22 +80,30 @@ def build_dictionary(
     measurement = featurizer.measurement | {"feature_fingerprint": featurizer.feature_fingerprint()}
     settings = {
         "measurement": measurement, "spans": spans, "before": before, "after": after, "rank": rank,
-        "world_size": world_size, "shard_rows": shard_rows, "dataset_rows": len(dataset), "dataset": rows.probe(),
+        "world_size": world_size, "shard_rows": shard_rows, "dataset_rows": len(dataset),
     }  # fmt: skip
     state = None
     if output_dir is not None:
         state = Path(output_dir) / f"spans-{rank:05d}-of-{world_size:05d}.safetensors"
-        state.parent.mkdir(parents=True, exist_ok=True)
+        try_output(state.parent, folder=True)
         if state.exists():
             top.load(state, settings)
     shards = range(rank * shard_rows, len(dataset), world_size * shard_rows)
+    content = ""
+    for start in shards[: top.shards_done]:
+        content = digest_of_hashes(rows.hashes(start, min(start + shard_rows, len(dataset))), after=content)
+    if content != top.content:
+        raise ValueError(f"{state} is of a pass over other rows, or in another order: choose another output_dir.")
     batch = max(1, min(_MOST_ROWS, _CELLS // featurizer.d_sae))
     with _progress(sum(min(shard_rows, len(dataset) - start) for start in shards), top.total_rows) as bar:
         for start in shards[top.shards_done :]:
             stop = min(start + shard_rows, len(dataset))
+            hashes = rows.hashes(start, stop)
             for first in range(start, stop, batch):
                 _read(featurizer, rows, first, min(first + batch, stop), top, before, after)
                 bar.update(min(batch, stop - first))
+            top.data = (top.data + sum(hashes)) % 2**64
+            top.content = digest_of_hashes(hashes, after=top.content)
             top.shards_done += 1
             if state is not None:
                 top.save(state, settings)
@@ -101,6 +112,19 @@ def build_dictionary(
             f"{top.skipped:,} of {top.total_rows:,} rows were skipped, without text or unreadable", stacklevel=2
         )
     return _dictionary(featurizer, rows, top, before, after, source or rows.name, measurement)
+
+
+def content_hash(dataset: Dataset | list[Any]) -> str:
+    """Returns what a dictionary of these rows, in any order, has in its column `data`."""
+    return f"{sum(_Rows(dataset).hashes(0, len(dataset))) % 2**64:016x}"
+
+
+def remove_states(output_dir: str | os.PathLike[str]) -> None:
+    """Remove what `build_dictionary` keeps in a folder to go on from, and the folder where it holds nothing else."""
+    for state in Path(output_dir).glob("spans-*-of-*.safetensors"):
+        state.unlink()
+    with suppress(OSError):
+        Path(output_dir).rmdir()
 
 
 class _Rows:
@@ -118,17 +142,8 @@ class _Rows:
 
         return list(as_rows(self.dataset[part]))
 
-    def probe(self) -> str:
-        n = len(self.dataset)
-        picked = sorted({0, n // 2, n - 1}) if n else []
-        return f"{sum(row_hash(row) for i in picked for row in self[i : i + 1]) % 2**64:016x}"
-
-
-def row_hash(row: Any) -> int:
-    """64 bits of a row's content."""
-    import xxhash
-
-    return xxhash.xxh3_64_intdigest(json.dumps(row, sort_keys=True, default=repr).encode())
+    def hashes(self, start: int, stop: int) -> list[int]:
+        return [row_hash(row) for i in range(start, stop, _MOST_ROWS) for row in self[i : min(i + _MOST_ROWS, stop)]]
 
 
 def _read(
@@ -148,7 +163,6 @@ def _read(
         return window_hashes(pieces, place, position, before=before, after=after)
 
     top.add(start, reading, windows)
-    top.data = (top.data + sum(map(row_hash, part))) % 2**64
 
 
 def _dictionary(

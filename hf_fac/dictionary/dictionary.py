@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..inputs.token_context import MarkedSpan
+from ..storage.files import whole_file
 from .schema import RATINGS, STATES, checked, schema
 
 if TYPE_CHECKING:
@@ -220,12 +221,8 @@ class FeatureDictionary:
             raise ValueError("The dictionary has no features: there is nothing to save.")
         if others := [file.name for file in sorted(folder.rglob("*.parquet")) if file != folder / _FILE]:
             raise ValueError(f"{folder} holds {others[0]}, which would be read as part of it: choose another folder.")
-        partial = folder / f"{_FILE}.{os.getpid()}.partial"
-        try:
+        with whole_file(folder / _FILE) as partial:
             pq.write_table(self._table(), partial, compression="zstd", row_group_size=8192)
-            os.replace(partial, folder / _FILE)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:

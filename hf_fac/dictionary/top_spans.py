@@ -7,13 +7,13 @@ strongest, no surroundings twice, and exact statistics; on disk, a state from wh
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..storage.files import whole_file
 from ..storage.journal import differences
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _TRILLION = 10**12
 _ARRAYS = ("activation", "window", "row", "position", "rows", "whole", "trillionths")
-_COUNTS = ("total_rows", "data", "skipped", "shards_done")
+_COUNTS = ("total_rows", "data", "skipped", "shards_done", "content")
 
 
 class TopSpans:
@@ -32,6 +32,7 @@ class TopSpans:
     a feature are the same. row: int64, position: int32, of the token in its row; of equal activations the first rows.
     rows: int64 [d_sae], rows that activate the feature. whole, trillionths: int64 [d_sae], the sum of activations over
     those rows in integers, so that it is the same in any order: whole + trillionths / 10**12.
+    data: the sum of the rows' hashes. content: a hash of the rows read, in their order.
     """
 
     def __init__(self, d_sae: int, n: int) -> None:
@@ -41,6 +42,7 @@ class TopSpans:
         self.position = np.zeros((d_sae, n), np.int32)
         self.rows, self.whole, self.trillionths = np.zeros((3, d_sae), np.int64)
         self.total_rows = self.data = self.skipped = self.shards_done = 0
+        self.content = ""
 
     def add(self, first_row: int, reading: Reading, windows: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         """Count rows `first_row` and on. `windows` gives the hashes at rows and positions, int64 [m] each, of them.
@@ -91,13 +93,9 @@ class TopSpans:
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         from safetensors.numpy import save_file
 
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         metadata = {"settings": json.dumps(settings)} | {name: json.dumps(getattr(self, name)) for name in _COUNTS}
-        try:
+        with whole_file(path) as partial:
             save_file({name: getattr(self, name) for name in _ARRAYS}, partial, metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load(self, path: Path, settings: dict[str, Any]) -> None:
         """Raises: ValueError, with what differs, for a pass over other rows or with other settings."""

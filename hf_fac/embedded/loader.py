@@ -7,11 +7,10 @@ can be made again anywhere. The SAE, the dictionary and the data sets are part o
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..storage.files import try_output, whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -60,36 +59,22 @@ def model_folder() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(Path(spec.origin).parent)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    # Only its owner may enter what mkdtemp makes; whoever shares the cache may enter a plain folder in it.
-    made = temporary / folder.name
-    try:
-        made.mkdir()
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-        tokenizer.chat_template = _TEMPLATE
-        tokenizer.model_max_length = 8192
-        tokenizer.save_pretrained(made)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-        weights = model.state_dict()
-        del model.config.quantization_config
-        model.config._name_or_path = MODEL_ID
-        # A model without the quantiser's marks: those forbid saving.
-        plain = AutoModelForCausalLM.from_config(model.config)
-        plain.load_state_dict(weights)
-        plain.generation_config = model.generation_config
-        plain.generation_config.do_sample = True
-        plain.save_pretrained(made)
-        # safetensors, too, writes for the owner alone.
-        for file in made.iterdir():
-            file.chmod((made / "config.json").stat().st_mode)
-        os.replace(made, folder)
-    except OSError:
-        # Another process was first, and a folder cannot replace one that has files.
-        if not folder.exists():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    try_output(folder.parent, folder=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+    tokenizer.chat_template = _TEMPLATE
+    tokenizer.model_max_length = 8192
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    weights = model.state_dict()
+    del model.config.quantization_config
+    model.config._name_or_path = MODEL_ID
+    # A model without the quantiser's marks: those forbid saving.
+    plain = AutoModelForCausalLM.from_config(model.config)
+    plain.load_state_dict(weights)
+    plain.generation_config = model.generation_config
+    plain.generation_config.do_sample = True
+    with whole_folder(folder) as partial:
+        tokenizer.save_pretrained(partial)
+        plain.save_pretrained(partial)
     return folder
 
 

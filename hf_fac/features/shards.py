@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..inputs.rows import RowError
-from ..storage.journal import differences, write_whole
+from ..storage.files import try_output, write_whole
+from ..storage.journal import differences
+from ..storage.parquet import read_note, rows_digest, write_parquet
 from .scoring import COLUMNS, FACScorer
 
 if TYPE_CHECKING:
@@ -33,64 +35,78 @@ def score_shards(
 ) -> list[Path]:
     """Returns the Parquet files of this process's shards, in order; each holds rows with `FACScorer`'s columns.
 
-    A shard that is there already is not scored again. A file appears when it is whole, under
-    `shard-00003-of-00012.parquet`; `measurement.json` beside them says what was scored and how.
+    A shard of the same rows that is there already is not scored again. A file appears when it is whole, under
+    `shard-00003-of-00012.parquet`, with a hash of its rows in its metadata; `measurement.json` beside them says how
+    they were scored.
 
     Args:
         shard_rows: rows in a file, and what a fault can cost.
         rank, world_size: every world_size-th shard, from the rank-th on, is this process's; by default what torchrun
             and accelerate put into RANK and WORLD_SIZE.
-    Raises: ValueError when the folder holds shards of other data, or measured otherwise; RowError for a row that cannot
-        be read.
+    Raises: ValueError when the folder holds shards of other rows, or measured with another featurizer; RowError for a
+        row that cannot be read; OSError when nothing can be written there.
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     if not 0 <= rank < world_size or shard_rows < 1:
         raise ValueError(f"rank {rank} of {world_size} processes and shard_rows {shard_rows} make no shards.")
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try_output(folder, folder=True)
     dataset = dataset.remove_columns([name for name in COLUMNS if name in dataset.column_names])
     _check_manifest(folder / _MANIFEST, featurizer, dataset, shard_rows)
-    scorer = FACScorer(featurizer)
     starts = range(0, len(dataset), shard_rows)
-    files = []
-    for number, start in list(enumerate(starts))[rank::world_size]:
-        file = folder / f"shard-{number:05d}-of-{len(starts):05d}.parquet"
-        files.append(file)
-        if file.exists():
+    shards = {
+        folder / f"shard-{number:05d}-of-{len(starts):05d}.parquet": range(start, min(start + shard_rows, len(dataset)))
+        for number, start in list(enumerate(starts))[rank::world_size]
+    }
+    fingerprint = featurizer.measurement["fingerprint"]
+    there = [file for file in shards if file.exists()]
+    for file in there:
+        _check_shard(file, dataset, shards[file], fingerprint)
+    scorer = FACScorer(featurizer)
+    for file, part in shards.items():
+        if file in there:
             continue
-        stop = min(start + shard_rows, len(dataset))
+        rows = dataset.select(part)
         try:
-            scored = dataset.select(range(start, stop)).map(
+            scored = rows.map(
                 scorer,
                 batched=True,
                 batch_size=min(shard_rows, 1000),
                 features=scorer.features(dataset.features),
                 load_from_cache_file=False,
                 keep_in_memory=True,
-                desc=f"Scoring shard {number + 1} of {len(starts)}",
+                desc=f"Scoring {file.stem}",
             )
         except RowError as error:
-            raise RowError(f"In rows {start} to {stop - 1}, counted from a multiple of 1,000: {error}") from error
-        # Not *.parquet, so that no reader takes half a file for a shard.
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        scored.to_parquet(partial)
-        os.replace(partial, file)
-    return files
+            raise RowError(f"In rows {part[0]} to {part[-1]}, counted from a multiple of 1,000: {error}") from error
+        write_parquet(scored, file, note={"shard": file.name, "fingerprint": fingerprint, "rows": rows_digest(rows)})
+    return list(shards)
 
 
 def _check_manifest(path: Path, featurizer: SAEFeaturizer, dataset: Dataset, shard_rows: int) -> None:
-    import xxhash
-
-    probe = [dataset[i] for i in sorted({0, len(dataset) // 2, len(dataset) - 1})] if len(dataset) else []
-    manifest = {
-        "measurement": featurizer.measurement,
-        "rows": len(dataset),
-        "shard_rows": shard_rows,
-        "data": xxhash.xxh3_64_hexdigest(json.dumps(probe, sort_keys=True, default=repr).encode()),
-    }
+    manifest = {"measurement": featurizer.measurement, "rows": len(dataset), "shard_rows": shard_rows}
+    # Shards first: another process writes its manifest before them.
+    shard = next(path.parent.glob("shard-*-of-*.parquet"), None)
+    if shard is not None and not path.exists():
+        raise ValueError(
+            f"{shard} lies there without {path.name}, which says how it was scored: choose another folder."
+        )
     if path.exists():
         if values := differences(json.loads(path.read_text()), manifest):
             raise ValueError(f"{path.parent} holds shards of another run ({values}): choose another folder.")
         return
-    write_whole(path, json.dumps(manifest, indent=1))
+    write_whole(path, json.dumps(manifest, indent=1), keep_first=True)
+
+
+def _check_shard(file: Path, dataset: Dataset, part: range, fingerprint: str) -> None:
+    note = read_note(file)
+    if note is None:
+        problem = "was not written by score_shards, or is not whole"
+    elif note["fingerprint"] != fingerprint:
+        problem = "was scored with another model, SAE or setting"
+    elif note["rows"] != rows_digest(dataset.select(part)):
+        problem = f"does not hold what is now in rows {part[0]} to {part[-1]} of the data"
+    else:
+        return
+    raise ValueError(f"{file} {problem}: choose another folder, or delete the file to have these rows scored again.")

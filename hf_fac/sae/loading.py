@@ -7,15 +7,16 @@ honour is refused with the reason.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..storage.files import try_output, whole_files
 from .formats import CONFIG, ELSEWHERE, SAELENS_WEIGHTS, hook_of_layer, layer_of_hook, pull_sae, read_sae, some
 
 if TYPE_CHECKING:
@@ -119,27 +120,31 @@ def save_sae(sae: SAE[Any], folder: str | os.PathLike[str], *, dtype: str | torc
     Raises:
         ValueError: weights that are not finite, or too large for `dtype`.
     """
-    from sae_lens import TrainingSAE
     from sae_lens.util import str_to_dtype
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    folder = Path(folder).expanduser()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        write = sae.save_inference_model if isinstance(sae, TrainingSAE) else sae.save_model
-        weights, config = write(temporary)
-        tensors = load_file(weights)
-        if dtype is not None:
-            tensors = {key: tensor.to(str_to_dtype(dtype)) for key, tensor in tensors.items()}
-            save_file(tensors, weights)
-        _require_finite(tensors, "The SAE", "train it again, or store it in a wider dtype")
-        folder.mkdir(exist_ok=True)
-        # Without its cfg.json a folder holds no SAE, so at no moment do old and new files pass for one.
-        (folder / CONFIG).unlink(missing_ok=True)
-        os.chmod(weights, os.stat(config).st_mode)  # safetensors writes files that only their owner can read
-        os.replace(weights, folder / SAELENS_WEIGHTS)
-        os.replace(config, folder / CONFIG)
+    folder, (config, tensors) = Path(folder).expanduser(), inference_parts(sae)
+    if dtype is not None:
+        tensors = {key: tensor.to(str_to_dtype(dtype)) for key, tensor in tensors.items()}
+    _require_finite(tensors, "The SAE", "train it again, or store it in a wider dtype")
+    try_output(folder, folder=True)
+    # Without its cfg.json a folder holds no SAE.
+    with whole_files(folder / CONFIG, folder / SAELENS_WEIGHTS) as (config_file, weights_file):
+        config_file.write_text(json.dumps(config), encoding="utf-8")
+        save_file(tensors, weights_file)
     return folder
+
+
+def inference_parts(sae: SAE[Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Returns the config and tensors that SAELens would write; for a training SAE, those of its inference SAE."""
+    from sae_lens import TrainingSAE
+
+    tensors = sae.state_dict()
+    if isinstance(sae, TrainingSAE):
+        sae.process_state_dict_for_saving_inference(tensors)
+        return sae.cfg.get_inference_sae_cfg_dict(), tensors
+    sae.process_state_dict_for_saving(tensors)
+    return sae.cfg.to_dict(), tensors
 
 
 def find_sae(model: str, *, layer: int | None = None) -> pd.DataFrame:

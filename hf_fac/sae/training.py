@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,8 +21,11 @@ from tqdm.auto import tqdm
 
 from ..inputs import hidden_states as acts
 from ..inputs.rows import ConversationReader
+from ..storage.files import try_output, whole_folder
+from ..storage.parquet import rows_digest
 from .evaluation import content_states, evaluate_sae
-from .loading import fold_input_scale, save_sae
+from .formats import SAELENS_WEIGHTS
+from .loading import fold_input_scale, inference_parts, save_sae
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ROWS_AT_ONCE = 256
+_CHECKPOINTS, _SAMPLES, _PROGRESS = "sae-training", "samples-", "progress.json"
 _SCALE_ROWS = 32  # some thousand tokens tell a mean and a median well enough
 
 
@@ -72,13 +76,15 @@ def train_sae(
         batch_size, learning_rate: tokens a step; Adam with warm-up over 5 % and linear decay over the last 20 %.
         buffer_tokens: tokens in the shuffle buffer, 4 * d_in bytes each (one group of 256 rows may come on top).
         batch_tokens: tokens in one forward pass.
-        output_dir: where checkpoints and the finished SAE are written. A run that died goes on from its last checkpoint
-            (one at the end of every buffer) when it is started again with the same settings; other settings refuse.
+        output_dir: where the finished SAE is written, and in `sae-training` checkpoints, one at the end of every
+            buffer. A run that died goes on from its last checkpoint when it is started again; other settings or rows
+            are refused.
         sae_options: more fields of the architecture's SAELens config (`l1_coefficient`, ...).
 
     Returns: the SAE, float32 on the model's device, with `sae.cfg.metadata["hf_fac"]`: layer, model_revision,
         sink_norm, training_data, training_tokens, seed, and the figures of `SAEMetrics` on the held-out rows.
-    Raises: ValueError for settings that cannot be, RowError for a row that cannot be read.
+    Raises: ValueError for settings that cannot be, RowError for a row that cannot be read; before any work, OSError
+        when output_dir cannot be written to or another process trains an SAE there.
     """
     from sae_lens import SAE
     from sae_lens.config import SAETrainerConfig
@@ -90,83 +96,81 @@ def train_sae(
         raise ValueError(
             f"SAELens trains no {architecture!r}; it trains {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
         )
-    reader = ConversationReader(tokenizer, max_length=max_length)
-    train, held_out = _split(dataset, eval_dataset, seed)
-    batch_tokens = batch_tokens or acts.default_batch_tokens(model.device)
-    stream = _Stream(model, reader, train, layer, buffer_tokens, batch_tokens, seed)
-    total = training_tokens or epochs * stream.count_tokens()
-    if total < 1:
-        raise ValueError("The data set has no content token to train on.")
-    d_in = model.config.get_text_config().hidden_size
-    scale, sink_norm = stream.measure_scale()
-    batch_size = min(batch_size, total)
-    steps = max(total // batch_size, 1)
+    with _Checkpoints(output_dir) as checkpoints:
+        reader = ConversationReader(tokenizer, max_length=max_length)
+        train, held_out = _split(dataset, eval_dataset, seed)
+        batch_tokens = batch_tokens or acts.default_batch_tokens(model.device)
+        stream = _Stream(model, reader, train, layer, buffer_tokens, batch_tokens, seed)
+        total = training_tokens or epochs * stream.count_tokens()
+        if total < 1:
+            raise ValueError("The data set has no content token to train on.")
+        d_in = model.config.get_text_config().hidden_size
+        scale, sink_norm = stream.measure_scale()
+        batch_size = min(batch_size, total)
+        steps = max(total // batch_size, 1)
 
-    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
-    options = {"d_in": d_in, "d_sae": d_sae or 8 * d_in, "device": str(model.device), **(sae_options or {})}
-    if "k" in config_class.__dataclass_fields__:
-        options.setdefault("k", k)
-    torch.manual_seed(seed)
-    config = config_class(**options)
-    config.metadata.model_name = model.config._name_or_path or type(model).__name__
-    config.metadata.hook_name = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
-    config.metadata.prepend_bos = False
-    trainer = SAETrainer(
-        SAETrainerConfig(
-            total_training_samples=steps * batch_size,
-            train_batch_size_samples=batch_size,
-            lr=learning_rate,
-            lr_end=learning_rate / 10,
-            lr_warm_up_steps=steps // 20,
-            lr_decay_steps=steps // 5,
-            # A feature counts as dead, and is revived, after a twentieth of the run without firing.
-            dead_feature_window=max(steps // 20, 25),
-            device=str(model.device),
-            autocast=model.device.type == "cuda",
-        ),
-        sae_class(config),
-        iter(()),
-    )
-    settings = {
-        "config": {name: value for name, value in config.to_dict().items() if name != "metadata"},
-        "layer": layer, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-        "buffer_tokens": buffer_tokens, "max_length": max_length, "scale": round(scale, 4),
-        "model": config.metadata.model_name,
-    }  # fmt: skip
-    checkpoints = None if output_dir is None else _Checkpoints(Path(output_dir), settings)
-    start = checkpoints.restore(trainer) if checkpoints else _Position(0, 0, 0)
-    with tqdm(total=steps, initial=trainer.n_training_steps, desc="Training the SAE", unit="step") as bar:
-        left = steps - trainer.n_training_steps
-        for fill, position in stream.fills(start, sink_norm, scale, batch_size=batch_size, steps=left):
-            order = torch.randperm(len(fill), generator=torch.Generator().manual_seed(seed + position.fills))
-            for part in order[: max(len(fill) // batch_size, 1) * batch_size].split(batch_size):
-                trainer.step(fill[part])
-                trainer.n_training_steps += 1
-                bar.update()
+        sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+        options = {"d_in": d_in, "d_sae": d_sae or 8 * d_in, "device": str(model.device), **(sae_options or {})}
+        if "k" in config_class.__dataclass_fields__:
+            options.setdefault("k", k)
+        torch.manual_seed(seed)
+        config = config_class(**options)
+        config.metadata.model_name = model.config._name_or_path or type(model).__name__
+        config.metadata.hook_name = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+        config.metadata.prepend_bos = False
+        trainer = SAETrainer(
+            SAETrainerConfig(
+                total_training_samples=steps * batch_size,
+                train_batch_size_samples=batch_size,
+                lr=learning_rate,
+                lr_end=learning_rate / 10,
+                lr_warm_up_steps=steps // 20,
+                lr_decay_steps=steps // 5,
+                # A feature counts as dead, and is revived, after a twentieth of the run without firing.
+                dead_feature_window=max(steps // 20, 25),
+                device=str(model.device),
+                autocast=model.device.type == "cuda",
+            ),
+            sae_class(config),
+            iter(()),
+        )
+        settings = {
+            "config": {name: value for name, value in config.to_dict().items() if name != "metadata"},
+            "layer": layer, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
+            "buffer_tokens": buffer_tokens, "max_length": max_length, "scale": round(scale, 4),
+            "model": config.metadata.model_name, "rows": stream.digest() if output_dir is not None else None,
+        }  # fmt: skip
+        start = checkpoints.restore(trainer, settings)
+        with tqdm(total=steps, initial=trainer.n_training_steps, desc="Training the SAE", unit="step") as bar:
+            left = steps - trainer.n_training_steps
+            for fill, position in stream.fills(start, sink_norm, scale, batch_size=batch_size, steps=left):
+                order = torch.randperm(len(fill), generator=torch.Generator().manual_seed(seed + position.fills))
+                for part in order[: max(len(fill) // batch_size, 1) * batch_size].split(batch_size):
+                    trainer.step(fill[part])
+                    trainer.n_training_steps += 1
+                    bar.update()
+                    if trainer.n_training_steps >= steps:
+                        break
                 if trainer.n_training_steps >= steps:
                     break
-            if trainer.n_training_steps >= steps:
-                break
-            if checkpoints:
                 checkpoints.save(trainer, position)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.sae.eval()
-        trainer.sae.save_inference_model(folder)
-        sae = SAE.load_from_disk(folder, device=str(model.device))
-    sae = fold_input_scale(sae, scale)
-    metrics = evaluate_sae(model, tokenizer, sae, held_out, layer=layer, sink_norm=sink_norm, max_length=max_length)
-    sae.cfg.metadata["hf_fac"] = {
-        "layer": layer,
-        "model_revision": getattr(model.config, "_commit_hash", None),
-        "sink_norm": sink_norm,
-        "training_data": _describe(dataset),
-        "training_tokens": trainer.n_training_samples,
-        "seed": seed,
-        **{name: value for name, value in metrics._asdict().items() if name != "tokens"},
-        "eval_tokens": metrics.tokens,
-    }
-    if output_dir is not None:
-        save_sae(sae, output_dir)
+        # Not by way of a folder, whose disk may be full.
+        parts = inference_parts(trainer.sae.eval())
+        sae = SAE.load_from_disk("", device=str(model.device), converter=lambda *_, **__: parts)
+        sae = fold_input_scale(sae, scale)
+        metrics = evaluate_sae(model, tokenizer, sae, held_out, layer=layer, sink_norm=sink_norm, max_length=max_length)
+        sae.cfg.metadata["hf_fac"] = {
+            "layer": layer,
+            "model_revision": getattr(model.config, "_commit_hash", None),
+            "sink_norm": sink_norm,
+            "training_data": _describe(dataset),
+            "training_tokens": trainer.n_training_samples,
+            "seed": seed,
+            **{name: value for name, value in metrics._asdict().items() if name != "tokens"},
+            "eval_tokens": metrics.tokens,
+        }
+        if output_dir is not None:
+            save_sae(sae, output_dir)
         checkpoints.clear()
     return sae
 
@@ -215,6 +219,10 @@ class _Stream:
             raise ValueError("A streaming data set has no length: say how many tokens to train on (training_tokens=).")
         self.n_tokens = sum(int(c.sum()) for group in self.groups(0, 0) for c in self.reader(group).content)
         return self.n_tokens
+
+    def digest(self) -> str | None:
+        """A hash of the rows; None of a stream, whose rows are not known yet."""
+        return rows_digest(self.dataset) if hasattr(self.dataset, "__len__") else None
 
     def measure_scale(self) -> tuple[float, float]:
         """The mean norm over sqrt(d_in), and the norm above which a token is a sink, from the first rows."""
@@ -308,44 +316,78 @@ def _describe(dataset: Any) -> str:
 
 
 class _Checkpoints:
-    """One checkpoint at a time in `output_dir/checkpoint-N`; a folder without its progress.json does not count."""
+    """The last checkpoint of a run, in `output_dir/sae-training`; without an output_dir none is kept.
 
-    def __init__(self, folder: Path, settings: dict) -> None:
-        self.folder = folder
-        self.key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    While it is entered no other process trains an SAE there. Nothing but checkpoints of the run's own settings is ever
+    deleted.
+    Raises: BlockingIOError when another process trains there; OSError when nothing can be written there.
+    """
 
-    def _found(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    def __init__(self, output_dir: str | Path | None) -> None:
+        self.folder = None if output_dir is None else Path(output_dir) / _CHECKPOINTS
+        self.key = ""
 
-    def restore(self, trainer: Any) -> _Position:
+    def __enter__(self) -> Self:
+        from filelock import FileLock, Timeout
+
+        if self.folder is not None:
+            try_output(self.folder.parent, folder=True)
+            self.folder.mkdir(exist_ok=True)
+            self.lock = FileLock(self.folder / "lock")
+            try:
+                self.lock.acquire(blocking=False)
+            except Timeout:
+                raise BlockingIOError(
+                    f"Another process is training an SAE into {self.folder.parent}: choose another output_dir."
+                ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder is not None:
+            (self.folder / "lock").unlink(missing_ok=True)
+            self.lock.release()
+            with suppress(OSError):  # it holds checkpoints
+                self.folder.rmdir()
+
+    def _found(self) -> dict[Path, dict]:
+        """The progress of each checkpoint, the last one first."""
+        paths = self.folder.glob(f"{_SAMPLES}*/{_PROGRESS}")
+        found = {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        return dict(sorted(found.items(), key=lambda item: item[1]["samples"], reverse=True))
+
+    def restore(self, trainer: Any, settings: dict) -> _Position:
+        """Raises: ValueError for a checkpoint of other settings."""
         from safetensors.torch import load_file
 
-        for path in reversed(self._found()):
-            if not (path / "progress.json").exists():
-                continue
-            progress = json.loads((path / "progress.json").read_text())
+        if self.folder is None:
+            return _Position(0, 0, 0)
+        self.key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        for path, progress in self._found().items():
             if progress["settings"] != self.key:
                 raise ValueError(
-                    f"{path} is a checkpoint of a run with other settings; give another output_dir, or delete it."
+                    f"{path} is a checkpoint of a run with other settings or rows; give another output_dir, or delete "
+                    f"{self.folder}."
                 )
             trainer.load_trainer_state(path)
-            trainer.sae.load_state_dict(load_file(path / "sae_weights.safetensors"))
+            trainer.sae.load_state_dict(load_file(path / SAELENS_WEIGHTS))
             torch.set_rng_state(torch.tensor(progress["rng"], dtype=torch.uint8))
             return _Position(*progress["position"])
         return _Position(0, 0, 0)
 
     def save(self, trainer: Any, position: _Position) -> None:
-        name = f"checkpoint-{trainer.n_training_samples}"
-        old = self._found()
-        trainer.save_checkpoint(name, base_path=str(self.folder))
-        progress = {"settings": self.key, "position": position, "rng": torch.get_rng_state().tolist()}
-        temporary = self.folder / name / "progress.tmp"
-        temporary.write_text(json.dumps(progress))
-        temporary.rename(self.folder / name / "progress.json")
-        for path in old:
-            if path.name != name:
-                shutil.rmtree(path)
+        if self.folder is None:
+            return
+        progress = {
+            "settings": self.key, "samples": trainer.n_training_samples, "position": position,
+            "rng": torch.get_rng_state().tolist(),
+        }  # fmt: skip
+        path = self.folder / f"{_SAMPLES}{trainer.n_training_samples}"
+        with whole_folder(path) as partial:
+            trainer.save_checkpoint(partial.name, base_path=str(partial.parent))
+            (partial / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        self.clear(but=path)
 
-    def clear(self) -> None:
-        for path in self._found():
-            shutil.rmtree(path)
+    def clear(self, *, but: Path | None = None) -> None:
+        for path, progress in ({} if self.folder is None else self._found()).items():
+            if path != but and progress["settings"] == self.key:
+                shutil.rmtree(path)

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from .files import try_output, write_whole
+
 _SETTINGS = "settings.json"
 _FORMAT = "hf_fac journal 2"
 
@@ -38,7 +40,7 @@ class Journal:
         if not path.exists():
             if others := [entry.name for entry in self.folder.iterdir() if not _is_ours(entry.name)]:
                 raise ValueError(f"{self.folder} is no journal: it holds {others[0]}. Choose an empty folder.")
-            write_whole(path, json.dumps({"format": _FORMAT, "settings": self.settings}, indent=1))
+            write_whole(path, json.dumps({"format": _FORMAT, "settings": self.settings}, indent=1), keep_first=True)
         self._check(path)
 
     def _check(self, path: Path) -> None:
@@ -128,7 +130,7 @@ class SharedLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[str, dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try_output(path.parent, folder=True)
         written = path.read_bytes() if path.exists() else b""
         for line in written.splitlines():
             with suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -176,24 +178,6 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         else:
             found.append(f"{key}: there {one!r:.200}, now {other!r:.200}")
     return "; ".join(found)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole or not there; of several that write it at once, the first stays."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def digest(value: Any) -> str:

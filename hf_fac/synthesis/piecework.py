@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..storage.journal import Journal, Piece, digest, write_whole
+from ..storage.files import write_whole
+from ..storage.journal import Journal, Piece, digest
 from .candidates import TOKENS, Allow, Asker, Stopped
 from .writing import ENOUGH, SampleWriter
 
@@ -226,7 +227,7 @@ class PieceWork:
                     pass  # nobody is at work on it: all have the same bounds
         settled = {"ended": self.ended, "again": bool(self.failures), "pieces": self._latest()}
         if (path := self._stored_at()) is not None:
-            write_whole(path, json.dumps(settled))
+            write_whole(path, json.dumps(settled), keep_first=True)
         return self._stored() or settled
 
     def _latest(self) -> dict[str, str]:

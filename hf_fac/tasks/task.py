@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from ..inputs.rows import PoolOver
 from ..inputs.token_context import MarkedSpan
+from ..storage.files import write_whole
 from .parsing import Answer, check_text, read_json, read_list, read_text
 from .prompts import Message, begin_list, request_part, request_sample
 
@@ -291,7 +292,7 @@ class Task:
         Readable.add_representer(str, represent)
         content = {key: list(v) if key == "labels" else v for key, v in asdict(self).items() if v}
         text = yaml.dump(content, Dumper=Readable, sort_keys=False, allow_unicode=True, width=110)
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(path, text)
 
 
 def get_task(task: Task | str | os.PathLike[str]) -> Task:

@@ -24,9 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ..coverage.coverage import FeatureCoverage
 from ..hub.cards import merge_card
+from ..storage.files import write_whole
+from ..storage.parquet import read_parquet, rows_digest, write_parquet
 from .checks import check_arguments, check_can_grow, is_in_training, warn_of_cut_rows
-from .coverage_round import Refill, read_parquet, rows_digest, write_parquet
-from .processes import Ranks, never_a_smaller_batch, preserved, replace_text
+from .coverage_round import Refill
+from .processes import Ranks, never_a_smaller_batch, preserved
 from .summary import log_table, paragraph, summed_up, write_enlarged, write_report
 from .trainers import trainer_data
 from .training_set import PlannedRows, Prepare
@@ -357,7 +359,7 @@ class FACSynthesisCallback(TrainerCallback):
         in_checkpoint = output_dir is not None and Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         if in_checkpoint and self._record and self.trainer.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            replace_text(Path(output_dir) / RECORD, json.dumps(self._record))
+            write_whole(Path(output_dir) / RECORD, json.dumps(self._record))
 
     def _log(self) -> None:
         if self._unlogged:
@@ -373,7 +375,7 @@ class FACSynthesisCallback(TrainerCallback):
         if self.summary and self.trainer.is_world_process_zero() and path.exists():
             card = merge_card(path.read_text(encoding="utf-8"), metadata={"tags": ["hf_fac"]}, section="synthesis",
                               body=paragraph(self.summary))  # fmt: skip
-            path.write_text(card, encoding="utf-8")
+            write_whole(path, card)
 
     def _preserved(self) -> AbstractContextManager[None]:
         trainer, featurizer = self.trainer, self.synthesizer.featurizer

@@ -7,24 +7,20 @@ rows in the same order. What was measured and written stays in the folder they s
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import operator
-import os
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from datasets import Dataset
 from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FACReport, FeatureCoverage
 from ..inputs.rows import RowError
 from ..storage.journal import digest
+from ..storage.parquet import rows_digest
 from .processes import Ranks
 
 if TYPE_CHECKING:
@@ -163,30 +159,6 @@ def _report(
             "fac/missing": len(found.missing), "fac/synthesized": len(added), **costs,
         },
     }  # fmt: skip
-
-
-def rows_digest(rows: Dataset) -> str:
-    """Returns a hash of the rows' content, whatever they lie in."""
-    found = hashlib.sha256()
-    for start in range(0, len(rows), _CHUNK):
-        for row in rows.select(range(start, min(start + _CHUNK, len(rows)))).to_list():
-            found.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
-    return found.hexdigest()[:32]
-
-
-def write_parquet(rows: Dataset, path: Path) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    schema = rows.features.arrow_schema
-    with pq.ParquetWriter(partial, schema) as writer:
-        for table in rows.with_format("arrow").iter(batch_size=10 * _CHUNK):
-            writer.write_table(table.cast(schema))
-    os.replace(partial, path)
-
-
-def read_parquet(path: Path) -> Dataset:
-    """Returns what `write_parquet` wrote; datasets' own way would keep a copy in the cache."""
-    return Dataset(pq.read_table(path))
 
 
 def _measured(

@@ -7,7 +7,6 @@ in a folder that they share, and stop together when one fails: none waits in a c
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 import uuid
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from ..storage.files import try_output, write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,7 +101,7 @@ class Ranks:
         """
         from accelerate.utils import broadcast_object_list
 
-        folder.mkdir(parents=True, exist_ok=True)
+        try_output(folder, folder=True)
         token = [uuid.uuid4().hex[:12]]
         if args.world_size > 1:
             if args.process_index == 0:
@@ -152,7 +153,7 @@ class Ranks:
             return
         self._compared += 1
         files = [self.folder / f"run-{self.token}-{self._compared}-{rank}" for rank in range(self.world_size)]
-        replace_text(files[self.rank], json.dumps(values))
+        write_whole(files[self.rank], json.dumps(values))
         self.wait(lambda: all(file.exists() for file in files))
         found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         told = {name: [f"{other.get(name)}" for other in found] for name in values}
@@ -186,11 +187,4 @@ class Ranks:
 
     def _write(self, value: dict[str, Any]) -> None:
         if self.world_size > 1:
-            replace_text(self._file(self.rank), json.dumps(value))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+            write_whole(self._file(self.rank), json.dumps(value))

@@ -11,8 +11,8 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from .coverage_round import write_parquet
-from .processes import replace_text
+from ..storage.files import write_whole
+from ..storage.parquet import write_parquet
 
 _FIRST = ("fac/before", "fac/missing")  # of the first turn; later ones find what is there by then
 _SUMMED = ("fac/synthesized", "fac/requests", "fac/completion_tokens")
@@ -56,7 +56,7 @@ def write_report(turn: dict[str, Any], path: Path) -> None:
     """Put a turn behind those of earlier epochs; later ones are of a run that was begun anew."""
     turns = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     earlier = [other for other in turns if other["epoch"] < turn["epoch"]]
-    replace_text(path, json.dumps([*earlier, turn], indent=1))
+    write_whole(path, json.dumps([*earlier, turn], indent=1))
 
 
 def write_enlarged(seed: Dataset, new: Dataset, path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +134,27 @@ def test_a_report_in_a_new_folder_is_not_lost(folders, monkeypatch, tmp_path):
     arguments = [folders / "data.jsonl", folders / "anchor.jsonl", *model_options(folders), "-o", output]
     cli.app(["missing", *map(str, arguments)], standalone_mode=False)
     assert json.loads(output.read_text())["missing"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("score", "nowhere.jsonl"),
+        ("missing", "nowhere.jsonl", "nowhere.jsonl"),
+        ("train-sae", "nowhere.jsonl", "--layer", "1", "--model", "nowhere"),
+        ("interpret", "nowhere.jsonl", "--model", "nowhere", "--sae", "nowhere"),
+        ("select", "nowhere.jsonl", "file"),
+        ("synthesize", "nowhere.jsonl", "nowhere.jsonl", "--task", "nothing"),
+        ("pull", "nobody/nothing"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_before_any_work(arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(sys, "argv", ["hf-fac", *arguments, "--output", "file/out"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "file/out cannot be written (a file is in the way): choose another output." in capsys.readouterr().err
 
 
 def test_rows_measured_otherwise_are_refused_before_any_is_scored(folders, featurizer, monkeypatch, capsys, tmp_path):
@@ -299,6 +323,75 @@ def test_shards_of_another_run_are_refused(featurizer, rows, tmp_path):
     score_shards(featurizer, rows, tmp_path, shard_rows=10)
     with pytest.raises(ValueError, match="shards of another run"):
         score_shards(featurizer, rows.select(range(20)), tmp_path, shard_rows=10)
+
+
+FIRST, SECOND, MANIFEST = "shard-00000-of-00003.parquet", "shard-00001-of-00003.parquet", "measurement.json"
+
+
+def changed(rows, folder, other):
+    return Dataset.from_list([row | {"text": "Another text."} if row["n"] == 7 else row for row in rows])
+
+
+def reordered_without_manifest(rows, folder, other):
+    (folder / MANIFEST).unlink()
+    return rows.select([0, 2, 1, *range(3, 25)])
+
+
+def reordered(rows, folder, other):
+    return rows.select([0, 2, 1, *range(3, 25)])
+
+
+def copied(rows, folder, other):
+    shutil.copy(folder / FIRST, folder / SECOND)
+    return rows
+
+
+def of_another_sae(rows, folder, other):
+    score_shards(other, rows, folder / "other", shard_rows=10)
+    shutil.copy(folder / "other" / SECOND, folder / SECOND)
+    return rows
+
+
+def without_a_note(rows, folder, other):
+    Dataset.from_parquet(str(folder / SECOND)).to_parquet(folder / SECOND)
+    return rows
+
+
+def cut_short(rows, folder, other):
+    (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-100])
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed, f"{FIRST} does not hold what is now in rows 0 to 9"),
+        (reordered, f"{FIRST} does not hold what is now in rows 0 to 9"),
+        (reordered_without_manifest, "lies there without measurement.json"),
+        (copied, f"{SECOND} does not hold what is now in rows 10 to 19"),
+        (of_another_sae, f"{SECOND} was scored with another model, SAE or setting"),
+        (without_a_note, f"{SECOND} was not written by score_shards, or is not whole"),
+        (cut_short, f"{SECOND} was not written by score_shards, or is not whole"),
+    ],
+)
+def test_shards_that_do_not_hold_these_rows_are_refused(folders, featurizer, rows, tmp_path, change, message):
+    score_shards(featurizer, rows, tmp_path, shard_rows=10)
+    other = SAEFeaturizer.from_pretrained(
+        str(folders / "model"), sae=str(folders / "sae"), device="cpu", activation="relu"
+    )
+    now = change(rows, tmp_path, other)
+    (tmp_path / "shard-00002-of-00003.parquet").unlink()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        score_shards(featurizer, now, tmp_path, shard_rows=10)
+    assert not (tmp_path / "shard-00002-of-00003.parquet").exists()
+
+
+def test_a_shard_under_another_name_is_not_read_as_data(featurizer, rows, tmp_path):
+    score_shards(featurizer, rows, tmp_path, shard_rows=10)
+    assert len(load_data(str(tmp_path))) == 25
+    shutil.copy(tmp_path / FIRST, tmp_path / SECOND)
+    with pytest.raises(typer.BadParameter, match=f"{SECOND} is not what hf-fac score wrote there"):
+        load_data(str(tmp_path))
 
 
 def test_a_bad_row_is_named_with_its_shard(featurizer, tmp_path):

@@ -75,6 +75,22 @@ def test_interpret_collects_explains_and_goes_on(server, dictionary_folder, monk
     assert set(server.keys) == {f"Bearer {KEY}"}
 
 
+def test_a_dictionary_of_other_rows_is_not_gone_on_with(dictionary_folder, folders, tmp_path) -> None:
+    lines = (folders / "anchor.jsonl").read_text().splitlines()
+    (tmp_path / "same.jsonl").write_text("\n".join(lines))
+    (tmp_path / "other.jsonl").write_text("\n".join([*lines[:7], json.dumps({"text": "Another."}), *lines[8:]]))
+    assert "Going on with" in run("interpret", tmp_path / "same.jsonl", "-o", dictionary_folder)
+    said = run("interpret", tmp_path / "other.jsonl", "-o", dictionary_folder, fails=True)
+    assert "holds a dictionary of other rows than those of" in said
+
+
+def test_interpret_deletes_only_what_it_wrote(folders, tmp_path) -> None:
+    (tmp_path / "progress").mkdir()
+    (tmp_path / "progress" / "notes").write_text("mine")
+    run("interpret", folders / "data.jsonl", "-o", tmp_path, *model_options(folders))
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["dictionary.parquet", "notes", "progress"]
+
+
 def test_a_local_model_explains_too(dictionary_folder, folders, tmp_path) -> None:
     FeatureDictionary.load(dictionary_folder).save(tmp_path)
     chat = ["--chat", folders / "model", "--form", "text", "--device", "cpu"]

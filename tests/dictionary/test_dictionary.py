@@ -26,14 +26,15 @@ from scipy.sparse import csr_array
 from tiny import CORPUS, byte_level_tokenizer
 from tiny_models import tiny_model, tiny_sae
 
-from hf_fac.coverage.coverage import FeatureCoverage
-from hf_fac.dictionary.build import build_dictionary, row_hash
-from hf_fac.dictionary.dictionary import FeatureDictionary
+from hf_fac.coverage import FeatureCoverage
+from hf_fac.dictionary import FeatureDictionary
+from hf_fac.dictionary.build import build_dictionary
 from hf_fac.dictionary.schema import schema
 from hf_fac.dictionary.top_spans import TopSpans, window_hashes
 from hf_fac.features.featurizer import SAEFeaturizer
 from hf_fac.features.pooling import Reading
 from hf_fac.inputs.rows import ConversationReader, RowError
+from hf_fac.storage.parquet import row_hash
 
 WORDS = " ".join(CORPUS).split()
 
@@ -258,7 +259,8 @@ def test_a_folder_with_another_pass_is_refused(featurizer, rows, tmp_path) -> No
     build_dictionary(featurizer, rows, output_dir=tmp_path)
     for other, options, problem in (
         (rows[:-1], {}, "dataset_rows: there 60, now 59"),
-        ([*rows[:-1], {"text": "changed"}], {}, "dataset: "),
+        ([*rows[:-1], {"text": "changed"}], {}, "pass over other rows, or in another order"),
+        ([rows[1], rows[0], *rows[2:]], {}, "pass over other rows, or in another order"),
         (rows, {"spans": 5}, "spans: there 10, now 5"),
         (rows, {"shard_rows": 9}, "shard_rows: there 5000, now 9"),
     ):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,7 +97,7 @@ def test_metadata_says_what_was_measured(trained):
     assert own["training_tokens"] > 0
     assert own["eval_tokens"] > 0
     assert own["sink_norm"] > 0
-    assert not list(trained[1].glob("checkpoint-*"))
+    assert sorted(path.name for path in trained[1].iterdir()) == ["cfg.json", "sae_weights.safetensors"]
 
 
 def test_sinks_special_and_template_tokens_are_not_trained_on(model, tokenizer, rows, monkeypatch):
@@ -154,7 +157,7 @@ def test_a_run_that_died_goes_on_and_ends_with_equal_weights(
     monkeypatch.setattr(SAETrainer, "step", dying)
     with pytest.raises(KeyboardInterrupt):
         train_sae(model, tokenizer, data, output_dir=tmp_path / "died", **settings)
-    assert list((tmp_path / "died").glob("checkpoint-*"))
+    assert len(list((tmp_path / "died").glob("sae-training/samples-*"))) == 1
     steps_before = len(calls)
     torch.manual_seed(123)
     resumed = train_sae(model, tokenizer, data, output_dir=tmp_path / "died", **settings)
@@ -165,22 +168,72 @@ def test_a_run_that_died_goes_on_and_ends_with_equal_weights(
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_another_run_is_refused(model, tokenizer, rows, tmp_path, monkeypatch):
+def killed_in_step(monkeypatch, n):
+    """From now on training dies in its n-th step."""
     from sae_lens.training.sae_trainer import SAETrainer
 
     original, calls = SAETrainer.step, []
 
     def dying(self, batch):
         calls.append(1)
-        if len(calls) == 70:
+        if len(calls) == n:
             raise KeyboardInterrupt
         return original(self, batch)
 
     monkeypatch.setattr(SAETrainer, "step", dying)
+
+
+def test_a_checkpoint_of_another_run_is_refused(model, tokenizer, rows, tmp_path, monkeypatch):
+    killed_in_step(monkeypatch, 70)
     with pytest.raises(KeyboardInterrupt):
         train_sae(model, tokenizer, Dataset.from_list(rows), output_dir=tmp_path, **options())
-    with pytest.raises(ValueError, match="other settings"):
-        train_sae(model, tokenizer, Dataset.from_list(rows), output_dir=tmp_path, **options(k=5))
+    for other, changes in ((rows, {"k": 5}), ([*rows[:-1], rows[0]], {})):
+        with pytest.raises(ValueError, match="other settings or rows"):
+            train_sae(model, tokenizer, Dataset.from_list(other), output_dir=tmp_path, **options(**changes))
+
+
+def test_what_others_put_into_the_folder_stays(model, tokenizer, rows, tmp_path, monkeypatch):
+    theirs = [tmp_path / name for name in ("checkpoint-5/weights", "checkpoint-best/weights", "sae-training/notes")]
+    for file in theirs:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    killed_in_step(monkeypatch, 70)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(model, tokenizer, Dataset.from_list(rows), output_dir=tmp_path, **options())
+    train_sae(model, tokenizer, Dataset.from_list(rows), output_dir=tmp_path, **options())
+    assert [file.read_text() for file in theirs] == ["mine"] * 3
+    assert [path.name for path in (tmp_path / "sae-training").iterdir()] == ["notes"]
+
+
+def test_a_second_run_in_the_same_folder_says_so_before_any_work(model, tokenizer, rows, tmp_path, monkeypatch):
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    second = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "from hf_fac.sae.training import train_sae; m, f = sys.argv[1:]; "
+        "train_sae(M.from_pretrained(m), T.from_pretrained(m), None, layer=1, output_dir=f)"
+    )
+    command = [sys.executable, "-c", second, str(tmp_path / "model"), str(tmp_path / "sae")]
+    original, told = SAETrainer.step, []
+
+    def step(self, batch):
+        if not told:
+            told.append(subprocess.run(command, capture_output=True, text=True).stderr)
+        return original(self, batch)
+
+    monkeypatch.setattr(SAETrainer, "step", step)
+    train_sae(model, tokenizer, Dataset.from_list(rows), output_dir=tmp_path / "sae", **options(epochs=1))
+    assert f"Another process is training an SAE into {tmp_path / 'sae'}" in told[0]
+    assert not (tmp_path / "sae" / "sae-training").exists()
+
+
+def test_an_output_that_cannot_be_written_to_is_found_before_any_work(model, tokenizer, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "sae", Path("/proc/sae")):
+        with pytest.raises(OSError, match=r"sae cannot be written"):
+            train_sae(model, tokenizer, None, output_dir=folder, **options())
 
 
 def test_a_streaming_data_set_needs_a_number_of_tokens(model, tokenizer, rows):
