@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from . import cli_dictionary, cli_synthesis
 from . import cli_options as opt
-from .cli_options import check_measured, console, load_data, make_featurizer, scored
+from .cli_options import (
+    check_measured,
+    console,
+    errors,
+    load_data,
+    make_featurizer,
+    marked_text,
+    one_line,
+    scored,
+)
+from .terminal import visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -230,16 +238,13 @@ def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer |
     strongest = strongest_rows(anchor, shown)
     for feature, support in zip(shown, report.missing_support, strict=False):
         row, activation = strongest[feature]
-        text = Text()
         if featurizer is None:
-            text.append(_plain(anchor[row])[:120])
+            text = _plain(anchor[row])[:120]
         else:
             reading = featurizer.read([anchor[row]], positions=True)
             position = int(reading.positions[reading.activations.indices == feature][0])
             span = featurizer.span(anchor[row], position)
-            text.append("..." + _one_line(span.before))
-            text.append(_one_line(span.token), style="bold reverse")
-            text.append(_one_line(span.after) + "...")
+            text = marked_text(span, "...")
         table.add_row(str(feature), str(support), f"{activation:.1f}", text)
     console.print(table, soft_wrap=False)
 
@@ -257,24 +262,34 @@ def strongest_rows(scored: Dataset, features: list[int]) -> dict[int, tuple[int,
     return best
 
 
-def _one_line(text: str) -> str:
-    return text.replace("\n", "⏎")
-
-
 def _plain(row: dict[str, Any]) -> str:
-    return _one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))
+    return one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))
 
 
 def main() -> None:
-    """The console script: errors that are for people are shown as one line, without a traceback."""
+    """The console script. An error is one line; with HF_FAC_TRACEBACK=1 it says where it comes from."""
     import sys
+    import traceback
+    import warnings
+
+    from typer.rich_utils import rich_format_error
 
     from .endpoint import ChatError
     from .hub_errors import HubError
 
+    warnings.formatwarning = lambda message, *_: visible(f"hf-fac: {message}\n")
     try:
-        app()
-    except (ChatError, HubError, ValueError, OSError) as error:
-        # A Text: what the error quotes is no markup.
-        Console(stderr=True).print(Text.assemble(("hf-fac:", "red"), f" {error}"), soft_wrap=True)
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        error.message = visible(error.message)
+        rich_format_error(error)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("HF_FAC_TRACEBACK"):
+            errors.print("".join(traceback.format_exception(error)))
+        told = " ".join(str(error).split("\n"))
+        if not isinstance(error, ChatError | HubError | ValueError | OSError):
+            told = f"{type(error).__name__}: {told} (HF_FAC_TRACEBACK=1 in the environment shows where it comes from.)"
+        errors.print("[red]hf-fac:[/red]", end=" ", markup=True)
+        errors.print(told)
         sys.exit(1)

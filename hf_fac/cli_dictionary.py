@@ -14,6 +14,7 @@ import typer
 
 from . import cli_options as opt
 from .cli_options import check_measured, console, differing, load_data, make_chat, make_featurizer, scored
+from .terminal import visible
 
 if TYPE_CHECKING:
     from .dictionary import FeatureDictionary
@@ -190,7 +191,7 @@ def push(
         from .sae_hub import push_sae_to_hub
 
         url = push_sae_to_hub(load_sae(path), repo_id, sae_id=sae_id, private=private, **hub)
-    typer.echo(url)
+    typer.echo(visible(url))
 
 
 def pull(

@@ -9,15 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from .terminal import visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from .chat import Chat
     from .featurizer import SAEFeaturizer
+    from .marked_span import MarkedSpan
 
-# What is printed quotes paths and users' texts: no line is cut, and nothing in it is markup.
-console = Console(soft_wrap=True, markup=False, emoji=False)
+
+class _Console(Console):
+    """What is printed quotes paths and users' texts: no line is cut, and nothing in it is markup or steers the
+    terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+console = _Console(soft_wrap=True, markup=False, emoji=False)
+errors = _Console(soft_wrap=True, markup=False, emoji=False, stderr=True)
 
 
 def _usable(device: str | None) -> str | None:
@@ -181,3 +194,14 @@ def scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dat
         return dataset
     scorer = FACScorer(featurizer)
     return dataset.map(scorer, batched=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}")
+
+
+def marked_text(span: MarkedSpan, ellipsis: str = "") -> Text:
+    """Returns the span on one line of the terminal, its token in reverse."""
+    return Text.assemble(
+        ellipsis + one_line(span.before), (one_line(span.token), "bold reverse"), one_line(span.after) + ellipsis
+    )
+
+
+def one_line(text: str) -> str:
+    return visible(text.replace("\n", "⏎"), keep="")
