@@ -21,6 +21,7 @@ from .cli_options import (
     marked_text,
     one_line,
     scored,
+    tell_left_out,
 )
 from .terminal import visible
 
@@ -102,6 +103,7 @@ def score(
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     part = f"-{rank:05d}-of-{world_size:05d}" if world_size > 1 else ""
     coverage.save(output / f"coverage{part}.safetensors")
+    tell_left_out(featurizer, "data set", coverage.rows)
     live = int((coverage.maximum > 0).sum())
     console.print(
         f"{coverage.rows:,} rows ({coverage.rows_without_tokens:,} without tokens) activate {live:,} of "

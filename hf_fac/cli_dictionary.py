@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import cli_options as opt
-from .cli_options import check_measured, console, differing, load_data, make_chat, make_featurizer, scored
+from .cli_options import (
+    check_measured,
+    console,
+    differing,
+    load_data,
+    make_chat,
+    make_featurizer,
+    scored,
+    tell_left_out,
+)
 from .terminal import visible
 
 if TYPE_CHECKING:
@@ -227,6 +236,7 @@ def _collected(featurizer: SAEFeaturizer, data: str, split: str, spans: int, out
         featurizer, load_data(data, split), spans=spans, source=Path(data).stem, output_dir=output / _PROGRESS, rank=0,
         world_size=1,
     )  # fmt: skip
+    tell_left_out(featurizer, "data set", featurizer.left_out.rows)
     live = dictionary.features[np.array(dictionary.dataset["rows"]) > 0]
     if not len(live):
         raise ValueError(f"{data} activates no feature: there is nothing to interpret.")

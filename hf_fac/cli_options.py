@@ -82,7 +82,9 @@ def make_featurizer(
     if model is None:
         from .embedded import load_featurizer
 
-        settings.pop("layer", None)
+        for option, value in (("--layer", settings.pop("layer", None)), ("--sae-id", sae_id)):
+            if value is not None:
+                raise typer.BadParameter(f"{option} is of an SAE of yours: give --model and --sae, or leave it out.")
         return load_featurizer(device=device or "cpu", **settings)
     from .featurizer import SAEFeaturizer
 
@@ -188,12 +190,28 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 def scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dataset:
     """Returns the data set with the columns of `FACScorer`, as it is where it has them."""
+    from .reading import LeftOut
     from .scorer import COLUMNS, FACScorer
 
     if set(COLUMNS) <= set(dataset.column_names):
         return dataset
     scorer = FACScorer(featurizer)
-    return dataset.map(scorer, batched=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}")
+    featurizer.left_out = LeftOut()
+    dataset = dataset.map(
+        scorer, batched=True, with_indices=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}"
+    )
+    tell_left_out(featurizer, what, len(dataset))
+    return dataset
+
+
+def tell_left_out(featurizer: SAEFeaturizer, what: str, rows: int) -> None:
+    """Prints how many rows were cut or skipped, and that of rows scored before it is not known."""
+    read = featurizer.left_out.rows
+    told = [str(featurizer.left_out)] if str(featurizer.left_out) else []
+    if read < rows:
+        told.append(f"{rows - read:,} rows were scored by an earlier run, which said what it left out.")
+    if told:
+        console.print(f"The {what}: {' '.join(told)}")
 
 
 def marked_text(span: MarkedSpan, ellipsis: str = "") -> Text:
