@@ -1,0 +1,73 @@
+"""What was read from a file, the Hub or a server, checked by a pydantic model before anything is made of it.
+
+In: a type, and JSON or a value from elsewhere. Out: an instance of the type, or an error that names the place, the
+field, what was found there and the remedy. `Measurement` is what all scored rows, reports and dictionaries have.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+Width = Annotated[int, Field(ge=1, le=1 << 24)]  # features: beyond the widest SAE there is, arrays fill the memory
+
+
+class Strict(BaseModel):
+    """No type is converted, unknown fields are kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class Measurement(Strict):
+    """What identifies a measurement; `SAEFeaturizer.measurement` has all of it."""
+
+    d_sae: Width
+    keep_above: Annotated[FiniteFloat, Field(ge=0)]
+    model: str | None = None
+    layer: Annotated[int, Field(ge=0)] | None = None
+    activation: str | None = None
+    pool_over: str | None = None
+    side: str | None = None
+    fingerprint: str | None = None
+    feature_fingerprint: str | None = None
+
+
+def checked(kind: type[T], found: Any, where: str, remedy: str) -> T:
+    """Returns `found`, a value or JSON (a string or bytes), as an instance of `kind`.
+
+    Raises: ValueError in one line: where, which field, what is wrong with it, what was found, and the remedy.
+    """
+    adapter = _adapter(kind)
+    try:
+        return adapter.validate_json(found) if isinstance(found, str | bytes) else adapter.validate_python(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        value = "" if first["type"] in ("json_invalid", "missing") else f", got {reprlib.repr(first['input'])}"
+        raise ValueError(f"{where}: {place + ': ' if place else ''}{first['msg']}{value}; {remedy}.") from error
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Returns in words what differs between two measurements, "" where nothing does. A fingerprint decides where both
+    have one, so that a model is the same under any name; without one, a path may be spelled in any way."""
+    if one.get("fingerprint") is not None and one.get("fingerprint") == other.get("fingerprint"):
+        return ""
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
+    if "model" in keys and len({os.path.realpath(str(each.get("model"))) for each in (one, other)}) == 1:
+        keys.remove("model")
+    told = "; ".join(f"{key}: {one.get(key, 'absent')!r} and {other.get(key, 'absent')!r}" for key in keys)
+    if keys and {"fingerprint", "feature_fingerprint"}.issuperset(keys):
+        told += ": " + ("" if "feature_fingerprint" in keys else "max_length, preset, the tokenizer, ")
+        told += "the weights or the SAE differ"
+    return told
+
+
+@functools.cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
