@@ -3,12 +3,11 @@ features, and the way to and from the Hub."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +15,6 @@ from . import cli_options as opt
 from .cli_options import (
     check_measured,
     console,
-    differing,
     load_data,
     make_chat,
     make_featurizer,
@@ -24,8 +22,10 @@ from .cli_options import (
     tell_left_out,
 )
 from .terminal import visible
+from .validation import checked, differences
 
 if TYPE_CHECKING:
+    from .coverage import SavedReport
     from .dictionary import FeatureDictionary
     from .featurizer import SAEFeaturizer
 
@@ -146,7 +146,7 @@ def select(
     from .selection import select as select_rows
 
     found = _read_report(report)
-    measured, data = found["measurement"], load_data(pool, split)
+    measured, data = found.measurement.model_dump(exclude_unset=True), load_data(pool, split)
     featurizer = None
     check_measured(data, pool, measured, f"the rows of {report}")
     if not set(COLUMNS) <= set(data.column_names):
@@ -154,16 +154,16 @@ def select(
         featurizer = make_featurizer(
             model, sae, sae_id, device, layer=layer, max_length=max_length, on_error=on_error, preset=preset, **how
         )
-        if differs := differing(featurizer.measurement, measured):
+        if differs := differences(featurizer.measurement, measured):
             raise typer.BadParameter(
                 f"With these options {pool} would be measured otherwise than the rows of {report} ({differs}): give "
                 "the options that the report was made with."
             )
     data = scored(data, featurizer, "pool")
-    chosen = select_rows(data, found["missing"], rows, threshold=found["threshold"])
+    chosen = select_rows(data, found.missing, rows, threshold=found.threshold)
     output.parent.mkdir(parents=True, exist_ok=True)
     data.select(chosen.rows).remove_columns(COLUMNS).to_json(output)
-    covered, missing = len(chosen.covered), len(found["missing"])
+    covered, missing = len(chosen.covered), len(found.missing)
     console.print(
         f"{len(chosen.rows):,} rows activate {covered:,} of {missing:,} missing features. Written to {output}."
     )
@@ -189,7 +189,7 @@ def push(
         from .coverage_card import push_coverage_to_hub
 
         is_coverage = path.suffix == ".safetensors"
-        found = FeatureCoverage.load(path) if is_coverage else _read_report(path)
+        found = FeatureCoverage.load(path) if is_coverage else _read_report(path).model_dump()
         url = push_coverage_to_hub(found, repo_id, anchor=anchor, sae=sae, **hub)
     elif (path / _DICTIONARY).exists():
         from .dictionary import FeatureDictionary
@@ -245,14 +245,12 @@ def _collected(featurizer: SAEFeaturizer, data: str, split: str, spans: int, out
     return dictionary
 
 
-def _read_report(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not {"missing", "threshold", "measurement"} <= found.keys():
-        raise typer.BadParameter(f"{file} is no report of hf_fac: give what `hf-fac missing --output` wrote.")
-    return found
+def _read_report(file: Path) -> SavedReport:
+    from .coverage import SavedReport
+
+    return checked(
+        SavedReport, file.read_bytes(), f"{file} is no report of hf_fac", "give what `hf-fac missing --output` wrote"
+    )
 
 
 def _sampled(dictionary: FeatureDictionary, sample: int | None, seed: int) -> list[int] | None:

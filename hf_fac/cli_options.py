@@ -3,7 +3,6 @@ are made of them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .terminal import visible
+from .validation import differences, read_measurement
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -173,19 +173,11 @@ def check_measured(dataset: Dataset, name: str, measurement: dict[str, Any], who
     """
     if "fac_measurement" not in dataset.column_names or not len(dataset):
         return
-    if found := differing(json.loads(dataset[0]["fac_measurement"]), measurement):
+    theirs = read_measurement(dataset[0]["fac_measurement"], f"{name}: fac_measurement", "score its rows anew")
+    if found := differences(theirs, measurement):
         raise typer.BadParameter(
             f"{name} was measured otherwise than {whose} ({found}): score its rows anew, with the same options."
         )
-
-
-def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """Returns in words what differs between two measurements, "" where they measure the same."""
-    if one["fingerprint"] == other["fingerprint"]:
-        return ""
-    keys = [key for key in sorted(one.keys() & other.keys()) if key != "fingerprint" and one[key] != other[key]]
-    found = "; ".join(f"{key}: {one[key]!r} and {other[key]!r}" for key in keys)
-    return found or "the weights, the SAE, the tokenizer, --max-length or --preset differ"
 
 
 def scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dataset:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from .dictionary_schema import RATINGS, STATES, checked, schema
 from .marked_span import MarkedSpan
+from .validation import differences, read_measurement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,9 @@ class FeatureDictionary:
         from datasets import Dataset
 
         table = checked(dataset.with_format("arrow")[:])
-        found = [json.loads(text) for text in table["measurement"].unique().to_pylist()] or [measurement]
+        remedy = "build the dictionary again, or get it anew"
+        texts = table["measurement"].unique().to_pylist()
+        found = [read_measurement(text, "its column 'measurement'", remedy) for text in texts] or [measurement]
         if found[0] is None:
             raise ValueError("No rows say how they were measured: give measurement=.")
         for other in found[1:]:
@@ -346,12 +349,8 @@ class FeatureDictionary:
 def _refuse_different(
     one: Mapping[str, Any], other: Mapping[str, Any], problem: str, remedy: str = "measure both with one featurizer"
 ) -> None:
-    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
-    if keys:
-        values = "; ".join(f"{key}: {one.get(key, 'absent')!r} and {other.get(key, 'absent')!r}" for key in keys)
-        only = {"fingerprint", "feature_fingerprint"}.issuperset(keys)
-        note = " (only weights, or lesser settings differ)" if only else ""
-        raise ValueError(f"{problem} ({values}){note}: {remedy}.")
+    if found := differences(one, other):
+        raise ValueError(f"{problem} ({found}): {remedy}.")
 
 
 def _word(word: str) -> re.Pattern[str]:

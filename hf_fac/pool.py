@@ -6,7 +6,6 @@ activate features that no row before it does, the rows that were refused and why
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,9 +13,9 @@ import numpy as np
 
 from .candidates import Candidate
 from .gauge import Gauge, Measured
-from .journal import differences
 from .originality import NearDuplicates
 from .selection import select
+from .validation import differences, read_measurement
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +111,7 @@ def _checked(pool: Dataset, task: Task, measurement: Mapping[str, Any]) -> Datas
         )
     pool = pool.with_format(None).select_columns(columns)
     for text in pool[:1]["fac_measurement"]:
-        if found := differences(json.loads(text or "{}"), measurement):
+        if found := differences(read_measurement(text or "{}", "The pool: fac_measurement", _REMEDY), measurement):
             raise ValueError(f"The pool was measured otherwise than by this featurizer ({found}): {_REMEDY}.")
     kinds = {name: getattr(pool.features[name], "dtype", "list") for name in task.features()}
     if not kinds.get("label", "int").startswith("int"):

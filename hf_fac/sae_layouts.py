@@ -105,7 +105,8 @@ def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
         raise ValueError(f"{label!r} cannot be read as an SAE: missing or unknown to SAELens: {error}.") from error
     except (AttributeError, EOFError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         # PyTorch spreads its reasons over lines.
-        raise ValueError(f"{label!r} cannot be read as an SAE: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or "it is empty, or cut off"
+        raise ValueError(f"{label!r} cannot be read as an SAE: {reason}") from error
 
 
 def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | bool | None) -> Path:

@@ -28,6 +28,7 @@ from .piecework import FORMS, Bounds, PieceWork, unbounded
 from .prompts import HINTS
 from .prompts import PROMPT_VERSION as PROMPTS
 from .tasks import Task, get_task
+from .validation import differences
 from .writing import SampleWriter
 
 if TYPE_CHECKING:
@@ -252,8 +253,10 @@ class FACSynthesizer:
 
     def _wanted(self, missing: FACReport | ArrayLike) -> np.ndarray:
         if isinstance(missing, FACReport):
-            if missing.measurement != self.featurizer.measurement:
-                raise ValueError("The FACReport was measured otherwise than by this featurizer: compare with it again.")
+            if found := differences(missing.measurement, self.featurizer.measurement):
+                raise ValueError(
+                    f"The FACReport was measured otherwise than by this featurizer ({found}): compare with it again."
+                )
             if np.any(np.asarray(self.threshold) < missing.threshold):
                 raise ValueError(
                     f"The FACReport's delta is {missing.threshold!s:.100}, the synthesizer keeps what exceeds "

@@ -7,6 +7,7 @@ field, what was found there and the remedy. `Measurement` is what all scored row
 from __future__ import annotations
 
 import functools
+import json
 import os
 import reprlib
 from collections.abc import Mapping
@@ -38,6 +39,17 @@ class Measurement(Strict):
     feature_fingerprint: str | None = None
 
 
+class WholeMeasurement(Measurement):
+    """All that a measurement says since hf_fac writes it."""
+
+    model: str
+    layer: Annotated[int, Field(ge=0)]
+    activation: str
+    pool_over: str
+    side: str
+    fingerprint: str
+
+
 def checked(kind: type[T], found: Any, where: str, remedy: str) -> T:
     """Returns `found`, a value or JSON (a string or bytes), as an instance of `kind`.
 
@@ -53,13 +65,18 @@ def checked(kind: type[T], found: Any, where: str, remedy: str) -> T:
         raise ValueError(f"{where}: {place + ': ' if place else ''}{first['msg']}{value}; {remedy}.") from error
 
 
+def read_measurement(text: str, where: str, remedy: str) -> dict[str, Any]:
+    """Returns the measurement that is kept as JSON beside rows. Raises: ValueError, as `checked` does."""
+    checked(Measurement, text, where, remedy)
+    return json.loads(text)
+
+
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Returns in words what differs between two measurements, "" where nothing does. A fingerprint decides where both
-    have one, so that a model is the same under any name; without one, a path may be spelled in any way."""
-    if one.get("fingerprint") is not None and one.get("fingerprint") == other.get("fingerprint"):
-        return ""
+    """Returns in words what differs between two measurements, "" where nothing does. The model may have another name
+    where the fingerprints agree, and its path may be spelled in any way."""
     keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
-    if "model" in keys and len({os.path.realpath(str(each.get("model"))) for each in (one, other)}) == 1:
+    same_path = os.path.realpath(str(one.get("model"))) == os.path.realpath(str(other.get("model")))
+    if "model" in keys and (same_path or one.get("fingerprint", 1) == other.get("fingerprint", 2)):
         keys.remove("model")
     told = "; ".join(f"{key}: {one.get(key, 'absent')!r} and {other.get(key, 'absent')!r}" for key in keys)
     if keys and {"fingerprint", "feature_fingerprint"}.issuperset(keys):
