@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 Width = Annotated[int, Field(ge=1, le=1 << 24)]  # features: beyond the widest SAE there is, arrays fill the memory
@@ -59,10 +60,8 @@ def checked(kind: type[T], found: Any, where: str, remedy: str) -> T:
     try:
         return adapter.validate_json(found) if isinstance(found, str | bytes) else adapter.validate_python(found)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        value = "" if first["type"] in ("json_invalid", "missing") else f", got {reprlib.repr(first['input'])}"
-        raise ValueError(f"{where}: {place + ': ' if place else ''}{first['msg']}{value}; {remedy}.") from error
+        told = ", ".join(_told(one) for one in error.errors(include_url=False)[:3])
+        raise ValueError(f"{where}: {told}; {remedy}.") from error
 
 
 def read_measurement(text: str, where: str, remedy: str) -> dict[str, Any]:
@@ -83,6 +82,13 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         told += ": " + ("" if "feature_fingerprint" in keys else "max_length, preset, the tokenizer, ")
         told += "the weights or the SAE differ"
     return told
+
+
+def _told(error: ErrorDetails) -> str:
+    place = "".join(f"{part}." for part in error["loc"])[:-1]
+    # Of a whole file or object nobody wants to read the beginning.
+    got = "" if error["type"] in ("json_invalid", "missing", "value_error") else f", got {reprlib.repr(error['input'])}"
+    return f"{place + ': ' if place else ''}{error['msg'].removeprefix('Value error, ')}{got}"
 
 
 @functools.cache
