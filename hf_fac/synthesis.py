@@ -28,7 +28,7 @@ from .piecework import FORMS, Bounds, PieceWork, unbounded
 from .prompts import HINTS
 from .prompts import PROMPT_VERSION as PROMPTS
 from .tasks import Task, get_task
-from .validation import differences
+from .validation import check_counts, differences
 from .writing import SampleWriter
 
 if TYPE_CHECKING:
@@ -217,9 +217,9 @@ class FACSynthesizer:
         """
         from .synthesis_report import make_result
 
-        for name, bound in (("max_samples", max_samples), ("max_requests", max_requests), ("max_seconds", max_seconds)):
-            if bound is not None and not bound >= (0 if name == "max_seconds" else 1):
-                raise ValueError(f"{name} is {bound}; it must be at least 1, or None for no bound.")
+        check_counts(max_samples=max_samples, max_requests=max_requests)
+        if max_seconds is not None and not max_seconds >= 0:
+            raise ValueError(f"max_seconds is {max_seconds}; it must not be negative.")
         begun = time.perf_counter()
         wanted = self._wanted(missing)
         if features is not None:

@@ -11,6 +11,7 @@ import json
 import os
 import reprlib
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
@@ -62,6 +63,13 @@ def checked(kind: type[T], found: Any, where: str, remedy: str) -> T:
     except ValidationError as error:
         told = ", ".join(_told(one) for one in error.errors(include_url=False)[:3])
         raise ValueError(f"{where}: {told}; {remedy}.") from error
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises: ValueError, by name, for what is neither None nor a whole number from 1 up."""
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 up.")
 
 
 def read_measurement(text: str, where: str, remedy: str) -> dict[str, Any]:

@@ -327,6 +327,12 @@ def test_shards_of_another_run_are_refused(featurizer, rows, tmp_path):
         score_shards(featurizer, rows.select(range(20)), tmp_path, shard_rows=10)
 
 
+def test_a_stream_has_no_shards(featurizer, rows, tmp_path):
+    with pytest.raises(TypeError, match=r"dataset is a IterableDataset, .* map the stream with FACScorer"):
+        score_shards(featurizer, rows.to_iterable_dataset(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bad_row_is_named_with_its_shard(featurizer, tmp_path):
     rows = Dataset.from_list([{"text": "fine"}] * 7 + [{"text": None}])
     with pytest.raises(RowError, match=r"In rows 5 to 7.*Row 2"):
