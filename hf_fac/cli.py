@@ -35,7 +35,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="What is my training data missing? Reads data sets with a model's own sparse-autoencoder features.",
+    help="What is my training data missing? Reads data sets with a model's own sparse-autoencoder features. With "
+    "HF_FAC_TRACEBACK=1 in the environment an error also says where it comes from.",
 )
 
 

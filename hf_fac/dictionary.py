@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from .dictionary_schema import RATINGS, STATES, checked, schema
 from .marked_span import MarkedSpan
+from .validation import checked as checked_json
 from .validation import differences, read_measurement
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class FeatureDictionary:
         remedy = "build the dictionary again, or get it anew"
         texts = table["measurement"].unique().to_pylist()
         found = [read_measurement(text, "its column 'measurement'", remedy) for text in texts] or [measurement]
+        for text in table["settings"].unique().to_pylist():
+            checked_json(dict[str, Any], text, "its column 'settings'", remedy)
         if found[0] is None:
             raise ValueError("No rows say how they were measured: give measurement=.")
         for other in found[1:]:

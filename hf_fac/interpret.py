@@ -28,6 +28,7 @@ from .questions import (
     read_explanation,
     read_rating,
 )
+from .terminal import visible
 
 if TYPE_CHECKING:
     from .answers import Answer
@@ -266,5 +267,5 @@ def _verdict(answer: Answer) -> tuple[str, str]:
 def _warn(what: str, read: dict[str, Answer]) -> None:
     failed = [(key, answer.reason) for key, answer in read.items() if answer.reason is not None]
     if failed:
-        first = f"the first ({failed[0][0]}): {failed[0][1]}"
+        first = visible(f"the first ({failed[0][0]}): {failed[0][1]}")
         warnings.warn(f"{len(failed):,} of {len(read):,} {what} failed; {first}", stacklevel=3)

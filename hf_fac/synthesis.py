@@ -28,6 +28,7 @@ from .piecework import FORMS, Bounds, PieceWork, unbounded
 from .prompts import HINTS
 from .prompts import PROMPT_VERSION as PROMPTS
 from .tasks import Task, get_task
+from .terminal import visible
 from .validation import check_counts, differences
 from .writing import SampleWriter
 
@@ -244,7 +245,7 @@ class FACSynthesizer:
         outcomes = work.run(self._form())
         if work.failures and work.ended is not None:
             ended = work.ended.rstrip(".")
-            warnings.warn(f"Synthesis ended by {ended}. The same call asks for them again.", stacklevel=2)
+            warnings.warn(visible(f"Synthesis ended by {ended}. The same call asks for them again."), stacklevel=2)
         seconds = time.perf_counter() - begun
         pool_rows = [*taken, *refused]
         return make_result(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .chance import Effect, effect
+from .terminal import visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,7 +95,7 @@ class SynthesisReport:
             f"cost: {self.requests:,} texts, {self.prompt_tokens:,} tokens of prompts and {self.completion_tokens:,} "
             f"written, {self.seconds:.0f} s" + (f"; ended by {self.ended}" if self.ended else "")
         )
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
 
 def make_result(

@@ -267,7 +267,7 @@ def test_a_folder_with_another_pass_is_refused(featurizer, rows, tmp_path) -> No
 
 def test_bad_rows_and_arguments_are_refused_or_counted(rows) -> None:
     featurizer = make_featurizer()
-    with pytest.raises(RowError, match=r"In rows 50 to 59, counted from 50: Row 3 .*text is None"):
+    with pytest.raises(RowError, match=r"^Row 53 cannot be read: .*text is None"):
         build_dictionary(featurizer, [*rows[:53], {"text": None}, *rows[54:]], shard_rows=10)
     with pytest.raises(TypeError, match=r"pass a datasets\.Dataset"):
         build_dictionary(featurizer, Dataset.from_list(rows).to_iterable_dataset())
@@ -485,6 +485,7 @@ SPAN = {"before": "a ", "token": "b", "after": " c", "activation": 1.0, "row": 0
         ({"measurement": "{}"}, "its column 'measurement': d_sae: Field required"),
         ({"measurement": json.dumps(MEASUREMENT | {"d_sae": 10**12})}, "d_sae: Input should be less than or equal to"),
         ({"measurement": "[" * 10**5}, "its column 'measurement': Invalid JSON: recursion limit"),
+        ({"settings": "[]"}, "its column 'settings': Input should be an object"),
         ({"max_activation": math.nan}, "its column 'max_activation' holds NaN"),
         ({"spans": [SPAN | {"activation": math.inf}]}, "its column 'spans.activation' holds NaN or infinite"),
         ({"spans": [SPAN | {"token": None}]}, "its column 'spans.token' holds nulls"),

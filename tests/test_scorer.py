@@ -287,8 +287,11 @@ def test_with_indices_names_rows_by_their_number_and_leaves_the_rank_alone(num_p
     )
     assert both["fac_features"][:] == scored["fac_features"][:]
     rows = Dataset.from_list([{"text": "a"}] * 5 + [{"text": None}])
-    with pytest.raises(RowError, match="Row 5 cannot be read"):
-        rows.map(FACScorer(featurizer), batched=True, batch_size=2, with_indices=True)
+    for first_row in (0, 10):
+        with pytest.raises(RowError, match=f"Row {first_row + 5} cannot be read"):
+            rows.map(
+                FACScorer(featurizer), batched=True, batch_size=2, with_indices=True, fn_kwargs={"first_row": first_row}
+            )
 
 
 @pytest.mark.parametrize("columns", ["text", ["text", "text"]])

@@ -85,3 +85,11 @@ def test_an_error_that_nobody_foresaw_is_one_line_with_the_traceback_on_request(
     assert "Traceback" in said
     assert "in fail" in said
     assert not steers(said)
+
+
+def test_what_a_server_said_does_not_steer_the_terminal_through_a_report_or_a_warning(recwarn):
+    from hf_fac.answers import Answer
+    from hf_fac.interpret import _warn
+
+    _warn("explanations", {"feature 3": Answer(None, HOSTILE)})
+    assert not steers(str(recwarn.pop(UserWarning).message))
