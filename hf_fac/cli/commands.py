@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
 from ..storage.files import try_output, write_whole
+from ..storage.terminal import visible
 from . import dictionary as cli_dictionary
 from . import options as opt
 from . import synthesize as cli_synthesis
-from .options import check_measured, console, load_data, make_featurizer, scored
+from .options import (
+    check_measured,
+    console,
+    errors,
+    load_data,
+    make_featurizer,
+    marked_text,
+    one_line,
+    scored,
+    tell_left_out,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +52,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="What is my training data missing? Reads data sets with a model's own sparse-autoencoder features.",
+    help="What is my training data missing? Reads data sets with a model's own sparse-autoencoder features. With "
+    "HF_FAC_TRACEBACK=1 in the environment an error also says where it comes from.",
 )
 
 
@@ -112,6 +122,7 @@ def score(
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     part = f"-{rank:05d}-of-{world_size:05d}" if world_size > 1 else ""
     coverage.save(output / f"coverage{part}.safetensors")
+    tell_left_out(featurizer, "data set", coverage.rows)
     live = int((coverage.maximum > 0).sum())
     console.print(
         f"{coverage.rows:,} rows ({coverage.rows_without_tokens:,} without tokens) activate {live:,} of "
@@ -250,16 +261,13 @@ def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer |
     strongest = strongest_rows(anchor, shown)
     for feature, support in zip(shown, report.missing_support, strict=False):
         row, activation = strongest[feature]
-        text = Text()
         if featurizer is None:
-            text.append(_plain(anchor[row])[:120])
+            text = _plain(anchor[row])[:120]
         else:
             reading = featurizer.read([anchor[row]], positions=True)
             position = int(reading.positions[reading.activations.indices == feature][0])
             span = featurizer.span(anchor[row], position)
-            text.append("..." + _one_line(span.before))
-            text.append(_one_line(span.token), style="bold reverse")
-            text.append(_one_line(span.after) + "...")
+            text = marked_text(span, "...")
         table.add_row(str(feature), str(support), f"{activation:.1f}", text)
     console.print(table, soft_wrap=False)
 
@@ -277,24 +285,34 @@ def strongest_rows(scored: Dataset, features: list[int]) -> dict[int, tuple[int,
     return best
 
 
-def _one_line(text: str) -> str:
-    return text.replace("\n", "⏎")
-
-
 def _plain(row: dict[str, Any]) -> str:
-    return _one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))
+    return one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))
 
 
 def main() -> None:
-    """The console script: errors that are for people are shown as one line, without a traceback."""
+    """The console script. An error is one line; with HF_FAC_TRACEBACK=1 it says where it comes from."""
     import sys
+    import traceback
+    import warnings
+
+    from typer.rich_utils import rich_format_error
 
     from ..chat.local import ChatError
     from ..hub.errors import HubError
 
+    warnings.formatwarning = lambda message, *_: visible(f"hf-fac: {message}\n")
     try:
-        app()
-    except (ChatError, HubError, ValueError, OSError) as error:
-        # A Text: what the error quotes is no markup.
-        Console(stderr=True).print(Text.assemble(("hf-fac:", "red"), f" {error}"), soft_wrap=True)
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        error.message = visible(error.message)
+        rich_format_error(error)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("HF_FAC_TRACEBACK"):
+            errors.print("".join(traceback.format_exception(error)))
+        told = " ".join(str(error).split("\n"))
+        if not isinstance(error, ChatError | HubError | ValueError | OSError):
+            told = f"{type(error).__name__}: {told} (HF_FAC_TRACEBACK=1 in the environment shows where it comes from.)"
+        errors.print("[red]hf-fac:[/red]", end=" ", markup=True)
+        errors.print(told)
         sys.exit(1)

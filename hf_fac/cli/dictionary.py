@@ -3,21 +3,30 @@ features, and the way to and from the Hub."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..storage.files import try_output, whole_file
 from . import options as opt
-from .options import check_measured, console, differing, load_data, make_chat, make_featurizer, scored
+from .options import check_measured, console, load_data, make_chat, make_featurizer, scored
 
 if TYPE_CHECKING:
     from ..dictionary.dictionary import FeatureDictionary
     from ..features.featurizer import SAEFeaturizer
+from ..storage.terminal import visible
+from ..storage.validation import checked, differences
+from .options import (
+    tell_left_out,
+)
+
+if TYPE_CHECKING:
+    from ..coverage.coverage import SavedReport
+    from ..features.featurizer import SAEFeaturizer
+    from .dictionary import FeatureDictionary
 
 Folder = Annotated[Path, typer.Argument(help="The dictionary's folder.")]
 SampleSize = Annotated[int | None, typer.Option(help="Ask about so many features only, drawn at random.")]
@@ -151,7 +160,7 @@ def select(
 
     try_output(output)
     found = _read_report(report)
-    measured, data = found["measurement"], load_data(pool, split)
+    measured, data = found.measurement.model_dump(exclude_unset=True), load_data(pool, split)
     featurizer = None
     check_measured(data, pool, measured, f"the rows of {report}")
     if not set(COLUMNS) <= set(data.column_names):
@@ -159,16 +168,16 @@ def select(
         featurizer = make_featurizer(
             model, sae, sae_id, device, layer=layer, max_length=max_length, on_error=on_error, preset=preset, **how
         )
-        if differs := differing(featurizer.measurement, measured):
+        if differs := differences(featurizer.measurement, measured):
             raise typer.BadParameter(
                 f"With these options {pool} would be measured otherwise than the rows of {report} ({differs}): give "
                 "the options that the report was made with."
             )
     data = scored(data, featurizer, "pool")
-    chosen = select_rows(data, found["missing"], rows, threshold=found["threshold"])
+    chosen = select_rows(data, found.missing, rows, threshold=found.threshold)
     with whole_file(output) as partial:
         data.select(chosen.rows).remove_columns(COLUMNS).to_json(partial, compression=infer_compression(str(output)))
-    covered, missing = len(chosen.covered), len(found["missing"])
+    covered, missing = len(chosen.covered), len(found.missing)
     console.print(
         f"{len(chosen.rows):,} rows activate {covered:,} of {missing:,} missing features. Written to {output}."
     )
@@ -194,7 +203,7 @@ def push(
         from ..coverage.coverage import FeatureCoverage
 
         is_coverage = path.suffix == ".safetensors"
-        found = FeatureCoverage.load(path) if is_coverage else _read_report(path)
+        found = FeatureCoverage.load(path) if is_coverage else _read_report(path).model_dump()
         url = push_coverage_to_hub(found, repo_id, anchor=anchor, sae=sae, **hub)
     elif (path / _DICTIONARY).exists():
         from ..dictionary.dictionary import FeatureDictionary
@@ -205,7 +214,7 @@ def push(
         from ..sae.loading import load_sae
 
         url = push_sae_to_hub(load_sae(path), repo_id, sae_id=sae_id, private=private, **hub)
-    typer.echo(url)
+    typer.echo(visible(url))
 
 
 def pull(
@@ -242,6 +251,7 @@ def _collected(featurizer: SAEFeaturizer, data: str, split: str, spans: int, out
         featurizer, load_data(data, split), spans=spans, source=Path(data).stem, output_dir=output / _PROGRESS, rank=0,
         world_size=1,
     )  # fmt: skip
+    tell_left_out(featurizer, "data set", featurizer.left_out.rows)
     live = dictionary.features[np.array(dictionary.dataset["rows"]) > 0]
     if not len(live):
         raise ValueError(f"{data} activates no feature: there is nothing to interpret.")
@@ -250,14 +260,12 @@ def _collected(featurizer: SAEFeaturizer, data: str, split: str, spans: int, out
     return dictionary
 
 
-def _read_report(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not {"missing", "threshold", "measurement"} <= found.keys():
-        raise typer.BadParameter(f"{file} is no report of hf_fac: give what `hf-fac missing --output` wrote.")
-    return found
+def _read_report(file: Path) -> SavedReport:
+    from ..coverage.coverage import SavedReport
+
+    return checked(
+        SavedReport, file.read_bytes(), f"{file} is no report of hf_fac", "give what `hf-fac missing --output` wrote"
+    )
 
 
 def _sampled(dictionary: FeatureDictionary, sample: int | None, seed: int) -> list[int] | None:

@@ -3,21 +3,34 @@ are made of them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from ..storage.terminal import visible
+from ..storage.validation import differences, read_measurement
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..chat.local import Chat
     from ..features.featurizer import SAEFeaturizer
+    from ..inputs.token_context import MarkedSpan
 
-# What is printed quotes paths and users' texts: no line is cut, and nothing in it is markup.
-console = Console(soft_wrap=True, markup=False, emoji=False)
+
+class _Console(Console):
+    """What is printed quotes paths and users' texts: no line is cut, and nothing in it is markup or steers the
+    terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+console = _Console(soft_wrap=True, markup=False, emoji=False)
+errors = _Console(soft_wrap=True, markup=False, emoji=False, stderr=True)
 
 
 def _usable(device: str | None) -> str | None:
@@ -70,7 +83,9 @@ def make_featurizer(
     if model is None:
         from ..embedded.loader import load_featurizer
 
-        settings.pop("layer", None)
+        for option, value in (("--layer", settings.pop("layer", None)), ("--sae-id", sae_id)):
+            if value is not None:
+                raise typer.BadParameter(f"{option} is of an SAE of yours: give --model and --sae, or leave it out.")
         return load_featurizer(device=device or "cpu", **settings)
     from ..features.featurizer import SAEFeaturizer
 
@@ -169,26 +184,45 @@ def check_measured(dataset: Dataset, name: str, measurement: dict[str, Any], who
     """
     if "fac_measurement" not in dataset.column_names or not len(dataset):
         return
-    if found := differing(json.loads(dataset[0]["fac_measurement"]), measurement):
+    theirs = read_measurement(dataset[0]["fac_measurement"], f"{name}: fac_measurement", "score its rows anew")
+    if found := differences(theirs, measurement):
         raise typer.BadParameter(
             f"{name} was measured otherwise than {whose} ({found}): score its rows anew, with the same options."
         )
 
 
-def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """Returns in words what differs between two measurements, "" where they measure the same."""
-    if one["fingerprint"] == other["fingerprint"]:
-        return ""
-    keys = [key for key in sorted(one.keys() & other.keys()) if key != "fingerprint" and one[key] != other[key]]
-    found = "; ".join(f"{key}: {one[key]!r} and {other[key]!r}" for key in keys)
-    return found or "the weights, the SAE, the tokenizer, --max-length or --preset differ"
-
-
 def scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dataset:
     """Returns the data set with the columns of `FACScorer`, as it is where it has them."""
+    from ..features.pooling import LeftOut
     from ..features.scoring import COLUMNS, FACScorer
 
     if set(COLUMNS) <= set(dataset.column_names):
         return dataset
     scorer = FACScorer(featurizer)
-    return dataset.map(scorer, batched=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}")
+    featurizer.left_out = LeftOut()
+    dataset = dataset.map(
+        scorer, batched=True, with_indices=True, features=scorer.features(dataset.features), desc=f"Scoring the {what}"
+    )
+    tell_left_out(featurizer, what, len(dataset))
+    return dataset
+
+
+def tell_left_out(featurizer: SAEFeaturizer, what: str, rows: int) -> None:
+    """Prints how many rows were cut or skipped, and that of rows scored before it is not known."""
+    read = featurizer.left_out.rows
+    told = [str(featurizer.left_out)] if str(featurizer.left_out) else []
+    if read < rows:
+        told.append(f"{rows - read:,} rows were scored by an earlier run, which said what it left out.")
+    if told:
+        console.print(f"The {what}: {' '.join(told)}")
+
+
+def marked_text(span: MarkedSpan, ellipsis: str = "") -> Text:
+    """Returns the span on one line of the terminal, its token in reverse."""
+    return Text.assemble(
+        ellipsis + one_line(span.before), (one_line(span.token), "bold reverse"), one_line(span.after) + ellipsis
+    )
+
+
+def one_line(text: str) -> str:
+    return visible(text.replace("\n", "⏎"), keep="")

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from ..storage.files import try_output, write_whole
 from ..storage.parquet import write_parquet
 from . import options as opt
-from .options import check_measured, console, load_data, make_chat, make_featurizer, scored
+from .options import check_measured, console, load_data, make_chat, make_featurizer, marked_text, scored
 
 if TYPE_CHECKING:
     from ..coverage.coverage import FACReport
@@ -140,12 +139,10 @@ def print_samples(result: SynthesisResult, featurizer: SAEFeaturizer) -> None:
     table.add_column("the sample's prompt, the token that activates the feature most marked", overflow="fold")
     for row in result.dataset:
         reading = featurizer.read([{"messages": row["prompt"]}], positions=True)
-        acts, text = reading.activations, Text()
+        acts = reading.activations
         place = (acts.indices == row["fac_feature"]).nonzero()[0]
         span = featurizer.span({"messages": row["prompt"]}, int(reading.positions[place[0]]), before=60, after=40)
-        text.append(span.before.replace("\n", "⏎"))
-        text.append(span.token.replace("\n", "⏎"), style="bold reverse")
-        text.append(span.after.replace("\n", "⏎"))
+        text = marked_text(span)
         table.add_row(str(row["fac_feature"]), row["fac_way"], f"{row['fac_activation']:.1f}", text)
     console.print(table, soft_wrap=False)
     told = result.report

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..hub.cards import cell
 from ..hub.repo import update_card
-from .coverage import FACReport, FeatureCoverage
+from ..storage.validation import WholeMeasurement, checked
+from .coverage import FACReport, FeatureCoverage, SavedReport
 
 
 def push_coverage_to_hub(
@@ -36,24 +37,22 @@ def push_coverage_to_hub(
     Raises: HubError, also for a repo that does not exist; ValueError for a mapping that is no report, and for a
         coverage that does not say what it was measured with (model, layer, ...).
     """
-    try:
-        if isinstance(coverage, FeatureCoverage):
-            measurement, rows = coverage.measurement, _of_coverage(coverage)
-        else:
-            report = coverage.to_dict() if isinstance(coverage, FACReport) else coverage
-            measurement, rows = report["measurement"], _of_report(report, anchor)
-        model, layer = measurement["model"], measurement["layer"]
-        rows |= {
-            "model": f"{model}, layer {layer}",
-            "SAE": f"{sae + ', ' if sae else ''}{measurement['d_sae']:,} features",
-            "measured": f"activation {measurement['activation']}, over {measurement['pool_over']} content",
-            "fingerprint": measurement["fingerprint"],
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"This is no report of hf_fac, nor a coverage of rows that FACScorer scored ({error!r}): give "
-            "FACReport.to_dict(), or score the rows."
-        ) from error
+    problem = "This is no report of hf_fac, nor a coverage of rows that FACScorer scored"
+    remedy = "give FACReport.to_dict(), or score the rows"
+    if isinstance(coverage, FeatureCoverage):
+        rows = _of_coverage(coverage)
+        measurement = checked(WholeMeasurement, coverage.measurement, problem, remedy)
+    else:
+        found = coverage.to_dict() if isinstance(coverage, FACReport) else coverage
+        report = checked(SavedReport, found, problem, remedy)
+        rows, measurement = _of_report(report, anchor), report.measurement
+    model, layer = measurement.model, measurement.layer
+    rows |= {
+        "model": f"{model}, layer {layer}",
+        "SAE": f"{sae + ', ' if sae else ''}{measurement.d_sae:,} features",
+        "measured": f"activation {measurement.activation}, over {measurement.pool_over} content",
+        "fingerprint": measurement.fingerprint,
+    }
     body = "\n".join(
         [
             f"## Feature Activation Coverage: {model}, layer {layer}\n",
@@ -84,19 +83,19 @@ def _of_coverage(coverage: FeatureCoverage) -> dict[str, str]:
     }
 
 
-def _of_report(report: Mapping[str, Any], anchor: str | None) -> dict[str, str]:
-    low, high = (f"{end:.3f}" if end is not None else "?" for end in report["interval"])
-    covered, missing = len(report["covered"]), len(report["missing"])
-    fac = f"{report['fac']:.3f}" if report["fac"] is not None else "undefined"
-    some = "" if report["features"] is None else f", of {len(report['features']):,} features looked at"
+def _of_report(report: SavedReport, anchor: str | None) -> dict[str, str]:
+    low, high = (f"{end:.3f}" if end is not None else "?" for end in report.interval)
+    covered, missing = len(report.covered), len(report.missing)
+    fac = f"{report.fac:.3f}" if report.fac is not None else "undefined"
+    some = "" if report.features is None else f", of {len(report.features):,} features looked at"
     return {
-        "FAC": f"**{fac}** ({report['confidence']:.0%} interval {low} to {high})",
+        "FAC": f"**{fac}** ({report.confidence:.0%} interval {low} to {high})",
         "features of the anchor set": f"{covered + missing:,}: {covered:,} covered, {missing:,} missing{some}",
-        "delta": report["threshold_source"],
-        "rows": _counted(report["rows"], report["rows_without_tokens"]),
+        "delta": report.threshold_source,
+        "rows": _counted(report.rows, report.rows_without_tokens),
         "anchor set": f"{anchor + ', ' if anchor else ''}"
-        + _counted(report["anchor_rows"], report["anchor_rows_without_tokens"]),
-        "KL(anchor, data)": f"{report['kl_divergence']:.3f} nats" if report["kl_divergence"] is not None else "?",
+        + _counted(report.anchor_rows, report.anchor_rows_without_tokens),
+        "KL(anchor, data)": f"{report.kl_divergence:.3f} nats" if report.kl_divergence is not None else "?",
     }
 
 

@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import BaseModel, Field, Json, NonNegativeInt
 
 from ..storage.files import whole_file
+from ..storage.validation import Measurement, Strict, WholeMeasurement, checked, differences, read_measurement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +36,33 @@ _GEOMETRIC = (2.0 ** (np.arange(-24, 41) / 4)).astype(np.float32)  # levels of d
 _BATCH = 256  # rows at a time: enough to be fast, few enough for dense rows of a wide SAE
 
 
+class _Saved(BaseModel):
+    """The metadata of a saved coverage: texts of JSON."""
+
+    measurement: Json[Measurement]
+    rows: Json[NonNegativeInt]
+    rows_without_tokens: Json[NonNegativeInt]
+
+
+class SavedReport(Strict):
+    """`FACReport.to_dict()`, as it is read back."""
+
+    fac: float | None
+    interval: Annotated[list[float | None], Field(min_length=2, max_length=2)]
+    confidence: float
+    threshold: float | list[float]
+    threshold_source: str
+    features: list[NonNegativeInt] | None
+    covered: list[NonNegativeInt]
+    missing: list[NonNegativeInt]
+    kl_divergence: float | None
+    rows: NonNegativeInt
+    rows_without_tokens: NonNegativeInt
+    anchor_rows: NonNegativeInt
+    anchor_rows_without_tokens: NonNegativeInt
+    measurement: WholeMeasurement
+
+
 class FeatureCoverage:
     """What a data set activates, a commutative monoid over its rows: `a | b` is the coverage of both.
 
@@ -44,10 +73,8 @@ class FeatureCoverage:
     def __init__(self, measurement: dict[str, Any]) -> None:
         """The coverage of no rows, neutral in `|`. Raises ValueError without a usable d_sae and keep_above."""
         self.measurement: dict[str, Any] = json.loads(json.dumps(measurement))
-        d_sae, floor = (self.measurement.get(key) for key in ("d_sae", "keep_above"))
-        if not (isinstance(d_sae, int) and isinstance(floor, int | float) and d_sae > 0 and 0 <= floor < math.inf):
-            raise ValueError(f"a measurement needs d_sae >= 1 and keep_above >= 0, got {d_sae!r} and {floor!r}")
-        self.d_sae, self.keep_above = d_sae, float(floor)
+        found = checked(Measurement, self.measurement, "the measurement", _REMEDY)
+        self.d_sae, self.keep_above = d_sae, _ = found.d_sae, found.keep_above
         self.rows = self.rows_without_tokens = 0
         # float64 [levels]: the floor, then those of 2**-6 to 2**10 in steps of 2**(1/4) that exceed it.
         self.grid = np.append(self.keep_above, _GEOMETRIC[_GEOMETRIC.astype(np.float64) > self.keep_above])
@@ -73,13 +100,19 @@ class FeatureCoverage:
         Raises ValueError, with row and remedy, for missing columns, nulls, rows measured differently and what
         `from_activations` refuses; TypeError for a DatasetDict.
         """
+        from datasets import Dataset, IterableDataset
+
         if isinstance(ds, dict):
             raise TypeError(f"got a {type(ds).__name__}: pass one split, one of {', '.join(ds)}")
+        if not isinstance(ds, Dataset | IterableDataset):
+            raise TypeError(f"got a {type(ds).__name__}: pass a data set (Dataset.from_list makes one); {_REMEDY}")
         coverage = None if measurement is None else cls(measurement)
         for row, measurements, *part in _arrow_parts(ds):
             for found in measurements:
                 coverage = coverage or cls(found)
-                _refuse_different(coverage.measurement, found, f"row {row:,} and after: measured differently")
+                coverage.measurement = _agreed(
+                    coverage.measurement, found, f"row {row:,} and after: measured differently"
+                )
             coverage._add(row, *part)
         if coverage is None:
             raise ValueError("an empty data set does not say how it was measured: pass measurement=")
@@ -148,8 +181,8 @@ class FeatureCoverage:
         self.maximum[i] = np.maximum(old, maximum)  # last, as a slice makes old a view of it
 
     def __or__(self, other: FeatureCoverage) -> FeatureCoverage:
-        _refuse_different(self.measurement, other.measurement, "parts measured differently do not merge")
-        merged = FeatureCoverage(self.measurement)
+        agreed = _agreed(self.measurement, other.measurement, "parts measured differently do not merge")
+        merged = FeatureCoverage(agreed)
         for part in (self, other):
             merged._raise_maxima(slice(None), part.maximum, part.second_maximum, part.maximum_row)
             for name in ("rows", "rows_without_tokens", "level_counts", "active_counts"):
@@ -183,8 +216,14 @@ class FeatureCoverage:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): save the coverage again") from error
         if (found := metadata.pop("hf_fac.coverage", None)) != _VERSION:
             raise ValueError(f"{path}: expected a coverage of version {_VERSION}, found {found}: save it again")
+        remedy = "save the coverage again"
+        saved = checked(_Saved, metadata, os.fspath(path), remedy)
         coverage = cls(json.loads(metadata["measurement"]))
-        vars(coverage).update(arrays | {name: json.loads(text) for name, text in metadata.items()})
+        for name in _ARRAYS:
+            held, array = getattr(coverage, name), arrays.get(name)
+            if array is None or (array.shape, array.dtype) != (held.shape, held.dtype):
+                raise ValueError(f"{path}: {name} is absent, or of another shape or type; {remedy}")
+        vars(coverage).update(arrays, rows=saved.rows, rows_without_tokens=saved.rows_without_tokens)
         return coverage
 
     def compare(
@@ -209,7 +248,7 @@ class FeatureCoverage:
         """
         if not isinstance(anchor, FeatureCoverage):
             raise TypeError(f"anchor is a {type(anchor).__name__}: pass FeatureCoverage.from_dataset(anchor)")
-        _refuse_different(self.measurement, anchor.measurement, "data and anchor were measured differently")
+        _agreed(self.measurement, anchor.measurement, "data and anchor were measured differently")
         wanted = np.arange(self.d_sae) if features is None else np.unique(features)
         if not wanted.size or wanted.dtype.kind not in "iu" or np.ndim(features) > 1:
             raise ValueError(f"features must be integer ids, one or more (None: all), got {features!r:.100}")
@@ -268,8 +307,8 @@ class FeatureCoverage:
             values = f"{least:.4g}" if not delta.ndim else f"{least:.4g} to {delta.max():.4g}, one for each feature"
             return delta, f"{values}, as given"
         if relative is not None:
-            if not 0 < relative < 1:
-                raise ValueError(f"relative must lie between 0 and 1, got {relative}")
+            if not isinstance(relative, int | float | np.number) or not 0 < relative < 1:
+                raise ValueError(f"relative must be a number between 0 and 1, got {relative!r:.100}")
             delta = relative * self.maximum.astype(np.float64)
             raised = np.count_nonzero((delta < floor) & (self.maximum > 0))
             note = f", but the floor {floor:g} for {raised:,} of {live:,} features that it exceeds" if raised else ""
@@ -360,7 +399,10 @@ class FACReport:
 
 def check_threshold(threshold: float | ArrayLike, d_sae: int) -> np.ndarray:
     """Returns delta, float64 [] or [d_sae]. Raises: ValueError where it is negative, not finite or of another shape."""
-    delta = np.array(threshold, np.float64)
+    try:
+        delta = np.array(threshold, np.float64)
+    except (TypeError, ValueError):
+        delta = np.array(math.nan)
     if delta.shape not in ((), (d_sae,)) or not (np.isfinite(delta) & (delta >= 0)).all():
         raise ValueError(
             f"threshold must be one finite number or {d_sae:,} of them, none negative; got {threshold!r:.100}"
@@ -383,21 +425,24 @@ def _arrow_parts(ds: Dataset | IterableDataset) -> Iterator[tuple]:
             ids, acts, tokens, texts = (c.combine_chunks() for c in table.select(_COLUMNS).cast(schema).columns)
             lengths, others = (pc.list_value_length(lists).to_numpy() for lists in (ids, acts))
             ids, acts, tokens = ids.flatten().to_numpy(), acts.flatten().to_numpy(), tokens.to_numpy()
-            measurements = [json.loads(text) for text in texts.unique().to_pylist()]
+            if texts.null_count:
+                raise TypeError("a null in fac_measurement")
         except (KeyError, TypeError, pa.ArrowException) as error:
             rows = f"rows {row:,} to {row + len(table) - 1:,}"
             raise ValueError(f"{rows} lack {', '.join(_COLUMNS)} or hold nulls ({error}): {_REMEDY}") from error
+        where = f"row {row:,} and after: fac_measurement"
+        measurements = [read_measurement(text, where, _REMEDY) for text in texts.unique().to_pylist()]
         if (unequal := np.flatnonzero(lengths != others)).size:
             raise ValueError(f"row {row + unequal[0]:,}: not as many activations as features: {_REMEDY}")
         yield row, measurements, ids, acts, lengths, tokens
         row += len(table)
 
 
-def _refuse_different(one: dict[str, Any], other: dict[str, Any], problem: str) -> None:
-    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
-    if keys:
-        values = "; ".join(f"{key}: {one.get(key, 'absent')!r} and {other.get(key, 'absent')!r}" for key in keys)
-        raise ValueError(f"{problem} ({values}): score all rows with the same FACScorer")
+def _agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:
+    if found := differences(one, other):
+        raise ValueError(f"{problem} ({found}): score all rows with the same FACScorer")
+    # Of two names of one model the same one in any order.
+    return min(one, other, key=lambda each: json.dumps(each, sort_keys=True))
 
 
 def _row_hashes(ids: np.ndarray, acts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ coverage chooses, which reach at least 1 - 1/e of what the best choice covers (N
 from __future__ import annotations
 
 import heapq
-import json
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from ..storage.validation import read_measurement
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -166,7 +167,7 @@ def _open(pool: Any) -> tuple[int, int | None, float, _Read]:
     measured = "fac_measurement" if "fac_measurement" in pool.column_names else None
     table = pool.select_columns([*_COLUMNS, measured] if measured else _COLUMNS).with_format("arrow")
     text = table[:1][measured].to_pylist()[0] if measured and len(table) else None
-    measurement = json.loads(text or "{}")
+    measurement = read_measurement(text, "the pool: fac_measurement", _REMEDY) if text else {}
 
     def read_arrow(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         import pyarrow.compute as pc

@@ -149,13 +149,8 @@ class _Rows:
 def _read(
     featurizer: SAEFeaturizer, rows: _Rows, start: int, stop: int, top: TopSpans, before: int, after: int
 ) -> None:
-    from ..inputs.rows import RowError
-
     part = rows[start:stop]
-    try:
-        reading = featurizer.read(part, positions=True)
-    except RowError as error:
-        raise RowError(f"In rows {start} to {stop - 1}, counted from {start}: {error}") from error
+    reading = featurizer.read(part, positions=True, first_row=start)
 
     def windows(owner: np.ndarray, position: np.ndarray) -> np.ndarray:
         wanted, place = np.unique(owner, return_inverse=True)

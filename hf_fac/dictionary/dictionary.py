@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike
 
 from ..inputs.token_context import MarkedSpan
 from ..storage.files import whole_file
+from ..storage.validation import checked as checked_json
+from ..storage.validation import differences, read_measurement
 from .schema import RATINGS, STATES, checked, schema
 
 if TYPE_CHECKING:
@@ -51,7 +53,11 @@ class FeatureDictionary:
         from datasets import Dataset
 
         table = checked(dataset.with_format("arrow")[:])
-        found = [json.loads(text) for text in table["measurement"].unique().to_pylist()] or [measurement]
+        remedy = "build the dictionary again, or get it anew"
+        texts = table["measurement"].unique().to_pylist()
+        found = [read_measurement(text, "its column 'measurement'", remedy) for text in texts] or [measurement]
+        for text in table["settings"].unique().to_pylist():
+            checked_json(dict[str, Any], text, "its column 'settings'", remedy)
         if found[0] is None:
             raise ValueError("No rows say how they were measured: give measurement=.")
         for other in found[1:]:
@@ -336,12 +342,8 @@ class FeatureDictionary:
 def _refuse_different(
     one: Mapping[str, Any], other: Mapping[str, Any], problem: str, remedy: str = "measure both with one featurizer"
 ) -> None:
-    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
-    if keys:
-        values = "; ".join(f"{key}: {one.get(key, 'absent')!r} and {other.get(key, 'absent')!r}" for key in keys)
-        only = {"fingerprint", "feature_fingerprint"}.issuperset(keys)
-        note = " (only weights, or lesser settings differ)" if only else ""
-        raise ValueError(f"{problem} ({values}){note}: {remedy}.")
+    if found := differences(one, other):
+        raise ValueError(f"{problem} ({found}): {remedy}.")
 
 
 def _word(word: str) -> re.Pattern[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..inputs.token_context import MarkedSpan
+from ..storage.terminal import visible
 from .asking import Journal, Question, ask, chat_name
 from .questions import (
     CANNOT_TELL,
@@ -266,5 +267,5 @@ def _verdict(answer: Answer) -> tuple[str, str]:
 def _warn(what: str, read: dict[str, Answer]) -> None:
     failed = [(key, answer.reason) for key, answer in read.items() if answer.reason is not None]
     if failed:
-        first = f"the first ({failed[0][0]}): {failed[0][1]}"
+        first = visible(f"the first ({failed[0][0]}): {failed[0][1]}")
         warnings.warn(f"{len(failed):,} of {len(read):,} {what} failed; {first}", stacklevel=3)

@@ -6,6 +6,7 @@ In: an Arrow table from anywhere. Out: the same rows, in the dictionary's column
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ def schema() -> pa.Schema:
     return pa.schema(columns)
 
 
-_MAY_BE_NULL = ("explanation", "verification", "verification_reason", "detection", "detection_answers")
+_MAY_BE_NULL = ("explanation", "verification", "verification_reason", "detection", "detection_answers", "spans.source")
+_ALLOWED = {
+    "explanation_state": STATES, "verification": (*RATINGS, FAILED, None), "ratings.rating": (*RATINGS, FAILED),
+}  # fmt: skip
 
 
 def checked(table: pa.Table) -> pa.Table:
@@ -67,11 +71,29 @@ def checked(table: pa.Table) -> pa.Table:
         table = table.select(wanted.names).replace_schema_metadata(None).cast(wanted).sort_by("feature")
     except pa.ArrowException as error:
         raise ValueError(f"its columns are of other types ({error})") from error
-    if nulls := [name for name in wanted.names if name not in _MAY_BE_NULL and table[name].null_count]:
-        raise ValueError(f"its column {nulls[0]!r} holds nulls")
+    for name, values in (leaf for column in wanted.names for leaf in _leaves(column, table[column])):
+        if values.null_count and name not in _MAY_BE_NULL:
+            raise ValueError(f"its column {name!r} holds nulls")
+        if pa.types.is_floating(values.type) and pc.all(pc.is_finite(values)).as_py() is False:
+            raise ValueError(f"its column {name!r} holds NaN or infinite values")
+        allowed = _ALLOWED.get(name)
+        if allowed and (strange := set(values.unique().to_pylist()).difference(allowed)):
+            raise ValueError(f"its {name} is {strange.pop()!r} somewhere; expected {', '.join(map(str, allowed))}")
+    if pc.any(pc.and_(pc.equal(table["explanation_state"], "explained"), table["explanation"].is_null())).as_py():
+        raise ValueError("its column 'explanation' is null where explanation_state is 'explained'")
     if len(table) and pc.count_distinct(table["feature"]).as_py() < len(table):
         raise ValueError("it has a feature twice")
-    for name, allowed in (("explanation_state", STATES), ("verification", (*RATINGS, FAILED, None))):
-        if strange := set(table[name].unique().to_pylist()) - set(allowed):
-            raise ValueError(f"its {name} is {strange.pop()!r} somewhere; expected {', '.join(map(str, allowed))}")
     return table.combine_chunks()
+
+
+def _leaves(name: str, values: pa.ChunkedArray) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """A column and all that is inside its lists and structs, by name ("spans.token")."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    yield name, values
+    if pa.types.is_list(values.type):
+        yield from _leaves(name, pc.list_flatten(values))
+    elif pa.types.is_struct(values.type):
+        for field, inner in zip(values.type, values.flatten(), strict=True):
+            yield from _leaves(f"{name}.{field.name}", inner)

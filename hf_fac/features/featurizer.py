@@ -24,7 +24,7 @@ from ..sae.loading import check_sae, load_sae, read_settings
 from .calibration import FitCheck, calibrate_sinks
 from .encoder import Encoder
 from .fingerprint import TensorHash, model_settings, parameters_up_to, tokenizer_settings
-from .pooling import HostBatch, Maxima, Reading, Transfer, UniquePieces, merge_windows, unique_pieces
+from .pooling import HostBatch, LeftOut, Maxima, Reading, Transfer, UniquePieces, merge_windows, unique_pieces
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -148,6 +148,7 @@ class SAEFeaturizer:
         self._fit = FitCheck(self.sae, expected=own.fvu, layer=layer)
         self._source: dict[str, Any] | None = None
         self._weights_hash = TensorHash()
+        self.left_out = LeftOut()
 
     @classmethod
     def from_pretrained(
@@ -213,16 +214,17 @@ class SAEFeaturizer:
         """
         return self.read(rows).activations
 
-    def read(self, rows: Any, *, positions: bool = False) -> Reading:
+    def read(self, rows: Any, *, positions: bool = False, first_row: int = 0) -> Reading:
         """Returns the activations of the rows with all that was counted on the way.
 
         Args:
             positions: also say which token reaches each maximum.
+            first_row: number of the first row, in messages.
         Raises: RowError for a row that cannot be read or whose hidden states are not finite.
         """
         from scipy.sparse import csr_array
 
-        pieces = self.reader(rows)
+        pieces = self.reader(rows, first_row=first_row)
         unique = unique_pieces(pieces, causal=self.causal)
         found = Maxima(len(unique.ids))
         for batch in self._batches(unique, positions):
@@ -236,8 +238,8 @@ class SAEFeaturizer:
             if self.reader.on_error == "raise":
                 start = self.tokenizer.decode(pieces.ids[pieces.row.index(index)][:20])
                 raise RowError(
-                    f"Row {index} cannot be measured: {reason}. Check the model's weights, or load it in float32. "
-                    f"The row begins: {start!a}"
+                    f"Row {first_row + index} cannot be measured: {reason}. Check the model's weights, or load it in "
+                    f"float32. The row begins: {start!a}"
                 )
             pieces.skipped[index] = reason
         sizes, column, value, position = found.gather(unique.owner, np.array(pieces.offset, dtype=np.int64))
@@ -253,7 +255,7 @@ class SAEFeaturizer:
         indptr = np.concatenate([[0], np.cumsum(np.bincount(entry_row, minlength=pieces.n_rows))])
         if len(value) < 2**31:
             indptr = indptr.astype(np.int32)
-        return Reading(
+        reading = Reading(
             activations=csr_array((value, column, indptr), shape=(pieces.n_rows, self.d_sae)),
             tokens=np.where(broken, 0, totals[:, 0]).astype(np.int32),
             positions=position if positions else None,
@@ -262,6 +264,8 @@ class SAEFeaturizer:
             sinks=int(totals[:, 1].sum()),
             special_in_content=pieces.special_in_content,
         )
+        self.left_out.add(reading, first_row)
+        return reading
 
     def span(self, row: Any, position: int, *, before: int = 10, after: int = 5) -> MarkedSpan:
         """Returns the text around a token of a row, so many tokens to each side, the token apart.

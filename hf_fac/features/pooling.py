@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,6 +35,29 @@ class Reading(NamedTuple):
     truncated: int
     sinks: int
     special_in_content: int
+
+
+@dataclass
+class LeftOut:
+    """How many of the rows read since this was made lost tokens, or were skipped; "" as a text where none was."""
+
+    rows: int = 0
+    truncated: int = 0
+    skipped: int = 0
+    first: str = ""
+
+    def add(self, reading: Reading, first_row: int) -> None:
+        self.rows += len(reading.tokens)
+        self.truncated += reading.truncated
+        self.skipped += len(reading.skipped)
+        if reading.skipped and not self.first:
+            index = min(reading.skipped)
+            self.first = f" (row {first_row + index:,}: {reading.skipped[index]})"
+
+    def __str__(self) -> str:
+        counts = (f"{self.truncated:,} cut at max_length", self.truncated), (f"{self.skipped:,} skipped", self.skipped)
+        told = " and ".join(words for words, count in counts if count)
+        return f"Of {self.rows:,} rows {told}{self.first}." if told else ""
 
 
 class Maxima:

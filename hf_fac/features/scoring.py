@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,15 +50,29 @@ class FACScorer:
             self._featurizer = SAEFeaturizer.restored(state["featurizer"], rank=state.get("rank"))
         return self._featurizer
 
-    def __call__(self, batch: dict[str, list], rank: int | None = None) -> dict[str, list | np.ndarray]:
-        """Returns the new columns of a batch. Raises: RowError, its row counted from the start of the batch."""
+    def __call__(
+        self, batch: Mapping[str, list], *extra: list[int] | int, first_row: int = 0
+    ) -> dict[str, list | np.ndarray]:
+        """Returns the new columns of a batch.
+
+        Args:
+            extra: what `map` adds: the rows' numbers (`with_indices`), the process's rank (`with_rank`).
+            first_row: number of the data set's first row, where it is a part of another (`fn_kwargs` of `map`).
+        Raises: RowError, its row counted from the start of the batch, or as `with_indices` says.
+        """
         if type(batch).__name__ == "LazyRow":
             raise TypeError("FACScorer reads many rows at once: map(FACScorer(featurizer), batched=True).")
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"FACScorer reads whole rows and got a {type(batch).__name__}: leave input_columns= out of map, and "
+                "choose columns before it with select_columns."
+            )
         if self._featurizer is None:
-            self._pickled["rank"] = rank
+            self._pickled["rank"] = next((one for one in extra if isinstance(one, int)), None)
+        first_row += next((one[0] for one in extra if isinstance(one, list) and one), 0)
         featurizer = self.featurizer
         size = len(next(iter(batch.values()))) if batch else 0
-        reading = featurizer.read({name: batch[name] for name in batch if name not in COLUMNS})
+        reading = featurizer.read({name: batch[name] for name in batch if name not in COLUMNS}, first_row=first_row)
         activations = reading.activations
         ends = activations.indptr[1:-1]
         return {

@@ -46,6 +46,13 @@ def score_shards(
     Raises: ValueError when the folder holds shards of other rows, or measured with another featurizer; RowError for a
         row that cannot be read; OSError when nothing can be written there.
     """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}, which has no shards of its own: pass a datasets.Dataset (one "
+            "split; save a stream with Dataset.from_generator), or map the stream with FACScorer."
+        )
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     if not 0 <= rank < world_size or shard_rows < 1:

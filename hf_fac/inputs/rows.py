@@ -132,8 +132,8 @@ class ConversationReader:
         self._offset_tokenizer = _with_whole_offsets(self.tokenizer)
         self._renderer = ChatRenderer(self.tokenizer)
 
-    def __call__(self, rows: Iterable[Any]) -> Pieces:
-        """Read rows.
+    def __call__(self, rows: Iterable[Any], *, first_row: int = 0) -> Pieces:
+        """Read rows; errors count them from `first_row` on.
 
         Returns: `Pieces`. A row that was skipped, or has no text, has one piece without tokens.
         Raises: `RowError` for a row that cannot be read, unless `on_error="skip"`.
@@ -163,8 +163,8 @@ class ConversationReader:
             except ValueError as error:
                 if self.on_error == "raise":
                     raise RowError(
-                        f"Row {index} cannot be read: {error}. (on_error='skip' leaves such rows out and counts them.) "
-                        f"The row: {excerpt(row)}"
+                        f"Row {first_row + index} cannot be read: {error}. (on_error='skip' leaves such rows out "
+                        f"and counts them.) The row: {excerpt(row)}"
                     ) from error
                 pieces.skipped[index] = str(error)
             texts.append(text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from ..storage.terminal import visible
 
 if TYPE_CHECKING:
     from .rows import Span
@@ -44,17 +45,5 @@ def mark_span(span: MarkedSpan, *, width: int = 200) -> str:
     bare = token.lstrip() or token
     before += token[: len(token) - len(bare)]
     parts = ("…" * (len(before) > width), before[-width:]), ("", bare[:width]), ("", after[:width])
-    shown = [lead + escaped(text).replace("<<", r"\<<").replace(">>", r"\>>") for lead, text in parts]
+    shown = [lead + visible(text, keep="").replace("<<", r"\<<").replace(">>", r"\>>") for lead, text in parts]
     return f"{shown[0]}<<{shown[1]}{'…' * (len(bare) > width)}>>{shown[2]}{'…' * (len(after) > width)}"
-
-
-def escaped(text: str) -> str:
-    """Returns the text with escapes for what cannot be seen, or would break the line."""
-    # Cf holds bidirectional marks, but also the joiners that some scripts and emoji need.
-    shown = (
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\u200c\u200d"
-        else c
-        for c in text
-    )
-    return "".join(shown)

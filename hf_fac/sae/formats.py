@@ -6,13 +6,16 @@ unpickled, and nothing larger is fetched than what the SAE's own config accounts
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import AliasChoices, Field, PositiveFloat, PositiveInt, model_validator
+
+from ..storage.validation import Strict, Width, checked
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +26,57 @@ if TYPE_CHECKING:
 CONFIG, SAELENS_WEIGHTS, SPARSIFY_WEIGHTS = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
 LAYOUTS = f"{CONFIG} with {SAELENS_WEIGHTS} (SAELens) or {SPARSIFY_WEIGHTS} (sparsify), or one .pth file of the paper"
 ELSEWHERE = "take one that find_sae(model_id) lists, or train one with train_sae"
+_REPAIR = "get the SAE anew from where it was made, or mend that file"
 _CONFIG_BYTES = 1 << 20
 _BYTES_EACH = 32  # of [d_sae, d_in]: two float64 matrices, and as much again
 _MOST_BYTES = 64 << 30
+
+
+class OwnMetadata(Strict):
+    """What hf_fac keeps with an SAE; see `sae.read_settings`."""
+
+    layer: Annotated[int, Field(ge=0)] | None = None
+    sink_norm: PositiveFloat | None = None
+    fvu: float | None = None
+
+
+class _Metadata(Strict):
+    model_name: str | None = None
+    prepend_bos: bool | None = None
+    model_from_pretrained_kwargs: dict[str, Any] | None = None
+    hf_fac: OwnMetadata | None = None
+
+
+class SAEConfig(Strict):
+    """The config of an SAE, as SAELens, sparsify and the paper's code write it."""
+
+    d_in: Width = Field(validation_alias=AliasChoices("d_in", "d_inp"))
+    d_sae: Width | None = Field(None, validation_alias=AliasChoices("d_sae", "d_hide"))
+    num_latents: Annotated[int, Field(ge=0, le=1 << 24)] | None = None  # sparsify's 0: by the expansion factor
+    expansion_factor: PositiveInt | None = None
+    k: PositiveInt | None = Field(None, validation_alias=AliasChoices("k", "topK"))
+    metadata: _Metadata = _Metadata()
+
+    @property
+    def features(self) -> int:
+        return self.d_sae or self.num_latents or self.d_in * (self.expansion_factor or 0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.features:
+            raise ValueError("it does not say its width, d_sae")
+        if self.k is not None and self.k > self.features:
+            raise ValueError(f"k = {self.k} is more than its {self.features} features")
+        return self
+
+
+class _Run(Strict):
+    model: str | None = None
+
+
+class _Checkpoint(Strict):
+    config: SAEConfig
+    weight: dict[str, Any]
 
 
 def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
@@ -47,13 +98,15 @@ def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
     folder_converter = converters.get(weights.name)
     try:
         if folder_converter is not None:
+            checked(SAEConfig, (path / CONFIG).read_bytes(), CONFIG, _REPAIR)
             return SAE.load_from_disk(weights.parent, converter=folder_converter, **options)
         return SAE.load_from_disk(weights, converter=_convert_checkpoint, **options)
     except LookupError as error:
         raise ValueError(f"{label!r} cannot be read as an SAE: missing or unknown to SAELens: {error}.") from error
-    except (EOFError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (AttributeError, EOFError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         # PyTorch spreads its reasons over lines.
-        raise ValueError(f"{label!r} cannot be read as an SAE: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or "it is empty, or cut off"
+        raise ValueError(f"{label!r} cannot be read as an SAE: {reason}") from error
 
 
 def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | bool | None) -> Path:
@@ -90,13 +143,9 @@ def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | b
         return pull(weights, max_bytes=_MOST_BYTES) / target
     config = f"{folder}/{CONFIG}".lstrip("/")
     root = pull(config, *({"config.json"} & sizes.keys()), max_bytes=2 * _CONFIG_BYTES)
-    try:
-        found = json.loads((root / config).read_text())
-        d_sae = found.get("d_sae") or found.get("num_latents") or found["d_in"] * found["expansion_factor"]
-        entries = int(d_sae) * int(found["d_in"])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{repo}: {config} does not say the SAE's widths ({error!r}).") from error
-    return pull(weights, max_bytes=min(_BYTES_EACH * entries + _CONFIG_BYTES, _MOST_BYTES)) / target
+    found = checked(SAEConfig, (root / config).read_bytes(), f"{repo}: {config}", _REPAIR)
+    most = _BYTES_EACH * found.features * found.d_in + _CONFIG_BYTES
+    return pull(weights, max_bytes=min(most, _MOST_BYTES)) / target
 
 
 def _choose(files: Collection[str], sae_id: str | None) -> tuple[str, str | None]:
@@ -170,25 +219,25 @@ def _convert_sparsify(folder: Path, device: str, cfg_overrides: dict[str, Any]) 
     """
     from safetensors.torch import load_file
 
-    config = json.loads((folder / CONFIG).read_text())
+    config = checked(SAEConfig, (folder / CONFIG).read_bytes(), CONFIG, _REPAIR)
+    others = config.model_extra
     for option in ("transcode", "skip_connection", "embed_skip", "gram_lookup", "signed"):
-        if config.get(option):
+        if others.get(option):
             raise ValueError(f"its option {option} makes it no plain autoencoder of one place: {ELSEWHERE}.")
-    if config.get("activation", "topk") != "topk":
-        raise ValueError(f"SAELens has no {config['activation']!r} activation, only 'topk': {ELSEWHERE}.")
+    if others.get("activation", "topk") != "topk":
+        raise ValueError(f"SAELens has no {others['activation']!r} activation, only 'topk': {ELSEWHERE}.")
     tensors = load_file(folder / SPARSIFY_WEIGHTS, device=device)
     folder = folder.absolute()  # "." has no name
     hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
     # A folder of another name, such as a download's, says nothing about the layer.
     named = re.search(r"\.\d+(\.|$)|^embed", hookpoint.name)
     run = hookpoint.parent / "config.json"
-    d_sae = config.get("num_latents") or config["d_in"] * config["expansion_factor"]
     return _topk_parts(
-        {"d_in": config["d_in"], "d_sae": d_sae, "k": config["k"], "device": device, **cfg_overrides},
+        {"d_in": config.d_in, "d_sae": config.features, "k": config.k, "device": device, **cfg_overrides},
         {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
         | {key: tensors[key] for key in ("W_dec", "b_dec")},
         layer=layer_of_hook(hookpoint.name) if named else None,
-        model_name=json.loads(run.read_text()).get("model") if run.is_file() else None,
+        model_name=checked(_Run, run.read_bytes(), run.name, _REPAIR).model if run.is_file() else None,
     )
 
 
@@ -201,11 +250,12 @@ def _convert_checkpoint(path: Path, device: str, cfg_overrides: dict[str, Any]) 
     except UnpicklingError:
         # PyTorch's own message tells how to run the code.
         raise ValueError("it holds more than tensors, and hf_fac unpickles nothing: ask for safetensors.") from None
-    config, tensors = checkpoint["config"], checkpoint["weight"]
+    found = checked(_Checkpoint, checkpoint, "it", f"take {LAYOUTS}")
+    config, tensors = found.config, found.weight
     layer = re.search(r"_l(\d+)(?=[_.])", path.name)
     # Its "mask" takes part only when that code edits a model, never in encoding.
     return _topk_parts(
-        {"d_in": config["d_inp"], "d_sae": config["d_hide"], "k": config["topK"], "device": device, **cfg_overrides},
+        {"d_in": config.d_in, "d_sae": config.features, "k": config.k, "device": device, **cfg_overrides},
         {key: tensors[key] for key in ("W_enc", "b_enc", "b_dec")} | {"W_dec": tensors["W_enc"].T},
         layer=int(layer[1]) if layer else None,
     )

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.files import try_output, whole_files
-from .formats import CONFIG, ELSEWHERE, SAELENS_WEIGHTS, hook_of_layer, layer_of_hook, pull_sae, read_sae, some
+from ..storage.validation import checked
+from .formats import (
+    CONFIG,
+    ELSEWHERE,
+    SAELENS_WEIGHTS,
+    OwnMetadata,
+    hook_of_layer,
+    layer_of_hook,
+    pull_sae,
+    read_sae,
+    some,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,14 +189,14 @@ def read_settings(sae: SAE[Any]) -> SAESettings:
     hook's name), model_revision, sink_norm, training_data, fvu, l0, dead_share, loss_recovered; any may be absent.
     """
     metadata = sae.cfg.metadata
-    own = metadata.hf_fac or {}
+    own = _own(metadata)
     return SAESettings(
         layer=_layer(metadata),
         model_name=metadata.model_name,
         prepend_bos=bool(metadata.prepend_bos),
         center=bool((metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights")),
-        sink_norm=own.get("sink_norm"),
-        fvu=own.get("fvu"),
+        sink_norm=own.sink_norm,
+        fvu=own.fvu,
     )
 
 
@@ -280,8 +291,12 @@ def fvu(sae: SAE[Any], x: torch.Tensor) -> float:
 
 
 def _layer(metadata: SAEMetadata) -> int | None:
-    own = (metadata.hf_fac or {}).get("layer")
+    own = _own(metadata).layer
     return own if own is not None or metadata.hook_name is None else layer_of_hook(metadata.hook_name)
+
+
+def _own(metadata: SAEMetadata) -> OwnMetadata:
+    return checked(OwnMetadata, metadata.hf_fac or {}, "metadata['hf_fac'] of the SAE", "set it right, or leave it out")
 
 
 def _directory_hook(entry: str) -> str | None:

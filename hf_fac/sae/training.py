@@ -23,6 +23,7 @@ from ..inputs import hidden_states as acts
 from ..inputs.rows import ConversationReader
 from ..storage.files import try_output, whole_folder
 from ..storage.parquet import rows_digest
+from ..storage.validation import check_counts
 from .evaluation import content_states, evaluate_sae
 from .formats import SAELENS_WEIGHTS
 from .loading import fold_input_scale, inference_parts, save_sae
@@ -92,6 +93,16 @@ def train_sae(
     from sae_lens.training.sae_trainer import SAETrainer
 
     acts.check_layer(model, layer)
+    d_in = model.config.get_text_config().hidden_size
+    d_sae = 8 * d_in if d_sae is None else d_sae
+    check_counts(
+        d_sae=d_sae, k=k, epochs=epochs, training_tokens=training_tokens, batch_size=batch_size, max_length=max_length,
+        buffer_tokens=buffer_tokens, batch_tokens=batch_tokens,
+    )  # fmt: skip
+    if k > d_sae:
+        raise ValueError(f"k is {k}, more active features a token than the SAE's d_sae = {d_sae}: take fewer.")
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate!r}; it must be a positive number.")
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise ValueError(
             f"SAELens trains no {architecture!r}; it trains {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
@@ -104,13 +115,12 @@ def train_sae(
         total = training_tokens or epochs * stream.count_tokens()
         if total < 1:
             raise ValueError("The data set has no content token to train on.")
-        d_in = model.config.get_text_config().hidden_size
         scale, sink_norm = stream.measure_scale()
         batch_size = min(batch_size, total)
         steps = max(total // batch_size, 1)
 
         sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
-        options = {"d_in": d_in, "d_sae": d_sae or 8 * d_in, "device": str(model.device), **(sae_options or {})}
+        options = {"d_in": d_in, "d_sae": d_sae, "device": str(model.device), **(sae_options or {})}
         if "k" in config_class.__dataclass_fields__:
             options.setdefault("k", k)
         torch.manual_seed(seed)

@@ -6,14 +6,13 @@ activate features that no row before it does, the rows that were refused and why
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..coverage.selection import select
-from ..storage.journal import differences
+from ..storage.validation import differences, read_measurement
 from .candidates import Candidate
 from .filters import NearDuplicates
 from .verification import Gauge, Measured
@@ -112,7 +111,7 @@ def _checked(pool: Dataset, task: Task, measurement: Mapping[str, Any]) -> Datas
         )
     pool = pool.with_format(None).select_columns(columns)
     for text in pool[:1]["fac_measurement"]:
-        if found := differences(json.loads(text or "{}"), measurement):
+        if found := differences(read_measurement(text or "{}", "The pool: fac_measurement", _REMEDY), measurement):
             raise ValueError(f"The pool was measured otherwise than by this featurizer ({found}): {_REMEDY}.")
     kinds = {name: getattr(pool.features[name], "dtype", "list") for name in task.features()}
     if not kinds.get("label", "int").startswith("int"):

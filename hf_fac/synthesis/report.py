@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..storage.terminal import visible
 from .baseline import Effect, effect
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class SynthesisReport:
             f"cost: {self.requests:,} texts, {self.prompt_tokens:,} tokens of prompts and {self.completion_tokens:,} "
             f"written, {self.seconds:.0f} s" + (f"; ended by {self.ended}" if self.ended else "")
         )
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from numpy.typing import ArrayLike
 from ..coverage.coverage import FACReport, check_threshold
 from ..inputs.rows import RowError
 from ..storage.journal import Journal, digest
+from ..storage.terminal import visible
+from ..storage.validation import check_counts, differences
 from ..tasks.prompts import HINTS
 from ..tasks.prompts import PROMPT_VERSION as PROMPTS
 from ..tasks.task import Task, get_task
@@ -200,9 +202,9 @@ class FACSynthesizer:
         """
         from .report import make_result
 
-        for name, bound in (("max_samples", max_samples), ("max_requests", max_requests), ("max_seconds", max_seconds)):
-            if bound is not None and not bound >= (0 if name == "max_seconds" else 1):
-                raise ValueError(f"{name} is {bound}; it must be at least 1, or None for no bound.")
+        check_counts(max_samples=max_samples, max_requests=max_requests)
+        if max_seconds is not None and not max_seconds >= 0:
+            raise ValueError(f"max_seconds is {max_seconds}; it must not be negative.")
         begun = time.perf_counter()
         wanted = self._wanted(missing)
         if features is not None:
@@ -227,7 +229,7 @@ class FACSynthesizer:
         outcomes = work.run(self._form())
         if work.failures and work.ended is not None:
             ended = work.ended.rstrip(".")
-            warnings.warn(f"Synthesis ended by {ended}. The same call asks for them again.", stacklevel=2)
+            warnings.warn(visible(f"Synthesis ended by {ended}. The same call asks for them again."), stacklevel=2)
         seconds = time.perf_counter() - begun
         pool_rows = [*taken, *refused]
         return make_result(
@@ -236,8 +238,10 @@ class FACSynthesizer:
 
     def _wanted(self, missing: FACReport | ArrayLike) -> np.ndarray:
         if isinstance(missing, FACReport):
-            if missing.measurement != self.featurizer.measurement:
-                raise ValueError("The FACReport was measured otherwise than by this featurizer: compare with it again.")
+            if found := differences(missing.measurement, self.featurizer.measurement):
+                raise ValueError(
+                    f"The FACReport was measured otherwise than by this featurizer ({found}): compare with it again."
+                )
             if np.any(np.asarray(self.threshold) < missing.threshold):
                 raise ValueError(
                     f"The FACReport's delta is {missing.threshold!s:.100}, the synthesizer keeps what exceeds "

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ..inputs.token_context import MarkedSpan, escaped, mark_span
+from ..inputs.token_context import MarkedSpan, mark_span
+from ..storage.terminal import visible
 
 PROMPT_VERSION = "2"  # changes with any word of a prompt, so that answers to another wording are told apart
 # What may be added to a request when a feature resists: `ask(..., variant=i)`.
@@ -75,7 +76,7 @@ def begin_list(
     """Returns a user's turn and the begun turn of the assistant (see `Task.begin`)."""
     pattern = _described(explanation, spans, positive)
     texts = [" ".join(_sentence(s).split()) for s in [*spans, positive] if s is not None]
-    items = [escaped(text[:300]) for text in dict.fromkeys(texts) if text]
+    items = [visible(text[:300], keep="") for text in dict.fromkeys(texts) if text]
     order = f"Write a numbered list. Each entry is {wanted}, on one line.\nThe pattern: {pattern}"
     begun = "\n".join(f"{number}. {text}" for number, text in enumerate([*items, ""], 1)).rstrip(" ")
     return [{"role": "user", "content": order}, {"role": "assistant", "content": begun}]
@@ -95,7 +96,7 @@ def request_part(
 
 def _described(explanation: str | None, spans: Sequence[MarkedSpan], positive: MarkedSpan | None) -> str:
     if explanation and explanation.strip():
-        return escaped(" ".join(explanation.split())[:1000])
+        return visible(" ".join(explanation.split())[:1000])
     if not spans and positive is None:
         raise ValueError("neither an explanation nor a span says what the feature is; give one of them")
     return "what the texts below have in common."

@@ -9,20 +9,25 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from ..inputs.rows import PoolOver
 from ..inputs.token_context import MarkedSpan
 from ..storage.files import write_whole
+from ..storage.validation import checked
 from .parsing import Answer, check_text, read_json, read_list, read_text
 from .prompts import Message, begin_list, request_part, request_sample
 
 if TYPE_CHECKING:
     from datasets import Features
 
+Text = Annotated[str, Field(strict=True, pattern=r"\S")]  # not empty
 TaskType = Literal["labelled", "messages", "prompt_completion", "preference", "implicit_preference", "contrastive"]
 # By type: the parts that a model writes, and the columns of a row.
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -49,7 +54,7 @@ BUILTIN_TASKS = tuple(sorted(path.stem for path in _BUILTIN.glob("*.yaml")))
 _CHOICE = re.compile(r"\A\(?([AB])[).:]\s+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Task:
     """A task that features are rated and samples are written for; `dataclasses.replace` makes a variant of one.
 
@@ -68,35 +73,28 @@ class Task:
     Raises: ValueError for anything else, naming the field.
     """
 
-    name: str
-    guideline: str
+    name: Text
+    guideline: Text
     type: TaskType
     pool_over: PoolOver
-    parts: Mapping[str, str] = field(hash=False)
-    labels: tuple[str, ...] = ()
+    parts: Mapping[Text, Text] = field(hash=False)
+    labels: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
         def need(condition: bool, problem: str) -> None:
             if not condition:
                 raise ValueError(f"task {self.name!r}: {problem}")
 
-        need(_all_texts([self.name, self.guideline]), "name and guideline must be texts that are not empty")
-        need(self.type in get_args(TaskType), f"type is {self.type!r}; it must be one of {', '.join(_PARTS)}")
         pools, names = _POOLS[self.type], _PARTS[self.type]
         need(
             self.pool_over in pools, f"pool_over is {self.pool_over!r}; for {self.type} it is one of {', '.join(pools)}"
         )
-        complete = isinstance(self.parts, Mapping) and set(self.parts) == set(names)
-        need(complete, f"the parts of {self.type} are {', '.join(names)}; got {self.parts!r:.200}")
-        need(_all_texts(self.parts.values()), "each of parts must say in words what is to be written")
-        labels = tuple(self.labels) if isinstance(self.labels, list | tuple) else (self.labels,)
-        need(
-            _all_texts(labels), f"labels must be texts, got {labels!r:.200} (YAML wants quotes around 'yes', 'no', '1')"
-        )
+        wrong = f"the parts of {self.type} are {', '.join(names)}; got {', '.join(self.parts) or 'none'}"
+        need(set(self.parts) == set(names), wrong)
+        labels = self.labels
         need(len({label.casefold() for label in labels}) == len(labels), f"labels must differ, got {labels}")
         fits = len(labels) > 1 if self.type == "labelled" else not labels
         need(fits, f"a labelled task has two or more labels, others have none; got {labels}")
-        object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "parts", {name: self.parts[name] for name in names})
 
     @property
@@ -260,21 +258,21 @@ class Task:
         """
         import yaml
 
+        class WithoutAliases(yaml.SafeLoader):
+            """A few lines of aliases can stand for more than fits into memory."""
+
+            def compose_node(self, parent: Any, index: Any) -> Any:
+                if self.check_event(yaml.AliasEvent):
+                    raise yaml.YAMLError("aliases (*name) are not read: write it out")
+                return super().compose_node(parent, index)
+
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            found = yaml.load(Path(path).read_text(encoding="utf-8"), WithoutAliases)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
-        known = [f.name for f in fields(cls)]
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: a task is a mapping with the keys {', '.join(known)}; got {found!r:.80}")
-        wrong = [f"unknown key {key!r}" for key in found if key not in known]
-        wrong += [f"missing key {f.name!r}" for f in fields(cls) if f.default is MISSING and f.name not in found]
-        if wrong:
-            raise ValueError(f"{path}: {', '.join(wrong)}; the keys of a task are {', '.join(known)}")
-        try:
-            return cls(**found)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        keys = ", ".join(f.name for f in fields(cls))
+        remedy = f"the keys of a task are {keys} (YAML wants quotes around texts such as 'yes', 'no' and '1')"
+        return checked(cls, found, os.fspath(path), remedy)
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write the task as YAML that `from_yaml` reads back to an equal task."""
@@ -307,7 +305,3 @@ def get_task(task: Task | str | os.PathLike[str]) -> Task:
     if Path(task).suffix in (".yaml", ".yml") or Path(task).is_file():
         return Task.from_yaml(task)
     raise ValueError(f"no task {os.fspath(task)!r}: give one of {', '.join(BUILTIN_TASKS)}, or the path of a YAML file")
-
-
-def _all_texts(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) and value.strip() for value in values)

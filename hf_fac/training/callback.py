@@ -107,6 +107,9 @@ class FACSynthesisCallback(TrainerCallback):
         log_rows: bool = False,
         prepare: Prepare | None = None,
     ) -> None:
+        for name, value in (("trainer", trainer), ("synthesizer", synthesizer), ("anchor", anchor)):
+            if value is None:
+                raise TypeError(f"{name} is None: FACSynthesisCallback needs trainer, synthesizer and anchor.")
         self.trainer, self.synthesizer, self.anchor = trainer, synthesizer, anchor
         self._refill = Refill(synthesizer, anchor, features)
         self.refresh, self.every, self.on_error = refresh, every, on_error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from ..coverage.coverage import FeatureCoverage
+from ..storage.validation import check_counts
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -32,12 +33,11 @@ def check_arguments(callback: Any, kind: type[TrainerCallback]) -> None:
 
     refresh, every = callback.refresh, callback.every
     need(refresh in ("start", "epoch"), f'refresh is {refresh!r}; it must be "start" or "epoch".')
-    need(every >= 1, f"every is {every}; it must be at least 1.")
+    check_counts(every=every, max_samples=callback.max_samples)
     need(every == 1 or refresh == "epoch", f'every is {every}, which counts epochs: it goes with refresh="epoch".')
     need(callback.on_error in ("raise", "warn"), f'on_error is {callback.on_error!r}; it must be "raise" or "warn".')
-    for name in ("max_samples", "max_seconds"):
-        value = getattr(callback, name)
-        need(value is None or value > 0, f"{name} is {value}; it must be positive, or None for no bound.")
+    seconds = callback.max_seconds
+    need(seconds is None or seconds > 0, f"max_seconds is {seconds}; it must be positive, or None for no bound.")
     need(
         refresh == "start" or callback.max_samples is not None,
         'refresh="epoch" fixes the length of the training set before the first step: pass max_samples=.',

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from command_line import model_options
+from command_line import main, model_options
 from datasets import Dataset, DatasetDict
 from tiny import CORPUS
 
@@ -84,15 +84,6 @@ def test_bad_input_is_one_clear_line(folders, arguments, message):
     assert done.returncode != 0
     assert message in " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in done.stderr
-
-
-def main(monkeypatch, capsys, *arguments):
-    """What `hf-fac` says on stderr when it refuses."""
-    monkeypatch.setattr(sys, "argv", ["hf-fac", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("text", ["[INST] hello [/INST]", "[red]apple[bold] and [user] hi", "a :warning: sign"])
@@ -394,6 +385,12 @@ def test_a_shard_under_another_name_is_not_read_as_data(featurizer, rows, tmp_pa
         load_data(str(tmp_path))
 
 
+def test_a_stream_has_no_shards(featurizer, rows, tmp_path):
+    with pytest.raises(TypeError, match=r"dataset is a IterableDataset, .* map the stream with FACScorer"):
+        score_shards(featurizer, rows.to_iterable_dataset(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bad_row_is_named_with_its_shard(featurizer, tmp_path):
     rows = Dataset.from_list([{"text": "fine"}] * 7 + [{"text": None}])
     with pytest.raises(RowError, match=r"In rows 5 to 7.*Row 2"):
@@ -421,3 +418,47 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(folders, tmp_path):
     assert all(f.stat().st_mtime_ns == when for f, when in before.items())
     scored = Dataset.from_parquet([str(f) for f in sorted((tmp_path / "out").glob("*.parquet"))])
     assert scored["text"] == [json.loads(line)["text"] for line in data.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("option", [["--layer", "1"], ["--sae-id", "x"]])
+@pytest.mark.parametrize("command", ["missing", "score"])
+def test_an_option_of_ones_own_sae_is_refused_for_the_embedded_one(
+    option, command, folders, monkeypatch, capsys, tmp_path
+):
+    data = [folders / "data.jsonl"] * (2 if command == "missing" else 1)
+    output = [] if command == "missing" else ["-o", tmp_path]
+    said = main(monkeypatch, capsys, command, *data, *output, *option)
+    assert f"{option[0]} is of an SAE of yours" in said
+
+
+@pytest.mark.parametrize("command", ["missing", "score", "interpret"])
+def test_rows_that_were_cut_or_skipped_are_counted_with_the_first_reason(
+    command, folders, monkeypatch, capsys, tmp_path
+):
+    rows = [{"text": "The river rises in the hills."}] * 1001 + [{"text": " "}, {"text": None}, {"text": "a b"}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    options = ["--max-length", 3, "--on-error", "skip", *model_options(folders)]
+    data = [
+        tmp_path / "rows.parquet",
+        *([folders / "anchor.jsonl", "--threshold", 0.1] if command == "missing" else []),
+    ]
+    output = [] if command == "missing" else ["-o", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["hf-fac"])
+    told = "The data set: Of 1,004 rows 1,001 cut at max_length and 2 skipped"
+    cli.app([command, *map(str, [*data, *output, *options])], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert told in said
+    assert "it has no text" in said
+    if command == "missing":
+        assert "(row 1,001: it has no text" in said
+        cli.app([command, *map(str, [*data, *output, *options])], standalone_mode=False)
+        assert "The data set: 1,004 rows were scored by an earlier run" in capsys.readouterr().out
+
+
+def test_a_row_that_cannot_be_read_is_named_by_its_number_in_the_data_set(folders, monkeypatch, capsys, tmp_path):
+    rows = [{"text": "a"}] * 2500 + [{"text": None}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    said = main(
+        monkeypatch, capsys, "missing", tmp_path / "rows.parquet", folders / "anchor.jsonl", *model_options(folders)
+    )
+    assert "Row 2500 cannot be read" in said

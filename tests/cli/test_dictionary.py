@@ -16,6 +16,7 @@ from command_line import model_options, run
 from datasets import load_dataset
 from flaky_server import FlakyServer, SlowServer
 from hub_server import WRITE_TOKEN, HubServer, run_with_hub
+from scipy.sparse import csr_array
 from typer.testing import CliRunner
 
 from hf_fac.cli.commands import _RESUMES, app
@@ -124,6 +125,31 @@ def test_bad_input_is_named(arguments, message, dictionary_folder, folders, tmp_
     assert message in run(*(argument.format(**places) for argument in arguments), fails=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"measurement": None}, "measurement: "),
+        ({"measurement": {}}, "measurement.d_sae: Field required"),
+        ({"missing": ["a"]}, "missing.0: Input should be a valid integer, got 'a'"),
+        ({"threshold": None}, "threshold"),
+        ({"rows": -1}, "rows: Input should be greater than or equal to 0"),
+        (None, "Invalid JSON: recursion limit"),
+    ],
+)
+def test_a_report_with_wrong_content_names_file_and_field(change, problem, folders, tmp_path) -> None:
+    measurement = {
+        "model": "m", "layer": 1, "d_sae": 64, "activation": "native", "pool_over": "all", "side": "chosen",
+        "keep_above": 0.0, "fingerprint": "f",
+    }  # fmt: skip
+    coverage = FeatureCoverage.from_activations(csr_array(np.eye(64, dtype=np.float32)), measurement=measurement)
+    good, report = coverage.compare(coverage, threshold=0.1).to_dict(), tmp_path / "report.json"
+    report.write_text("[" * 10**5 if change is None else json.dumps(good | change))
+    for command in (["select", folders / "data.jsonl", report, "-o", tmp_path / "x"], ["push", report, "user/x"]):
+        said = run(*command, fails=True)
+        assert "report.json is no report of hf_fac: " in said
+        assert problem in said
+
+
 def test_select_takes_what_a_report_misses_from_a_pool(folders, tmp_path) -> None:
     report, chosen = tmp_path / "report.json", tmp_path / "chosen.jsonl"
     options = model_options(folders)
@@ -157,7 +183,7 @@ def test_select_measures_a_pool_as_the_report_was_measured_or_not_at_all(folders
         run("missing", *data, *options, *setting, "--threshold", 0.1, "-o", report)
         said = run("select", tmp_path / "unreadable.jsonl", report, "-o", chosen, *options, fails=True)
         assert "would be measured otherwise than the rows of" in said
-        assert "--max-length or --preset differ" in said or "activation: 'native' and 'relu'" in said
+        assert "max_length, preset, the tokenizer" in said or "activation: 'native' and 'relu'" in said
     run("missing", *data, *options, *how[:2], "--threshold", 0.1, "-o", report)
     pool = tmp_path / "unreadable.jsonl"
     said = run("select", pool, report, "-o", chosen, *options, *how[:2], "--on-error", "skip")

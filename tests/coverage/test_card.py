@@ -10,7 +10,8 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, run_with_hub
 from scipy.sparse import csr_array
 
 from hf_fac.coverage.card import _of_report, push_coverage_to_hub
-from hf_fac.coverage.coverage import FeatureCoverage
+from hf_fac.coverage.coverage import FeatureCoverage, SavedReport
+from hf_fac.storage.validation import checked
 
 MEASUREMENT = {
     "model": "org/model", "layer": 5, "d_sae": 40, "activation": "native", "pool_over": "all", "side": "chosen",
@@ -99,7 +100,7 @@ def test_a_measurement_that_does_not_say_of_what_is_refused(absent: str) -> None
     del report.measurement[absent]
     for found in (coverage, report):
         assert absent not in found.measurement
-        with pytest.raises(ValueError, match=f"KeyError.'{absent}'.*score the rows"):
+        with pytest.raises(ValueError, match=f"{absent}: Field required; .*score the rows"):
             push_coverage_to_hub(found, "user/rows")
 
 
@@ -107,4 +108,7 @@ def test_a_report_without_features_has_a_card_too() -> None:
     empty = coverage_of(3, features=0, seed=0)
     with pytest.warns(UserWarning, match="FAC is NaN"):
         nothing = empty.compare(empty, threshold=1.0)
-    assert _of_report(nothing.to_dict(), None)["FAC"] == "**undefined** (95% interval ? to ?)"
+    assert (
+        _of_report(checked(SavedReport, nothing.to_dict(), "it", "mend it"), None)["FAC"]
+        == "**undefined** (95% interval ? to ?)"
+    )

@@ -427,6 +427,64 @@ def test_bad_rows_of_a_data_set_name_row_and_remedy(row, problem):
         FeatureCoverage.from_dataset(datasets.concatenate_datasets([ds, bad]))
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("junk", "Invalid JSON"),
+        ("3", "Input should be an object"),
+        ("null", "Input should be an object"),
+        ("[" * 10**5, "Invalid JSON: recursion limit"),
+        (json.dumps({"d_sae": 10**12, "keep_above": 0.0}), "d_sae: Input should be less than or equal to 16777216"),
+        (json.dumps({"d_sae": "8", "keep_above": 0.0}), "d_sae: Input should be a valid integer, got '8'"),
+    ],
+)
+def test_a_measurement_that_is_none_names_row_field_and_remedy(text, problem):
+    ds = scored(np.ones((3, 8), np.float32)).remove_columns("fac_measurement").add_column("fac_measurement", [text] * 3)
+    with pytest.raises(ValueError, match=r"row 0 and after: fac_measurement: .*score the rows with") as found:
+        FeatureCoverage.from_dataset(ds)
+    assert problem in str(found.value)
+
+
+def test_a_list_is_no_data_set():
+    with pytest.raises(TypeError, match=r"got a list: pass a data set .*score the rows with"):
+        FeatureCoverage.from_dataset([{"text": "a"}])
+
+
+def test_another_name_of_the_same_model_is_no_other_measurement_and_a_fingerprint_that_differs_is_named():
+    rows = np.ones((3, 8), np.float32)
+    one, other = (cover_as(rows, model=name, fingerprint="f") for name in ("/models/a", "user/a"))
+    assert one | other == other | one
+    assert quiet(one, other, threshold=0.5).fac == 1.0
+    spelled = [cover_as(rows, model=name) for name in ("folder/../model", "./model")]
+    assert (spelled[0] | spelled[1]).rows == 6
+    trained = cover_as(rows, model="user/a", fingerprint="g")
+    with pytest.raises(ValueError, match=r"\(fingerprint: 'f' and 'g': max_length, .* or the SAE differ\)"):
+        other | trained
+
+
+def cover_as(rows, **how):
+    return FeatureCoverage.from_activations(csr_array(rows), measurement=measurement(rows.shape[1], **how))
+
+
+def test_a_saved_coverage_with_other_contents_is_refused(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "coverage.safetensors"
+    cover(np.ones((3, 8), np.float32)).save(path)
+    arrays = load_file(path)
+    good = {"hf_fac.coverage": "1", "measurement": json.dumps(measurement(8)), "rows": "3", "rows_without_tokens": "0"}
+    for metadata, tensors, problem in (
+        (good | {"measurement": "3"}, arrays, "measurement: "),
+        (good | {"rows": "many"}, arrays, "rows: Invalid JSON"),
+        ({"hf_fac.coverage": "1"}, arrays, "measurement: Field required"),
+        (good, {"grid": arrays["grid"]}, "maximum is absent, or of another shape"),
+        (good | {"measurement": json.dumps(measurement(9))}, arrays, "maximum is absent, or of another shape"),
+    ):
+        save_file(tensors, path, metadata)
+        with pytest.raises(ValueError, match=rf"coverage\.safetensors: {problem}.*; save the coverage again"):
+            FeatureCoverage.load(path)
+
+
 def test_a_saved_coverage_can_be_read_by_whom_the_umask_lets(tmp_path):
     cover(np.ones((3, 8), np.float32)).save(tmp_path / "coverage.safetensors")
     (tmp_path / "plain").touch()
@@ -451,9 +509,12 @@ def test_a_data_set_that_was_not_scored_names_the_column_and_the_remedy():
         ({"threshold": [1.0] * 7 + [0.1]}, r"threshold 0\.1 is below the floor"),
         ({"threshold": 0.1}, r"below the floor keep_above = 0\.25: score both data sets again with a lower keep_above"),
         ({"threshold": 1.0, "relative": 0.5}, "not both"),
-        ({"relative": 0.0}, "between 0 and 1"),
-        ({"relative": 1.0}, "between 0 and 1"),
-        ({"relative": math.nan}, "between 0 and 1"),
+        ({"threshold": "high"}, "one finite number or 8 of them"),
+        ({"threshold": [[1.0], [1.0, 2.0]]}, "one finite number or 8 of them"),
+        ({"relative": "a"}, "a number between 0 and 1, got 'a'"),
+        ({"relative": 0.0}, "a number between 0 and 1"),
+        ({"relative": 1.0}, "a number between 0 and 1"),
+        ({"relative": math.nan}, "a number between 0 and 1"),
         ({"features": []}, "one or more"),
         ({"features": [1.5]}, "integer ids"),
         ({"features": [True, False]}, "integer ids"),
@@ -469,8 +530,15 @@ def test_bad_options_are_refused(options, problem):
 
 
 def test_bad_measurements_shapes_and_anchors_are_refused():
-    for bad in ({}, measurement(0), measurement(8, -0.1), measurement(8, math.nan), measurement(8.0)):
-        with pytest.raises(ValueError, match="d_sae >= 1 and keep_above >= 0"):
+    for bad in (
+        {},
+        measurement(0),
+        measurement(8, -0.1),
+        measurement(8, math.nan),
+        measurement(8.0),
+        measurement(10**12),
+    ):
+        with pytest.raises(ValueError, match=r"the measurement: (d_sae|keep_above): .*score the rows with"):
             FeatureCoverage(bad)
     rows = np.ones((3, 8), np.float32)
     with pytest.raises(ValueError, match=r"shape \(3, 8\).*\(3, 9\)"):

@@ -4,6 +4,7 @@ compared with a slow reference written from the definition, the Hub is the local
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -275,7 +277,7 @@ def test_a_folder_with_another_pass_is_refused(featurizer, rows, tmp_path) -> No
 
 def test_bad_rows_and_arguments_are_refused_or_counted(rows) -> None:
     featurizer = make_featurizer()
-    with pytest.raises(RowError, match=r"In rows 50 to 59, counted from 50: Row 3 .*text is None"):
+    with pytest.raises(RowError, match=r"^Row 53 cannot be read: .*text is None"):
         build_dictionary(featurizer, [*rows[:53], {"text": None}, *rows[54:]], shard_rows=10)
     with pytest.raises(TypeError, match=r"pass a datasets\.Dataset"):
         build_dictionary(featurizer, Dataset.from_list(rows).to_iterable_dataset())
@@ -483,6 +485,33 @@ def test_a_folder_that_holds_something_else_says_so(dictionary, tmp_path, monkey
         FeatureDictionary.load(tmp_path / "whole")
 
 
+SPAN = {"before": "a ", "token": "b", "after": " c", "activation": 1.0, "row": 0, "source": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"measurement": "3"}, "its column 'measurement': Input should be "),
+        ({"measurement": "{}"}, "its column 'measurement': d_sae: Field required"),
+        ({"measurement": json.dumps(MEASUREMENT | {"d_sae": 10**12})}, "d_sae: Input should be less than or equal to"),
+        ({"measurement": "[" * 10**5}, "its column 'measurement': Invalid JSON: recursion limit"),
+        ({"settings": "[]"}, "its column 'settings': Input should be an object"),
+        ({"max_activation": math.nan}, "its column 'max_activation' holds NaN"),
+        ({"spans": [SPAN | {"activation": math.inf}]}, "its column 'spans.activation' holds NaN or infinite"),
+        ({"spans": [SPAN | {"token": None}]}, "its column 'spans.token' holds nulls"),
+        ({"spans": [None]}, "its column 'spans' holds nulls"),
+        ({"ratings": [{"task": "t", "rating": "often", "reason": ""}]}, "its ratings.rating is 'often' somewhere"),
+        ({"explanation": None, "explanation_state": "explained"}, "its column 'explanation' is null where"),
+    ],
+)
+def test_wrong_values_in_a_dictionarys_file_name_file_and_field(row, problem, tmp_path) -> None:
+    good = row_of(1, ["the <<river>> bank"])
+    pq.write_table(pa.Table.from_pylist([good | row], schema=schema()), tmp_path / "dictionary.parquet")
+    with pytest.raises(ValueError, match=rf"{tmp_path.name} holds something else than a feature dictionary: ") as found:
+        FeatureDictionary.load(tmp_path)
+    assert problem in str(found.value)
+
+
 def test_a_write_that_fails_leaves_the_old_file(annotated, dictionary, tmp_path, monkeypatch) -> None:
     annotated.save(tmp_path)
 
@@ -502,14 +531,14 @@ def test_a_write_that_fails_leaves_the_old_file(annotated, dictionary, tmp_path,
 
 def test_a_dictionary_of_another_model_or_sae_is_refused_with_what_differs(dictionary, featurizer) -> None:
     dictionary.check(featurizer)
-    with pytest.raises(ValueError, match=r"another model or SAE.*feature_fingerprint: .*only weights"):
+    with pytest.raises(ValueError, match=r"another model or SAE.*feature_fingerprint: .*the weights or the SAE differ"):
         dictionary.check(make_featurizer(seed=1))
     with pytest.raises(ValueError, match=r"layer: 2 and 1"):
         dictionary.check(make_featurizer(layer=1))
     trained = make_featurizer()
     with torch.no_grad():
         trained.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(ValueError, match="only weights"):
+    with pytest.raises(ValueError, match="the weights or the SAE differ"):
         dictionary.check(trained)
 
 

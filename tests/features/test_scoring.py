@@ -277,3 +277,24 @@ def test_settings_travel_along(folders):
     again = pickle.loads(pickle.dumps(FACScorer(featurizer))).featurizer
     assert again.fingerprint() == featurizer.fingerprint()
     assert (again(TEXTS) != featurizer(TEXTS)).nnz == 0
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_with_indices_names_rows_by_their_number_and_leaves_the_rank_alone(num_proc, featurizer, dataset):
+    scored = dataset.map(FACScorer(featurizer), batched=True)
+    both = dataset.map(
+        FACScorer(featurizer), batched=True, batch_size=2, with_indices=True, with_rank=True, num_proc=num_proc
+    )
+    assert both["fac_features"][:] == scored["fac_features"][:]
+    rows = Dataset.from_list([{"text": "a"}] * 5 + [{"text": None}])
+    for first_row in (0, 10):
+        with pytest.raises(RowError, match=f"Row {first_row + 5} cannot be read"):
+            rows.map(
+                FACScorer(featurizer), batched=True, batch_size=2, with_indices=True, fn_kwargs={"first_row": first_row}
+            )
+
+
+@pytest.mark.parametrize("columns", ["text", ["text", "text"]])
+def test_map_with_input_columns_is_refused_with_the_remedy(columns, featurizer, dataset):
+    with pytest.raises(TypeError, match=r"leave input_columns= out of map, and choose columns before it"):
+        dataset.map(FACScorer(featurizer), batched=True, input_columns=columns)

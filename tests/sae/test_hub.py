@@ -207,8 +207,8 @@ result["files"] = [p.name for p in Path(".").rglob("*") if p.suffix in (".pt", "
 """
     result = child(server, code, args={"names": names})
     assert f"its files are {len(weights) + (3 << 20):,} bytes; at most" in result["large"]
-    assert "size mismatch" in result["claims"]
-    assert "cfg.json does not say the SAE's widths" in result["widths"]
+    assert "cfg.json: d_sae: Input should be less than or equal to 16777216" in result["claims"]
+    assert "cfg.json: Input should be an object, got [1]" in result["widths"]
     assert "at most 2,097,152 were expected. Nothing was fetched" in result["config"]
     assert "hf_fac unpickles nothing" in result["code"] or "cannot be read as an SAE" in result["code"]
     assert "holds no single SAE" in result["pickle"]

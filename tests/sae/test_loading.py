@@ -348,8 +348,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     [
         ("sae_weights.safetensors", b"", "cannot be read as an SAE: .*header"),
         ("sae_weights.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "cannot be read as an SAE: .*Missing key"),
-        ("cfg.json", b"{", "cannot be read as an SAE: Expecting property name"),
-        ("cfg.json", b"{}", "cannot be read as an SAE: .*missing 2 required .*'d_in' and 'd_sae'"),
+        ("cfg.json", b"{", "cannot be read as an SAE: cfg.json: Invalid JSON: EOF"),
+        ("cfg.json", b"{}", "cannot be read as an SAE: cfg.json: d_in: Field required; get the SAE anew"),
         ("cfg.json", None, "cannot be read as an SAE: missing or unknown to SAELens: 'batchtopk'"),
     ],
 )
@@ -373,6 +373,52 @@ def test_checkpoints_of_another_kind_are_errors(tmp_path, content):
     torch.save(content, tmp_path / "sae.pth")
     with pytest.raises(ValueError, match=r"sae\.pth' cannot be read as an SAE"):
         load_sae(tmp_path / "sae.pth")
+
+
+WRONG = [
+    ({"k": 0}, "k: Input should be greater than 0, got 0"),
+    ({"k": "4"}, "k: Input should be a valid integer, got '4'"),
+    ({"k": 4000}, "k = 4000 is more than its "),
+    ({"d_in": 8.5}, "d_in: Input should be a valid integer"),
+    ({"d_sae": -1}, "d_sae: Input should be greater than or equal to 1"),
+    ({"metadata": 3}, "metadata: Input should be "),
+    ({"metadata": {"model_name": 3}}, "metadata.model_name: Input should be a valid string"),
+    ({"metadata": {"hf_fac": [1]}}, "metadata.hf_fac: Input should be "),
+    ({"metadata": {"hf_fac": {"layer": "15"}}}, "metadata.hf_fac.layer: Input should be a valid integer, got '15'"),
+    ({"metadata": {"hf_fac": {"layer": -1}}}, "metadata.hf_fac.layer: Input should be greater than or equal to 0"),
+    (
+        {"metadata": {"hf_fac": {"sink_norm": float("nan")}}},
+        "hf_fac.sink_norm: Input should be greater than 0",
+    ),
+    ({"metadata": {"hf_fac": {"sink_norm": -1.0}}}, "hf_fac.sink_norm: Input should be greater than 0"),
+    ({"metadata": {"hf_fac": {"sink_norm": "high"}}}, "metadata.hf_fac.sink_norm: Input should be a valid number"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_config_that_would_measure_wrongly_names_file_field_and_remedy(tmp_path, change, message):
+    file = save_sae(make_sae(), tmp_path / "sae") / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=r"sae' cannot be read as an SAE: cfg\.json: .*get the SAE anew") as caught:
+        load_sae(tmp_path / "sae")
+    assert message in str(caught.value)
+
+
+def test_deep_nesting_and_wrong_weights_are_errors(tmp_path):
+    file = save_sae(make_sae(), tmp_path / "sae") / "cfg.json"
+    file.write_text('{"d_in": ' + "[" * 10**5)
+    with pytest.raises(ValueError, match=r"cfg\.json: Invalid JSON: recursion limit"):
+        load_sae(tmp_path / "sae")
+    checkpoint = {"config": {"d_inp": 8, "d_hide": 16, "topK": 2}, "weight": {"W_enc": 1, "b_enc": 2, "b_dec": 3}}
+    torch.save(checkpoint, tmp_path / "sae.pth")
+    with pytest.raises(ValueError, match=r"sae\.pth' cannot be read as an SAE"):
+        load_sae(tmp_path / "sae.pth")
+
+
+@pytest.mark.parametrize("own", [{"sink_norm": float("nan")}, {"sink_norm": -1.0}, {"layer": "15"}])
+def test_metadata_that_was_set_wrongly_is_refused(own):
+    with pytest.raises(ValueError, match=r"metadata\['hf_fac'\] of the SAE: (sink_norm|layer): .*set it right"):
+        read_settings(make_sae(metadata={"hf_fac": own}))
 
 
 # Names

@@ -273,6 +273,14 @@ def test_a_lossless_sae_recovers_the_whole_loss(model, tokenizer, rows, trained)
     [
         ({"layer": 3}, "layers 0"),
         ({"architecture": "nonsense"}, "SAELens trains no 'nonsense'"),
+        ({"k": 65}, "k is 65, more active features a token than the SAE's d_sae = 64"),
+        ({"k": 0}, "k is 0; it must be a whole number from 1 up"),
+        ({"d_sae": 0}, "d_sae is 0; it must be"),
+        ({"batch_size": 0}, "batch_size is 0; it must be"),
+        ({"batch_size": 1.5}, "batch_size is 1.5; it must be"),
+        ({"training_tokens": 0}, "training_tokens is 0; it must be"),
+        ({"epochs": 0}, "epochs is 0; it must be"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(model, tokenizer, rows, changes, message):

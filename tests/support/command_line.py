@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
-from hf_fac.cli import app
+from hf_fac.cli import app, commands
 
 
 def run(*arguments: Any, fails: bool = False) -> str:
@@ -22,3 +24,12 @@ def run(*arguments: Any, fails: bool = False) -> str:
 
 def model_options(folders):
     return ["--model", folders / "model", "--sae", folders / "sae", "--device", "cpu"]
+
+
+def main(monkeypatch, capsys, *arguments):
+    """What `hf-fac` says on stderr when it refuses."""
+    monkeypatch.setattr(sys, "argv", ["hf-fac", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert ended.value.code
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())

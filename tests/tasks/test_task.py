@@ -470,22 +470,19 @@ GOOD = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"guidelines": "x"}, "unknown key 'guidelines'; the keys of a task are name, guideline, type"),
-        ({"guideline": ...}, "missing key 'guideline'"),
-        (
-            {"parts": ..., "pool_over": ..., "task": 1},
-            "unknown key 'task', missing key 'pool_over', missing key 'parts'",
-        ),
-        ({"name": 5}, "name and guideline must be texts"),
-        ({"guideline": " "}, "name and guideline must be texts"),
-        ({"type": "labeled"}, "type is 'labeled'; it must be one of labelled, messages, "),
-        ({"type": ["labelled"]}, "type is "),
+        ({"guidelines": "x"}, "guidelines: Unexpected keyword .*; the keys of a task are name, guideline, type"),
+        ({"guideline": ...}, "guideline: Field required"),
+        ({"parts": ..., "pool_over": ..., "task": 1}, "pool_over: Field required, parts: Field required, task: Unexp"),
+        ({"name": 5}, "name: Input should be a valid string, got 5"),
+        ({"guideline": " "}, "guideline: String should match pattern"),
+        ({"type": "labeled"}, "type: Input should be 'labelled', 'messages', .*, got 'labeled'"),
+        ({"type": ["labelled"]}, "type: Input should be "),
         ({"pool_over": "completion"}, "pool_over is 'completion'; for labelled it is one of all, user"),
-        ({"parts": {"text": "a text"}}, "the parts of labelled are text, label"),
-        ({"parts": "a text"}, "the parts of labelled are text, label"),
-        ({"parts": {"text": "a text", "label": 3}}, "each of parts must say in words"),
-        ({"labels": [False, True]}, "labels must be texts"),
-        ({"labels": "yes"}, "two or more labels"),
+        ({"parts": {"text": "a text"}}, "the parts of labelled are text, label; got text"),
+        ({"parts": "a text"}, "parts: Input should be a valid dictionary, got 'a text'"),
+        ({"parts": {"text": "a text", "label": 3}}, "parts.label: Input should be a valid string, got 3"),
+        ({"labels": [False, True]}, "labels.0: Input should be a valid string, got False.*YAML wants quotes"),
+        ({"labels": "yes"}, "labels: Input should be a valid tuple, got 'yes'"),
         ({"labels": ...}, "two or more labels"),
         ({"labels": ["Yes", "yes"]}, "labels must differ"),
         ({"type": "messages", "parts": {"prompt": "p", "completion": "c"}}, "others have none"),
@@ -498,8 +495,15 @@ def test_a_wrong_yaml_file_is_refused_by_name(changes, message, tmp_path):
         Task.from_yaml(path)
 
 
+# Nine levels of nine aliases each: 3 GB of text, were they followed.
+BOMB = b"a0: &a0 [lol]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10)
+)
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"- a", b"just words", b"a: [", b"a: !!python/object/apply:os.getcwd []", b"\xff"]
+    "content",
+    [b"", b"- a", b"just words", b"a: [", b"a: !!python/object/apply:os.getcwd []", b"\xff", b"[" * 10**5, BOMB],
 )
 def test_what_is_no_task_file_is_refused_by_name(content, tmp_path):
     (tmp_path / "mine.yaml").write_bytes(content)

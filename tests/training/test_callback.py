@@ -41,6 +41,7 @@ from trainer_runs import (
 )
 from transformers import TrainerCallback
 
+import hf_fac
 from hf_fac.training.training_set import PlannedRows
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -302,6 +303,7 @@ REFUSED = {
     "every without epochs": (sft, "messages", "messages", {}, {"every": 2}, "every is 2"),
     "another refresh": (sft, "messages", "messages", {}, {"refresh": "step"}, "refresh is 'step'"),
     "no samples": (sft, "messages", "messages", {}, {"max_samples": 0}, "max_samples is 0"),
+    "half a sample": (sft, "messages", "messages", {}, {"max_samples": 1.5}, "max_samples is 1.5; it must be a whole"),
 }  # fmt: skip
 
 
@@ -316,6 +318,13 @@ def test_what_cannot_be_exact_is_refused_when_the_callback_is_made(case, tmp_pat
     with pytest.raises(ValueError, match=words):
         callback_for(trainer, task, synthesizer=synthesizer, **extra)
     assert synthesizer.calls == 0
+
+
+@pytest.mark.parametrize("name", ["trainer", "synthesizer", "anchor"])
+def test_what_is_none_is_named(name):
+    arguments = {"trainer": object(), "synthesizer": object(), "anchor": object()} | {name: None}
+    with pytest.raises(TypeError, match=f"{name} is None: FACSynthesisCallback needs"):
+        hf_fac.FACSynthesisCallback(**arguments)
 
 
 def test_streams_other_trainers_and_other_signatures_are_refused(tmp_path):
