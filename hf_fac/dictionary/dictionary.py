@@ -179,7 +179,7 @@ class FeatureDictionary:
 
         Args:
             task: the name that they were rated under.
-            at_least: "maybe" leaves out no (PAPER.md), "probably" and "yes" more.
+            at_least: "maybe" leaves out "no" only, "probably" and "yes" more.
             verified: leave out features whose explanation was not verified, or with no.
 
         Raises: ValueError for a task that no feature was rated for, and another `at_least`.
@@ -214,10 +214,10 @@ class FeatureDictionary:
             "build it again with this featurizer, or load the one that it was made with",
         )
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `dictionary.parquet` into a folder, whole or not at all.
 
-        Raises: ValueError when there are no features, or the folder holds other Parquet files.
+        Raises: ValueError when there are no features.
         """
         import pyarrow.parquet as pq
 
@@ -225,14 +225,15 @@ class FeatureDictionary:
         folder.mkdir(parents=True, exist_ok=True)
         if not len(self):
             raise ValueError("The dictionary has no features: there is nothing to save.")
-        if others := [file.name for file in sorted(folder.rglob("*.parquet")) if file != folder / _FILE]:
-            raise ValueError(f"{folder} holds {others[0]}, which would be read as part of it: choose another folder.")
         with whole_file(folder / _FILE) as partial:
             pq.write_table(self._table(), partial, compression="zstd", row_group_size=8192)
 
+    save = save_pretrained
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """The dictionary in a folder that `save` wrote, or `load_dataset(...).to_parquet`.
+        """The dictionary that `save_pretrained` wrote into a folder. A folder without its `dictionary.parquet` holds the
+        dictionary in all of its Parquet files, as `load_dataset(...).to_parquet` writes them.
 
         Raises: FileNotFoundError without the folder; ValueError where it holds something else.
         """
@@ -243,7 +244,7 @@ class FeatureDictionary:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder.")
-        files = sorted(folder.rglob("*.parquet"))
+        files = [folder / _FILE] if (folder / _FILE).is_file() else sorted(folder.rglob("*.parquet"))
         if not files:
             held = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
             raise ValueError(f"{folder} holds no feature dictionary, which is a Parquet file; there is: {held}.")
@@ -267,21 +268,20 @@ class FeatureDictionary:
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """The URL of the commit that puts the dictionary and its card into a data-set repo; the arguments are those of
-        `hub.push_folder`.
+        """The URL of the commit that puts the dictionary and its card into a data-set repo, whose other files stay. The
+        arguments are those of `hub.push_folder`.
 
-        Raises: HubError; ValueError when there are no features.
+        Raises: HubError when the push was refused or failed; ValueError when there are no features.
         """
         from ..hub.repo import push_folder
 
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
+            self.save_pretrained(folder)
             return push_folder(
                 folder,
                 repo_id,
                 repo_type="dataset",
                 card=self._card(repo_id),
-                delete_patterns="*.parquet",
                 revision=revision,
                 private=private,
                 token=token,
@@ -299,17 +299,12 @@ class FeatureDictionary:
         """
         if Path(name).is_dir():
             return cls.load(name)
-        from ..hub.repo import pull_folder
+        from ..hub.repo import list_files, pull_folder
 
-        wanted = ["*.parquet", "README.md"]
-        pulled = pull_folder(
-            os.fspath(name),
-            repo_type="dataset",
-            revision=revision,
-            token=token,
-            allow_patterns=wanted,
-            max_bytes=_MAX_BYTES,
-        )
+        repo, source = os.fspath(name), {"repo_type": "dataset", "token": token}
+        commit, sizes = list_files(repo, revision=revision, **source)
+        wanted = _FILE if _FILE in sizes else "*.parquet"
+        pulled = pull_folder(repo, revision=commit, allow_patterns=wanted, max_bytes=_MAX_BYTES, **source)
         try:
             dictionary = cls.load(pulled.path)
         except ValueError as error:
@@ -323,8 +318,8 @@ class FeatureDictionary:
         scores = [score for score in self.dataset["detection"] if score is not None]
         lines = [
             f"# Features of {self.measurement.get('model')}, layer {self.measurement.get('layer')}\n",
-            "A row a feature of a sparse autoencoder: the texts that activate it most, how often it is active, what it "
-            "means, and which tasks it matters for. Made with hf-fac (arXiv 2602.10388).\n",
+            "Each row is a feature of a sparse autoencoder (SAE): the texts that activate it most, how often it is "
+            "active, what it means, and which tasks it matters for. Made with hf-fac (arXiv 2602.10388).\n",
             *(f"- {name}: {count:,}" for name, count in self.summary().items()),
             *(f"- relevant for {task}: {count:,}" for task, count in tasks.items()),
             *([f"- mean detection score (0.5 is chance): {np.mean(scores):.3f}"] if scores else []),

@@ -1,5 +1,5 @@
-"""The README.md of a Hub repo as text. In: a card, Hub metadata and one section of Markdown; out: the card with both in
-it, and everything a person or another tool wrote still there. Knows no network: `hub.py` carries cards to and fro."""
+"""The README.md of a Hub repo as text. In: a card, Hub metadata and one section of Markdown. Out: the card with both in
+it, and everything else as a person or another tool wrote it. Knows no network."""
 
 from __future__ import annotations
 
@@ -9,45 +9,50 @@ from typing import Any
 
 
 def merge_card(text: str, *, metadata: Mapping[str, Any], section: str, body: str) -> str:
-    """A card with our metadata and our section in it, all else as it was written.
+    """The card with our metadata and our section in it; the rest is unchanged.
 
-    Metadata: lists are united (entries with the same `config_name` or `name` are replaced), mappings merged, other
-    values replaced by ours; None says nothing. Body: what stands between `<!-- hf_fac:SECTION start -->` and
+    Metadata: lists are united (an entry replaces one with the same `config_name`), other values are replaced; None
+    leaves a value as it is. Body: the text between `<!-- hf_fac:SECTION start -->` and
     `<!-- hf_fac:SECTION end -->` is replaced; a section that is not there yet is appended.
 
     Args:
         text: the README.md as it is; empty when there is none.
-        section: printable, without ">".
 
     Raises:
-        ValueError: the metadata is not a YAML mapping, the section's marks do not pair, or its name cannot be one.
+        ValueError: the metadata is not a YAML mapping, or the section's marks do not pair.
     """
-    import yaml
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-    if not section.strip() or ">" in section or not section.isprintable():
-        raise ValueError(f"{section!r} cannot name a section of a card: expected printable text without '>'")
-    block = REGEX_YAML_BLOCK.search(text)
-    try:
-        old = (yaml.load(block[2], Loader=_loader()) if block else None) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"the metadata of README.md is not YAML, correct it by hand: {error}") from None
-    if not isinstance(old, dict):
-        raise ValueError(f"the metadata of README.md is a {type(old).__name__}, not a mapping; correct it by hand")
-    merged = _united(old, {key: value for key, value in metadata.items() if value is not None})
-    if merged != old:
-        written = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).rstrip("\n")
-        opening, closing, rest = ("---\n", "\n---\n\n", text.lstrip())
-        if block:
-            opening, closing, rest = block[1], block[3], text[block.end() :]
-        text = opening + written + closing + rest
-    return _with_section(text, section, body)
+    return _with_section(_with_metadata(text, metadata), section, body)
 
 
 def cell(value: Any) -> str:
     """A value as one cell of a Markdown table: whole numbers with commas, others with four digits."""
     text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     return " ".join(text.replace("|", "\\|").split())
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """A Markdown table of names and values, without a header."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in rows.items())])
+
+
+def _with_metadata(text: str, metadata: Mapping[str, Any]) -> str:
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    block = REGEX_YAML_BLOCK.search(text)
+    try:
+        old = (yaml.load(block[2], Loader=_yaml_loader()) if block else None) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the metadata of README.md is not YAML, correct it by hand: {error}") from None
+    if not isinstance(old, dict):
+        raise ValueError(f"the metadata of README.md is a {type(old).__name__}, not a mapping; correct it by hand")
+    merged = _merged(old, {key: value for key, value in metadata.items() if value is not None})
+    if merged == old:
+        return text
+    written = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).rstrip("\n")
+    if block:
+        return block[1] + written + block[3] + text[block.end() :]
+    return f"---\n{written}\n---\n\n{text.lstrip()}"
 
 
 def _with_section(text: str, section: str, body: str) -> str:
@@ -63,24 +68,24 @@ def _with_section(text: str, section: str, body: str) -> str:
     return before + ours + after
 
 
-def _united(old: Any, new: Any) -> Any:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return {**old, **{key: _united(old[key], value) if key in old else value for key, value in new.items()}}
-    if not isinstance(old, list) and not isinstance(new, list):
-        return new
-    known: dict[str, Any] = {}
-    for side in (old, new):
-        for item in side if isinstance(side, list) else [] if side is None else [side]:
-            name = (item.get("config_name") or item.get("name")) if isinstance(item, Mapping) else None
-            known[f"named {name}" if name else repr(item)] = item
-    return list(known.values())
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    lists = {key: _union(old.get(key), value) for key, value in new.items() if isinstance(value, list)}
+    return {**old, **new, **lists}
 
 
-def _loader() -> type:
+def _union(old: Any, new: list[Any]) -> list[Any]:
+    entries: dict[str, Any] = {}
+    for item in [*(old if isinstance(old, list) else [] if old is None else [old]), *new]:
+        name = item.get("config_name") if isinstance(item, Mapping) else None
+        entries[name or repr(item)] = item
+    return list(entries.values())
+
+
+def _yaml_loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """As the Hub reads cards: YAML 1.2, where the language `no` is a word."""
+        """YAML 1.2, as the Hub reads cards: the language `no` is a word. ModelCard reads and rewrites it as false."""
 
     boolean, known = "tag:yaml.org,2002:bool", yaml.SafeLoader.yaml_implicit_resolvers
     Loader.yaml_implicit_resolvers = {first: [r for r in rules if r[0] != boolean] for first, rules in known.items()}

@@ -1,33 +1,31 @@
-"""Asking the Hub with patience, and saying in plain words what it refused. In: a function that talks to the Hub, and
-what it is for; out: what it returned, after a few attempts where repeating helps, or a `HubError`. Messages never hold
-a token."""
+"""Requests to the Hugging Face Hub that are retried where a retry can help, and refused in words that name the remedy.
+
+In: a function that talks to the Hub, and a `HubRequest` that says what for. Out: what the function returned, or a
+`HubError`, whose message never holds a token."""
 
 from __future__ import annotations
 
 import logging
-import random
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from huggingface_hub.errors import HTTPError
     from tenacity import RetryCallState
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ATTEMPTS = 5
-FIRST_WAIT_S = 1.0
-PATIENCE_S = 330.0  # the Hub's rate limits count in windows of five minutes
-_WORTH_REPEATING = (408, 409, 412, 429, 500, 502, 503, 504)
-_SURELY_NOT_DONE = (412, 429, 503)
+MAX_WAIT_S = 330.0  # the Hub's rate limits count in windows of five minutes
+_TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
+_CERTAINLY_NOT_DONE = (412, 429, 503)
 
 
 class HubError(RuntimeError):
-    """What was found, what was expected, what to do. `status` is the HTTP status, None when there was none."""
+    """What was found, what was expected, what to do. `status` is the HTTP status, None when there was no answer."""
 
     def __init__(self, message: str, *, status: int | None = None):
         super().__init__(message)
@@ -35,10 +33,10 @@ class HubError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Goal:
-    """What a conversation with the Hub is for; `repo` are the arguments that name the repo in every call."""
+class HubRequest:
+    """What one or several calls to the Hub are for."""
 
-    doing: str  # "push to", "pull from", ...: completes "Cannot ... the model repo"
+    action: str  # "push to", "pull from", ...: completes "Cannot ... the model repo"
     repo_id: str
     repo_type: str
     revision: str | None
@@ -47,153 +45,143 @@ class Goal:
 
     @property
     def repo(self) -> dict[str, str]:
+        """The arguments that name the repo in every method of `HfApi`."""
         return {"repo_id": self.repo_id, "repo_type": self.repo_type}
 
     def error(self, problem: str, status: int | None = None) -> HubError:
         where = f"the {self.repo_type} repo {self.repo_id!r}" + (f" at {self.revision!r}" if self.revision else "")
-        text = f"Cannot {self.doing} {where}: {problem}"
-        if secret := _token_in_use(self.token):
-            text = text.replace(secret, "***")
+        text = f"Cannot {self.action} {where}: {problem}"
+        if token := _token_in_use(self):
+            text = text.replace(token, "***")
         return HubError(re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text), status=status)
 
 
-def patiently(attempt: Callable[[], T], goal: Goal) -> T:
-    """What the attempt returns. The client repeats most requests by itself, but neither a commit nor the questions
-    before it; so the attempt is repeated as a whole, and must read again what it builds upon.
+def with_retries(attempt: Callable[[], T], request: HubRequest) -> T:
+    """What `attempt` returns. Transient failures are retried up to `ATTEMPTS` times.
+
+    The Hub's client retries most single requests, but not a commit. So `attempt` runs again as a whole, and must read
+    again what it builds upon.
 
     Raises:
-        HubError: the Hub's refusal in words, or the attempt's own.
-        OSError: the local disk's.
+        HubError: the Hub refused, was not reached, or kept failing.
+        OSError: the local disk failed.
     """
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError, RevisionResolutionError
-    from tenacity import Retrying, stop_after_attempt, stop_before_delay
+    from huggingface_hub.errors import HTTPError, RevisionResolutionError
+    from tenacity import (
+        Retrying,
+        retry_if_exception,
+        stop_after_attempt,
+        stop_before_delay,
+        wait_random_exponential,
+    )
 
-    def worth_repeating(state: RetryCallState) -> bool:
-        root = _root(state)
-        if (status := _status(root)) is None:
-            return isinstance(root, HTTPError) and not goal.create_pr  # the connection broke
-        # Where the answer may only have got lost, a second attempt would open a second pull request.
-        return status in (_SURELY_NOT_DONE if goal.create_pr else _WORTH_REPEATING)
+    backoff = wait_random_exponential()
+
+    def can_pass(error: BaseException) -> bool:
+        status = _status(found := _http_error(error))
+        if request.create_pr:  # if only the answer was lost, a retry would open a second pull request
+            return status in _CERTAINLY_NOT_DONE
+        return found is not None and (status is None or status in _TRANSIENT)
 
     def wait(state: RetryCallState) -> float:
-        root = _root(state)
-        if (asked := _asked_to_wait(root)) is not None:
-            return asked
-        return random.random() / 2 if _status(root) == 412 else FIRST_WAIT_S * 2 ** (state.attempt_number - 1)
+        stated = _stated_wait(_http_error(state.outcome.exception()))
+        return backoff(state) if stated is None else stated
 
-    def tell(state: RetryCallState) -> None:
-        reason = _status(_root(state)) or "no answer"
-        logger.warning("%s %s: %s; again in %.1f s", goal.doing, goal.repo_id, reason, state.upcoming_sleep)
+    def log(state: RetryCallState) -> None:
+        reason = _status(_http_error(state.outcome.exception())) or "no answer"
+        logger.warning("%s %s: %s; retrying in %.1f s", request.action, request.repo_id, reason, state.upcoming_sleep)
 
-    stop = stop_after_attempt(ATTEMPTS) | stop_before_delay(PATIENCE_S)
+    stop = stop_after_attempt(ATTEMPTS) | stop_before_delay(MAX_WAIT_S)
+    retrying = Retrying(retry=retry_if_exception(can_pass), wait=wait, stop=stop, before_sleep=log, reraise=True)
     try:
-        return Retrying(retry=worth_repeating, wait=wait, stop=stop, before_sleep=tell, reraise=True)(attempt)
-    except (HTTPError, EntryNotFoundError, RevisionResolutionError, OSError, ValueError) as error:
+        return retrying(attempt)
+    except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         # Without its cause: a server may echo a token in what it says.
-        raise _explained(_root(error), goal) from None
+        raise _in_words(error, request) from None
 
 
-def _root(error: BaseException | RetryCallState | None) -> BaseException | None:
+def _http_error(error: BaseException | None) -> HTTPError | None:
+    """The HTTP error that an error of the client is or was caused by; it has no response if no answer came."""
     from huggingface_hub.errors import HTTPError
-    from tenacity import RetryCallState
 
-    if isinstance(error, RetryCallState):
-        error = error.outcome.exception() if error.outcome else None
-    while error is not None and error.__cause__ is not None and not isinstance(error, HTTPError):
+    while error is not None and not isinstance(error, HTTPError):
         error = error.__cause__
     return error
 
 
-def _status(root: BaseException | None) -> int | None:
+def _status(error: HTTPError | None) -> int | None:
     from huggingface_hub.errors import HfHubHTTPError
 
-    return root.response.status_code if isinstance(root, HfHubHTTPError) else None
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _asked_to_wait(root: BaseException | None) -> float | None:
-    from huggingface_hub.errors import HfHubHTTPError
+def _stated_wait(error: HTTPError | None) -> float | None:
+    """The seconds that the Hub asks to wait for."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
-    if not isinstance(root, HfHubHTTPError):
+    if _status(error) is None:
         return None
-    limit = parse_ratelimit_headers(root.response.headers)
+    limit = parse_ratelimit_headers(error.response.headers)
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
-    stated = root.response.headers.get("Retry-After", "")
-    try:
-        return float(stated) if stated.isdigit() else max(0.0, parsedate_to_datetime(stated).timestamp() - time.time())
-    except ValueError:
-        return None
+    stated = error.response.headers.get("Retry-After", "")
+    return float(stated) if stated.isdigit() else None
 
 
-def _explained(root: BaseException | None, goal: Goal) -> HubError:
+def _in_words(error: BaseException, request: HubRequest) -> HubError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
+
+    found = _http_error(error)
+    if (status := _status(found)) is not None:
+        said = _one_line(found.server_message or str(found))
+        return request.error(f"the Hub answered {status} ({said}). {_remedy(found, status, request)}", status)
+    no_answer = LocalEntryNotFoundError | OfflineModeIsEnabled | RevisionResolutionError
+    remedy = "Correct that, then try again."
+    if found is not None or isinstance(error, no_answer):
+        cache = "The cache has no complete copy either. " if request.action == "pull from" else ""
+        remedy = f"{constants.ENDPOINT} was not reached. {cache}Check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
+    return request.error(f"{_one_line(str(found or error))}. {remedy}")
+
+
+def _remedy(error: HTTPError, status: int, request: HubRequest) -> str:
     from huggingface_hub import constants, errors
 
-    status, anonymous = _status(root), _token_in_use(goal.token) is None
-    page = f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(goal.repo_type, '')}{goal.repo_id}"
-    right = "read this repo" if goal.doing == "pull from" else f"write to {goal.repo_id.split('/')[0]!r}"
+    anonymous = _token_in_use(request) is None
+    page = f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(request.repo_type, '')}{request.repo_id}"
+    right = "read this repo" if request.action == "pull from" else f"write to {request.repo_id.split('/')[0]!r}"
     login = f"a token that may {right} (from {constants.ENDPOINT}/settings/tokens; `hf auth login`, HF_TOKEN or token=)"
-    if isinstance(root, errors.GatedRepoError):
-        todo = f"It is gated: ask for access at {page} and use a token of the account that got it."
-    elif isinstance(root, errors.RevisionNotFoundError):
-        todo = f"There is no revision {goal.revision!r}; {_revisions(goal)}."
-    elif isinstance(root, errors.RemoteEntryNotFoundError):
-        todo = f"There is no such file or folder; see {page}."
-    elif status == 404 or isinstance(root, errors.RepositoryNotFoundError) or (status == 401 and anonymous):
-        todo = f"It does not exist, or is private and {'no' if anonymous else 'another'} token was given. "
-        todo += f"{_other_kind(goal)}Check the name and repo_type, or use {login}."
-    elif status == 401:
-        todo = f"The token is mistyped, expired or revoked. Use {login}."
-    elif status == 403:
-        todo = f"The token is valid but may not do this. Use {login}: role 'write', or fine-grained with that right."
-    elif status == 409:
-        todo = "Another change of the repo is under way, and this one was not made. Repeat it in a moment."
-    elif status == 412:
-        todo = f"Someone else committed first, {ATTEMPTS} times, and this change was not made. Repeat it."
-    elif status == 429:
-        todo = f"Too many requests. Repeat in {_asked_to_wait(root) or 300:.0f} s; uploaded files are not sent again."
-    elif status is not None and status >= 500:
-        todo = "The Hub has trouble (https://status.huggingface.co). Nothing is there half: repeat it later."
-        todo += f" Look at {page}/discussions first: the request may have been opened." if goal.create_pr else ""
-    elif (
-        isinstance(root, errors.HTTPError | errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError) and not status
-    ):
-        todo = "The cache has no complete copy either. " if goal.doing == "pull from" else ""
-        todo = f"{constants.ENDPOINT} was not reached. {todo}Check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
-    else:
-        todo = "Correct that, then repeat."
-    said = (isinstance(root, errors.HfHubHTTPError) and root.server_message) or str(root)
-    said = " ".join(said.split())[:300].rstrip(".")
-    return goal.error(f"the Hub answered {status} ({said}). {todo}" if status else f"{said}. {todo}", status)
+    match error:
+        case errors.GatedRepoError():
+            return f"It is gated: ask for access at {page} and use a token of the account that got it."
+        case errors.RevisionNotFoundError():
+            return f"There is no revision {request.revision!r}; {page} lists branches and tags."
+        case errors.RemoteEntryNotFoundError():
+            return f"There is no such file or folder; see {page}."
+    if status == 404 or isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and anonymous):
+        return (
+            f"It does not exist, is not a {request.repo_type} repo, or is private and "
+            f"{'no' if anonymous else 'another'} token was given. Check the name, or use {login}."
+        )
+    if status >= 500:
+        opened = f" Look at {page}/discussions first: the request may be open." if request.create_pr else ""
+        return f"The Hub has trouble (https://status.huggingface.co). Nothing was half done: try again later.{opened}"
+    return {
+        401: f"The token is mistyped, expired or revoked. Use {login}.",
+        403: f"The token is valid but may not do this. Use {login}: role 'write', or fine-grained with that right.",
+        409: "Another change of the repo is under way, and this one was not made. Try again in a moment.",
+        412: f"Someone else committed first, {ATTEMPTS} times, and this change was not made. Try again.",
+        429: f"Too many requests. Try again in {_stated_wait(error) or 300:.0f} s; uploaded files are not sent again.",
+    }.get(status, "Correct that, then try again.")
 
 
-def _revisions(goal: Goal) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        refs = HfApi(token=goal.token).list_repo_refs(**goal.repo)
-    except (HTTPError, OSError):
-        return "its branches cannot be listed"
-    return "there are: " + ", ".join(ref.name for ref in (*refs.branches, *refs.tags))
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300].rstrip(".")
 
 
-def _other_kind(goal: Goal) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    for kind in {"model", "dataset", "space"} - {goal.repo_type}:
-        try:
-            if HfApi(token=goal.token).repo_exists(goal.repo_id, repo_type=kind):
-                return f"There is a {kind} of that name: did you mean repo_type={kind!r}? "
-        except (HTTPError, OSError):
-            continue
-    return ""
-
-
-def _token_in_use(token: str | bool | None) -> str | None:
+def _token_in_use(request: HubRequest) -> str | None:
     from huggingface_hub import get_token
 
-    return token if isinstance(token, str) else None if token is False else get_token()
+    return request.token if isinstance(request.token, str) else None if request.token is False else get_token()

@@ -1,6 +1,5 @@
-"""An SAE on the Hub: in SAELens' layout, so that plain SAELens opens it, with a model card that says what it is of, how
-well it fits and how it is loaded. In: an SAE and a repository's name; out: the commit's URL. `load_sae` pulls it.
-"""
+"""Push an SAE to the Hub in SAELens' layout, so that plain SAELens opens it. The model card says what the SAE reads,
+how well it fits and how to load it. In: an SAE and a repo id. Out: the commit's URL. `load_sae` pulls it."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hub.cards import cell
+from ..hub.cards import table
 from ..hub.repo import push_folder
 from .loading import read_settings, save_sae
 
@@ -17,16 +16,16 @@ if TYPE_CHECKING:
     import torch
     from sae_lens import SAE
 
-_LEFTOVERS = ["sae.safetensors", "sparsity.safetensors"]  # of another SAE in that folder, which SAELens would read
+_STALE = ["sae.safetensors", "sparsity.safetensors"]  # of an older SAE in that folder; SAELens would read them
 _ROWS = {
     "training_data": "training data",
     "training_tokens": "training samples",
     "fvu": "fraction of variance unexplained",
-    "l0": "active features a token (L0)",
-    "dead_share": "share of features that are dead",
+    "l0": "active features per token (L0)",
+    "dead_share": "share of dead features",
     "loss_recovered": "loss recovered",
-    "eval_tokens": "measured on so many held-out tokens",
-    "sink_norm": "tokens of a larger norm are sinks",
+    "eval_tokens": "held-out tokens measured",
+    "sink_norm": "tokens with a larger norm are sinks",
     "seed": "seed",
 }
 
@@ -47,25 +46,19 @@ def push_sae_to_hub(
     `SAE.from_pretrained(repo_id, sae_id)` of SAELens and `load_sae(f"{repo_id}:{sae_id}")` open it.
 
     Args:
-        sae_id: the SAE's folder in the repo; by default the name of the place it reads ("blocks.14.hook_resid_post").
-        dtype: what the weights are stored in, as in `save_sae`: float16 for half the size.
+        sae_id: the SAE's folder in the repo; by default its hook's name ("blocks.14.hook_resid_post").
+        dtype: the dtype of the stored weights, as in `save_sae`: float16 for half the size.
         others: those of `hub.push_folder`.
 
-    Raises: HubError; ValueError for weights that are not finite or too large for dtype, an SAE of something else than
-        the residual stream, and one that does not say which place it reads, without sae_id.
+    Raises:
+        HubError: the push was refused or failed.
+        ValueError: weights that are not finite or too large for `dtype`, an SAE that does not read the residual stream,
+            or one without a hook name when `sae_id` is not given.
     """
-    settings, hook = read_settings(sae), sae.cfg.metadata.hook_name
-    sae_id = (sae_id or hook or "").strip("/")
+    sae_id = (sae_id or sae.cfg.metadata.hook_name or "").strip("/")
     if not sae_id:
-        raise ValueError("The SAE does not say which place it reads: give sae_id, the folder in the repo.")
-    model = settings.model_name
-    # The Hub refuses a card whose base model cannot be a repo's name, and a folder's name means nothing there.
-    is_repo = model is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not Path(model).exists()
-    metadata = {
-        "library_name": "saelens",
-        "tags": ["saelens", "sparse-autoencoder", "interpretability", "hf-fac"],
-        "base_model": [model] if is_repo else None,
-    }
+        raise ValueError("The SAE has no hook name: give sae_id, the folder in the repo.")
+    metadata = _metadata(read_settings(sae).model_name)
     with tempfile.TemporaryDirectory() as folder:
         save_sae(sae, folder, dtype=dtype)
         return push_folder(
@@ -73,13 +66,23 @@ def push_sae_to_hub(
             repo_id,
             path_in_repo=sae_id,
             card=(metadata, _card(sae, repo_id, sae_id)),
-            delete_patterns=_LEFTOVERS,
+            delete_patterns=_STALE,
             revision=revision,
             private=private,
             token=token,
             commit_message=commit_message or f"Upload the SAE {sae_id} with hf_fac",
             create_pr=create_pr,
         )
+
+
+def _metadata(model: str | None) -> dict[str, Any]:
+    # The Hub refuses a card whose base model is not a repo id, and a local folder's name means nothing there.
+    is_repo = model is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not Path(model).exists()
+    return {
+        "library_name": "saelens",
+        "tags": ["saelens", "sparse-autoencoder", "interpretability", "hf-fac"],
+        "base_model": [model] if is_repo else None,
+    }
 
 
 def _card(sae: SAE[Any], repo_id: str, sae_id: str) -> str:
@@ -96,9 +99,8 @@ def _card(sae: SAE[Any], repo_id: str, sae_id: str) -> str:
     return "\n".join(
         [
             f"# SAE `{sae_id}`\n",
-            f"A sparse autoencoder of the residual stream of {model}.\n",
-            "| | |\n|---|---|",
-            *(f"| {label} | {cell(value)} |" for label, value in rows.items()),
+            f"A sparse autoencoder (SAE) of the residual stream of {model}.\n",
+            table(rows),
             f'\n```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo_id}", "{sae_id}")\n```\n',
             "With hf-fac (arXiv 2602.10388), to see which features a data set activates:\n",
             "```python\nfrom hf_fac import SAEFeaturizer\n",

@@ -379,9 +379,9 @@ def test_all_of_it_survives_parquet_and_load_dataset(annotated, tmp_path) -> Non
 
 
 def test_the_hub_gives_back_the_same_bytes(annotated, tmp_path) -> None:
-    annotated.save(tmp_path / "local")
+    annotated.save_pretrained(tmp_path / "local")
     with HubServer() as server:
-        server.put("user/d", {"data/old.parquet": b"stale", "notes.txt": b"mine"}, "datasets")
+        server.put("user/d", {"data/rows.parquet": b"mine", "notes.txt": b"mine"}, "datasets")
         result = run_with_hub(
             server,
             """
@@ -412,7 +412,7 @@ result = {
         assert result["streamed"] == 0
         assert result["url"].endswith(result["revision"])
         held = server.files("user/d", "datasets")
-        assert set(held) == {"dictionary.parquet", "README.md", "notes.txt", ".gitattributes"}
+        assert set(held) == {"dictionary.parquet", "README.md", "data/rows.parquet", "notes.txt", ".gitattributes"}
         card = held["README.md"].decode()
         assert "sparse-autoencoder" in card
         assert 'FeatureDictionary.from_pretrained("user/d")' in card
@@ -448,7 +448,7 @@ result.append(refused("user/data"))
         )
     assert "user/data is something else than a feature dictionary" in result[0]
     assert "no column 'feature'; its columns are text" in result[0]
-    assert "user/none is something else than a feature dictionary" in result[1]
+    assert "nothing matches *.parquet. There is: .gitattributes, README.md, rows.csv" in result[1]
     assert "user/broken is something else" in result[2]
     assert result[3].startswith("HubError")
     assert "at most 10 were expected" in result[4]
