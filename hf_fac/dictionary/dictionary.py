@@ -232,8 +232,8 @@ class FeatureDictionary:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """The dictionary that `save_pretrained` wrote into a folder. A folder without its `dictionary.parquet` holds the
-        dictionary in all of its Parquet files, as `load_dataset(...).to_parquet` writes them.
+        """The dictionary that `save_pretrained` wrote into a folder. Without `dictionary.parquet`, it is read from all
+        Parquet files in the folder, as `load_dataset(...).to_parquet` writes them.
 
         Raises: FileNotFoundError without the folder; ValueError where it holds something else.
         """

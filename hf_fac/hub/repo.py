@@ -177,17 +177,18 @@ def _commit(
     def attempt() -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        # New objects in each attempt: an operation remembers what the repo held when it was first looked at.
+        plain = files.keys() - {"README.md"} if section is not None else files.keys()
+        operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in sorted(plain)]
         api = _api(request)
         head = _head(api, request, private=private, create=create)
-        contents: dict[str, Path | bytes] = dict(files)
         if section is not None:
             name, metadata, body = section
             text = _card_text(api, request, head, files.get("README.md"))
-            contents["README.md"] = merge_card(text, metadata=metadata, section=name, body=body).encode()
-        # New objects in each attempt: an operation remembers what the repo held when it was first looked at.
-        operations: list[Any] = [CommitOperationAdd(path, content) for path, content in contents.items()]
+            card = merge_card(text, metadata=metadata, section=name, body=body)
+            operations.append(CommitOperationAdd("README.md", card.encode()))
         if delete_patterns is not None:
-            stale = _matching(_sizes(api, request, head), place, delete_patterns) - contents.keys()
+            stale = _matching(_sizes(api, request, head), place, delete_patterns) - files.keys()
             operations += [CommitOperationDelete(path, is_folder=False) for path in sorted(stale)]
         # `upload_folder` may split a folder into several commits. The parent's name makes the Hub refuse a commit that
         # would undo another's, or repeat one whose answer was lost.

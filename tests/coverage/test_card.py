@@ -82,7 +82,7 @@ result.append(refusal("user/rows", create_pr=True, token=args["read"]))
     assert f"| features above the floor | {live} of 40 above 0 |" in card
     assert absent[0] == 404
     assert model[0] == 404
-    assert "did you mean repo_type='model'" in model[1]
+    assert "is not a dataset repo" in model[1]
     assert reader[0] == 403
     assert "/discussions/" in request
 

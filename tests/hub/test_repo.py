@@ -245,7 +245,7 @@ result = {
     "no such id": refusal(pull_folder, "user//model"),
     "public": refusal(push_folder, folder, "user/model", private=True),
     "no folder": refusal(push_folder, folder + "/nowhere", "user/model"),
-    "bad place": refusal(push_folder, folder, "user/model", path_in_repo="a/../../b"),
+    "bad place": refusal(push_folder, folder, "user/nothing", path_in_repo="a/../../b"),
     "PR on a branch": refusal(push_folder, folder, "user/model", revision="v1", create_pr=True),
     "PR on nothing": refusal(push_folder, folder, "user/nothing", create_pr=True),
     "card is no YAML": refusal(push_folder, folder, "user/yaml", **card),
