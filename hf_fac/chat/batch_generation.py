@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..inputs.hidden_states import pack
+from ..inputs.hidden_states import evaluation_mode, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,21 +74,6 @@ class _Prompt(NamedTuple):
     length: int
 
 
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, the model is in evaluation mode and no gradients are kept."""
-    # Not `model.train(was)` at the end: parts may have been in another mode than the whole.
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        # Not inference_mode: buffers that the model makes on the way must still serve a later training step.
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 class Writer:
     """Writes texts with a model whose forward pass is called plainly: hooks on its blocks work.
 
@@ -126,7 +111,7 @@ class Writer:
 
     def write(self, texts: Sequence[Text]) -> None:
         """Write the texts to their ends, in evaluation mode and without gradients."""
-        with evaluating(self.model):
+        with evaluation_mode(self.model):
             self._write(texts)
 
     def _write(self, texts: Sequence[Text]) -> None:

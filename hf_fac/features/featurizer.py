@@ -94,8 +94,7 @@ class SAEFeaturizer:
         layer = own.layer if layer is None else layer
         if layer is None:
             raise ValueError("The SAE does not say which layer it reads: give layer=.")
-        acts.check_layer(model, layer)
-        blocks, text_config = acts.find_blocks(model), model.config.get_text_config()
+        blocks, text_config = acts.check_layer(model, layer), model.config.get_text_config()
         check_sae(sae, d_in=text_config.hidden_size, n_layers=len(blocks))
         if preset not in (None, "paper"):
             raise ValueError(f'preset is {preset!r}; the only one is "paper".')

@@ -6,9 +6,9 @@ text are run in order of length, as many at once as fill a token budget; no bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,65 +48,94 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
         raise LayerError(
             f"{type(model).__name__} has no list of {n_layers} blocks (config.num_hidden_layers): no layer can be read."
         )
-    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    # Counting parameters takes longer than the search, and every batch searches.
+    return stacks[0] if len(stacks) == 1 else max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
 
 
-def check_layer(model: PreTrainedModel, layer: int) -> None:
-    """Raises: LayerError when `layer` is not in 0 .. number of blocks."""
-    n_layers = len(find_blocks(model))
-    if not 0 <= layer <= n_layers:
+def check_layer(model: PreTrainedModel, layer: int) -> nn.ModuleList:
+    """Returns the blocks. Raises: LayerError when `layer` is not in 0 .. number of blocks."""
+    blocks = find_blocks(model)
+    if not 0 <= layer <= len(blocks):
         raise LayerError(
-            f"Layer {layer} was asked for; {type(model).__name__} has layers 0 (the embedding) to {n_layers}."
+            f"Layer {layer} was asked for; {type(model).__name__} has layers 0 (the embedding) to {len(blocks)}."
         )
-
-
-class _Reached(Exception):
-    """The hidden states are there: the rest of the forward pass is not needed."""
+    return blocks
 
 
 @contextmanager
-def _stopping(model: PreTrainedModel, blocks: nn.ModuleList, layer: int, box: list[Tensor]) -> Iterator[None]:
-    """While it lasts, a forward pass puts the layer's hidden states into `box` and ends there."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients. Afterwards, also after an error, each sub-module has its own mode again."""
+    # Not `model.train(mode)` at the end: sub-modules may have been in another mode than the whole.
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
+        model.eval()
+    try:
+        # Not inference_mode: a later training step must be able to use buffers that the model creates here.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            if module.training != training:
+                module.training = training
 
-    def after(_module: nn.Module, _inputs: object, output: object) -> None:
-        box.append(output[0] if isinstance(output, tuple) else output)
-        raise _Reached
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        box.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
+@contextmanager
+def layer_hook(model: PreTrainedModel, layer: int, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls `function` with the hidden states at a layer, [n, longest, d_in], in every forward pass of the model.
+
+    What it returns replaces them for the rest of the forward pass; None leaves them as they are. The hook is removed at
+    the end, also after an error.
+
+    Args:
+        layer: 0 is what enters the first block, L the output of the L-th block.
+    Raises: LayerError when the model has no such layer.
+    """
+    blocks = check_layer(model, layer)
+
+    def changed(hidden: Tensor) -> Tensor:
+        replacement = function(hidden)
+        return hidden if replacement is None else replacement
+
+    def after(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        return (changed(output[0]), *output[1:]) if isinstance(output, tuple) else changed(output)
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (changed(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": changed(kwargs["hidden_states"])}
 
     if layer:
         handle = blocks[layer - 1].register_forward_hook(after)
     else:
         handle = blocks[0].register_forward_pre_hook(before, with_kwargs=True)
-    # Not `model.train(was)` at the end: parts may have been in another mode than the whole.
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
     try:
-        # Not inference_mode: buffers that the model makes on the way must still serve a later training step.
-        with torch.no_grad():
-            yield
+        yield
     finally:
         handle.remove()
-        for module in training:
-            module.training = True
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, box: list[Tensor]) -> Tensor:
+class _Reached(Exception):
+    """The layer's hidden states are there: the rest of the forward pass is not needed."""
+
+
+def _run_to_layer(model: PreTrainedModel, layer: int, ids: Tensor, mask: Tensor | None) -> Tensor:
+    found: list[Tensor] = []
+
+    def stop(hidden: Tensor) -> None:
+        found.append(hidden)
+        raise _Reached
+
     settings = {} if model.config.is_encoder_decoder or not hasattr(model.config, "use_cache") else {"use_cache": False}
-    try:
+    with suppress(_Reached), evaluation_mode(model), layer_hook(model, layer, stop):
         model(input_ids=ids, attention_mask=mask, **settings)
-    except _Reached:
-        hidden = box.pop()
-        if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
-            raise LayerError(
-                f"{type(model).__name__} makes hidden states of shape {list(hidden.shape)} of {list(ids.shape)} ids: "
-                "not one for each token (prompt tuning adds some), so no token can be read."
-            ) from None
-        return hidden
-    raise LayerError(f"{type(model).__name__} ran to its end without passing the block that was to be read.")
+    if not found:
+        raise LayerError(f"{type(model).__name__} ran to its end without passing the block that was to be read.")
+    if found[0].ndim != 3 or found[0].shape[:2] != ids.shape:
+        raise LayerError(
+            f"{type(model).__name__} makes hidden states of shape {list(found[0].shape)} of {list(ids.shape)} ids: "
+            "not one for each token (prompt tuning adds some), so no token can be read."
+        )
+    return found[0]
 
 
 def is_causal(model: PreTrainedModel, layer: int) -> bool:
@@ -114,9 +143,7 @@ def is_causal(model: PreTrainedModel, layer: int) -> bool:
     ids = torch.arange(2, 10, device=model.device).repeat(2, 1)
     ids[1, 4:] += 1
     ids %= model.config.get_text_config().vocab_size
-    box: list[Tensor] = []
-    with _stopping(model, find_blocks(model), layer, box):
-        first, second = _forward(model, ids, torch.ones_like(ids), box)[:, :4].float()
+    first, second = _run_to_layer(model, layer, ids, torch.ones_like(ids))[:, :4].float()
     # States that are not finite are equal to none, and a model with such is run with a mask: never wrong, only slower.
     return bool(((first - second).abs() <= 1e-3 * second.abs() + 1e-5 * first.abs().max()).all())
 
@@ -163,7 +190,6 @@ def hidden_states(
     check_layer(model, layer)
     if causal is None:
         causal = is_causal(model, layer)
-    blocks, box = find_blocks(model), []
     for batch in pack([len(piece) for piece in ids], batch_tokens):
         lengths = np.array([len(ids[i]) for i in batch])
         # Each is padded with a token of its own: one whose embedding is NaN would spoil others, behind a mask too.
@@ -174,9 +200,7 @@ def hidden_states(
         mask = None
         if not causal and lengths[-1] < lengths[0]:
             mask = to_device((np.arange(lengths[0]) < lengths[:, None]).astype(np.int64), model.device)
-        with _stopping(model, blocks, layer, box):
-            hidden = _forward(model, to_device(padded, model.device), mask, box)
-        yield Batch(batch, hidden)
+        yield Batch(batch, _run_to_layer(model, layer, to_device(padded, model.device), mask))
 
 
 def sink_cutoff(norms: np.ndarray) -> float:

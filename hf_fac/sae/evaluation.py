@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -94,59 +93,43 @@ def content_states(
         yield states
 
 
-@contextmanager
-def _replaced(model: PreTrainedModel, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While it lasts, what the layer gives on is `change` of it."""
-
-    def after(_module: Any, _inputs: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    def before(_module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
-
-    blocks = acts.find_blocks(model)
-    if layer:
-        handle = blocks[layer - 1].register_forward_hook(after)
-    else:
-        handle = blocks[0].register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _loss_recovered(
     model: PreTrainedModel, pieces: Pieces, sae: SAE, layer: int, sink_norm: float, loss_rows: int
 ) -> float | None:
     if model.get_output_embeddings() is None or not acts.is_causal(model, layer):
         return None
-    training = model.training
-    model.eval()
     losses = np.zeros(3)
-    with torch.no_grad():
+    replacements = (None, lambda x: sae.decode(sae.encode(x)), torch.zeros_like)
+    with acts.evaluation_mode(model):
         for ids, content in list(zip(pieces.ids, pieces.content, strict=True))[:loss_rows]:
-            if len(ids) < 2 or not content.any():
-                continue
-            batch = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
-            counts = torch.from_numpy(content)[None].to(model.device)
-
-            def changed(hidden: Tensor, to: Any, counts: Tensor = counts) -> Tensor:
-                here = counts & (hidden.float().norm(dim=-1) <= sink_norm)
-                return torch.where(here[..., None], to(hidden.float()).to(hidden.dtype), hidden)
-
-            for number, to in enumerate((None, lambda x: sae.decode(sae.encode(x)), torch.zeros_like)):
-                if to is None:
-                    logits = model(input_ids=batch).logits
-                else:
-                    with _replaced(model, layer, lambda hidden, to=to, changed=changed: changed(hidden, to)):
-                        logits = model(input_ids=batch).logits
-                each = torch.nn.functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:], reduction="none")
-                losses[number] += float(each[counts[0, 1:]].sum())
-    model.train(training)
+            if len(ids) >= 2 and content.any():
+                losses += [_loss(model, ids, content, layer, sink_norm, replacement) for replacement in replacements]
     clean, reconstructed, zeroed = losses
     if zeroed <= clean:
         warnings.warn("Zeroing the layer does not raise the loss, so no loss recovered can be given.", stacklevel=2)
         return None
     return float((zeroed - reconstructed) / (zeroed - clean))
+
+
+def _loss(
+    model: PreTrainedModel,
+    ids: np.ndarray,
+    content: np.ndarray,
+    layer: int,
+    sink_norm: float,
+    replacement: Callable[[Tensor], Tensor] | None,
+) -> float:
+    """The summed loss on the content tokens of one row, its content tokens at the layer replaced."""
+    batch = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
+    counts = torch.from_numpy(content)[None].to(model.device)
+
+    def replace(hidden: Tensor) -> Tensor | None:
+        if replacement is None:
+            return None
+        is_replaced = counts & (hidden.float().norm(dim=-1) <= sink_norm)
+        return torch.where(is_replaced[..., None], replacement(hidden.float()).to(hidden.dtype), hidden)
+
+    with acts.layer_hook(model, layer, replace):
+        logits = model(input_ids=batch).logits
+    losses = torch.nn.functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:], reduction="none")
+    return float(losses[counts[0, 1:]].sum())

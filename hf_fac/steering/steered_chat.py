@@ -11,21 +11,20 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from ..chat.batch_generation import Text, evaluating
+from ..chat.batch_generation import Text
 from ..chat.local import Completion, LocalChat
 from ..features.calibration import mean_content_norm
-from ..inputs.hidden_states import check_layer, find_blocks, pack
+from ..inputs.hidden_states import check_layer, evaluation_mode, layer_hook, pack
 from ..sae.loading import check_sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from torch import Tensor
 
 _MARK = "hf_fac"
 _LOGITS = 2**26  # elements of [tokens, vocabulary] that exist at one time: 256 MB in float32
@@ -104,12 +103,13 @@ class SteeredChat:
         number = {tag: row for row, tag in enumerate(known)} | {None: len(known)}
         vectors = self._vectors(known)
 
-        with _pushing(self.chat.model, self.layer) as push:
+        push = _Push()
 
-            def stepping(rows: Sequence[Text | None]) -> AbstractContextManager[None]:
-                return push.by(vectors[[number[text.tag if text else None] for text in rows]])
+        def stepping(rows: Sequence[Text | None]) -> AbstractContextManager[None]:
+            return push.by(vectors[[number[text.tag if text else None] for text in rows]])
 
-            request = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+        request = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+        with layer_hook(self.chat.model, self.layer, push):
             return self.chat.complete_tagged(conversations, tags, stepping, begun=begun, stop=stop, **request)
 
     def user_turn(self) -> UserTurn:
@@ -148,7 +148,7 @@ class SteeredChat:
         pieces = [(bos + piece)[:context] if len(piece) > 1 else [] for piece in ids]
         found = np.full(len(pieces), np.nan)
         budget = max(1, min(self.chat.batch_tokens, _LOGITS // model.config.get_text_config().vocab_size))
-        with evaluating(model):
+        with evaluation_mode(model):
             for batch in pack([len(piece) for piece in pieces], budget):
                 # Padding stands on the right, where causal attention does not see it, so no mask is needed.
                 padded = torch.zeros(len(batch), len(pieces[batch[0]]), dtype=torch.long)
@@ -200,7 +200,7 @@ class SteeredChat:
 
 
 class _Push:
-    """What is added at a layer: [rows, d_in], or nothing."""
+    """Added to the hidden states of a layer: vectors [rows, d_in], or nothing while prompts are read."""
 
     vectors: Tensor | None = None
 
@@ -212,29 +212,5 @@ class _Push:
         finally:
             self.vectors = None
 
-    def after(self, _module: nn.Module, _inputs: object, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return self._added(output[0]), *output[1:]
-        return self._added(output)
-
-    def before(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (self._added(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._added(kwargs["hidden_states"])}
-
-    def _added(self, hidden: Tensor) -> Tensor:
-        return hidden if self.vectors is None else hidden + self.vectors[:, None].to(hidden)
-
-
-@contextmanager
-def _pushing(model: PreTrainedModel, layer: int) -> Iterator[_Push]:
-    """While it lasts, the model's hidden states at the layer can be pushed."""
-    push, blocks = _Push(), find_blocks(model)
-    if layer:
-        handle = blocks[layer - 1].register_forward_hook(push.after)
-    else:
-        handle = blocks[0].register_forward_pre_hook(push.before, with_kwargs=True)
-    try:
-        yield push
-    finally:
-        handle.remove()
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        return None if self.vectors is None else hidden + self.vectors[:, None].to(hidden)

@@ -11,13 +11,14 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ..inputs.hidden_states import evaluation_mode
 from ..storage.files import try_output, write_whole
 
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ _VISIBLE_SECONDS = 60  # for a file of the first process to appear to the others
 
 @contextmanager
 def preserved(models: list[nn.Module], tokenizers: list[PreTrainedTokenizerBase]) -> Iterator[None]:
-    """While it lasts the models are in eval mode; afterwards their modes and `use_cache`, the tokenizers' sides, and
-    the random state of Python, NumPy and torch (every GPU) are as they were."""
-    # Not `model.train()` at the end: parts may be in another mode than the whole.
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    """While it lasts the models are in evaluation mode, without gradients. Afterwards their modes and `use_cache`, the
+    tokenizers' sides, and the random state of Python, NumPy and torch (every GPU) are as they were."""
     configs = [getattr(model, name, None) for model in models for name in ("config", "generation_config")]
     settings = [
         (owner, name, getattr(owner, name))
@@ -44,13 +43,12 @@ def preserved(models: list[nn.Module], tokenizers: list[PreTrainedTokenizerBase]
     ]
     state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    for model in models:
-        model.eval()
     try:
-        yield
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(evaluation_mode(model))
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for owner, name, value in settings:
             setattr(owner, name, value)
         random.setstate(state)

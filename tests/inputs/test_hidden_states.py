@@ -13,6 +13,7 @@ from hf_fac.inputs.hidden_states import (
     find_blocks,
     hidden_states,
     is_causal,
+    layer_hook,
     pack,
     sink_cutoff,
     to_device,
@@ -135,6 +136,34 @@ def test_pieces_without_tokens_are_in_no_batch():
     assert list(hidden_states(model, [], 1, batch_tokens=10)) == []
     assert list(hidden_states(model, [np.zeros(0, np.int32)], 1, batch_tokens=10)) == []
     assert set(by_piece(model, random_pieces([0, 3, 0]), 1)) == {1}
+
+
+# Hooking a layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1, N_LAYERS])
+def test_a_hook_sees_the_hidden_states_of_its_layer_and_may_replace_them(family, layer):
+    model, (ids,) = tiny_model(family), random_pieces([7])
+    batch = {"input_ids": torch.tensor([ids.tolist()])}
+
+    def run(function):
+        with torch.no_grad(), layer_hook(model, layer, function):
+            return model(**batch)[0]
+
+    seen = []
+    plain = model(**batch)[0]
+    torch.testing.assert_close(run(seen.append), plain, rtol=0, atol=0)
+    torch.testing.assert_close(seen[0][0], by_piece(model, [ids], layer)[0])
+    assert not torch.allclose(run(torch.zeros_like), plain)
+    with pytest.raises(ZeroDivisionError):
+        run(lambda hidden: 1 / 0)
+    torch.testing.assert_close(model(**batch)[0], plain, rtol=0, atol=0)
+
+
+def test_a_hook_on_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(LayerError, match=f"to {N_LAYERS}"), layer_hook(tiny_model("llama"), N_LAYERS + 1, print):
+        pass
 
 
 # Modes and types

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,25 @@ def test_a_lossless_sae_recovers_the_whole_loss(model, tokenizer, rows, trained)
     found = evaluate_sae(model, tokenizer, Lossless(), rows[:20], layer=LAYER, sink_norm=1e9)
     assert found.loss_recovered is None or found.loss_recovered == pytest.approx(1.0, abs=1e-5)
     assert found.fvu == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluating_leaves_the_mode_of_every_module_and_the_hooks_as_they_were(model, tokenizer, rows, trained, fails):
+    handle = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0) if fails else None
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    hooks = [list(block._forward_hooks) for block in model.model.layers]
+    try:
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+            evaluate_sae(model, tokenizer, trained[0], rows[:20], layer=LAYER, sink_norm=1e9)
+        assert [module.training for module in model.modules()] == modes
+        assert [list(block._forward_hooks) for block in model.model.layers] == hooks
+        assert torch.is_grad_enabled()
+    finally:
+        model.eval()
+        if handle is not None:
+            handle.remove()
 
 
 @pytest.mark.parametrize(
