@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 PoolOver = Literal["all", "user", "assistant", "completion"]
 Side = Literal["chosen", "rejected"]
 
-# The columns of each type, most telling first: a data set may carry `prompt` or `messages` beside its preference pair.
-_TYPES = (
-    ("chosen", "rejected"),
-    ("messages",),
-    ("prompt", "completion"),
-    ("prompt",),
-    ("text",),
-)
+# TRL's data-set types and their columns, most telling first: a data set may hold columns of several.
+ROW_TYPES: dict[str, tuple[str, ...]] = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "implicit_preference": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "prompt": ("prompt",),
+    "text": ("text",),
+}
+# Who writes a column of a standard row.
+COLUMN_ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
 class RowError(ValueError):
@@ -361,7 +364,9 @@ def _row_type(row: Any) -> tuple[str, ...]:
         return ("text",)
     if not isinstance(row, Mapping):
         raise ValueError(f"it is {named(row)}; a row is a string or a dict of columns")
-    for kind in _TYPES:
+    # The prompt of a preference pair may be told or not: both are read alike.
+    kinds = [columns for name, columns in ROW_TYPES.items() if name != "preference"]
+    for kind in kinds:
         missing = [column for column in kind if row.get(column) is None]
         if not missing:
             return kind
@@ -370,7 +375,7 @@ def _row_type(row: Any) -> tuple[str, ...]:
         if held and (missing[0] in row or held != ["prompt"]):
             state = "is None" if missing[0] in row else "is missing"
             raise ValueError(f"it has {held[0]}, but its {missing[0]} {state}; fill it, or leave the row out")
-    empty = [column for kind in _TYPES for column in kind if column in row]
+    empty = [column for kind in kinds for column in kind if column in row]
     if empty:
         raise ValueError(f"its {empty[0]} is None; fill it, or leave the row out")
     raise ValueError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..coverage.selection import select
+from ..inputs.rows import COLUMN_ROLES
 from ..storage.validation import differences, read_measurement
 from .candidates import Candidate
 from .filters import NearDuplicates
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _SCORED = ("fac_features", "fac_activations", "fac_measurement")
 _REMEDY = "score the pool with ds.map(FACScorer(featurizer), batched=True)"
 _SELECTIONS = 3  # each without the rows of those before, for what the refused ones left open
-_ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
 class FromPool(NamedTuple):
@@ -148,7 +148,7 @@ def _sample(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:
     """The row in the columns of the task's type."""
     if task.type == "labelled":
         return {name: row[name] for name in task.features()}
-    return {name: _messages(row[name], _ROLES.get(name)) for name in task.features()}
+    return {name: _messages(row[name], COLUMN_ROLES.get(name)) for name in task.features()}
 
 
 def _messages(value: str | Sequence[Mapping[str, Any]], role: str | None) -> list[dict[str, Any]]:

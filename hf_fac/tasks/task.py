@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from ..inputs.rows import PoolOver
+from ..inputs.rows import ROW_TYPES, PoolOver
 from ..inputs.token_context import MarkedSpan
 from ..storage.files import write_whole
 from ..storage.validation import checked
@@ -38,11 +38,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "implicit_preference": ("prompt", "chosen", "rejected"),
     "contrastive": ("question", "matching", "other"),
 }
-_COLUMNS = _PARTS | {
-    "messages": ("messages",),
-    "implicit_preference": ("chosen", "rejected"),
-    "contrastive": ("prompt", "chosen", "rejected"),
-}
+_COLUMNS = {**ROW_TYPES, "labelled": _PARTS["labelled"], "contrastive": ROW_TYPES["preference"]}
 _POOLS: dict[str, tuple[PoolOver, ...]] = dict.fromkeys(_PARTS, ("all", "user", "assistant", "completion")) | {
     "labelled": ("all", "user"),
     "messages": ("all", "user", "assistant"),

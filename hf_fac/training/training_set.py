@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 
+from ..inputs.rows import ROW_TYPES
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -21,14 +23,8 @@ if TYPE_CHECKING:
 Prepare = Callable[[Dataset], Dataset]
 Kind = tuple[tuple[str, ...], bool]  # the columns that say it, and whether they are conversations
 
-# By their columns, the first that fits: TRL's data-set types.
-KINDS = (
-    ("prompt", "chosen", "rejected"),
-    ("chosen", "rejected"),
-    ("prompt", "completion"),
-    ("messages",),
-    ("text",),
-)
+# TRL's types that can be trained on. Where columns of several are there, TRL looks for a prompt before messages.
+KINDS = tuple(sorted((columns for name, columns in ROW_TYPES.items() if name != "prompt"), key=len, reverse=True))
 # What preparing adds to raw rows.
 _PREPARED = {"input_ids", "labels", "seq_lengths", "attention_mask", "token_type_ids", "prompt_ids", "chosen_ids",
              "rejected_ids"}  # fmt: skip
