@@ -155,13 +155,13 @@ def missing(
 ) -> None:
     """Print FAC of a data set against an anchor set, and the features it misses. Takes scored data or scores it."""
     from ..coverage.coverage import FeatureCoverage
-    from ..features.scoring import COLUMNS
+    from ..storage.scored_rows import is_scored
 
     if output:
         try_output(output)
     data_rows, anchor_rows = load_data(data, split), load_data(anchor, split)
     featurizer = None
-    if not all(set(COLUMNS) <= set(rows.column_names) for rows in (data_rows, anchor_rows)):
+    if not (is_scored(data_rows) and is_scored(anchor_rows)):
         featurizer = make_featurizer(
             model, sae, sae_id, device, layer=layer, activation=activation, pool_over=pool_over, side=side,
             max_length=max_length, on_error=on_error, preset=preset,

@@ -156,14 +156,14 @@ def select(
     from fsspec.utils import infer_compression
 
     from ..coverage.selection import select as select_rows
-    from ..features.scoring import COLUMNS
+    from ..storage.scored_rows import COLUMNS, is_scored
 
     try_output(output)
     found = _read_report(report)
     measured, data = found.measurement.model_dump(exclude_unset=True), load_data(pool, split)
     featurizer = None
     check_measured(data, pool, measured, f"the rows of {report}")
-    if not set(COLUMNS) <= set(data.column_names):
+    if not is_scored(data):
         how = {name: measured[name] for name in ("activation", "pool_over", "side", "keep_above")}
         featurizer = make_featurizer(
             model, sae, sae_id, device, layer=layer, max_length=max_length, on_error=on_error, preset=preset, **how

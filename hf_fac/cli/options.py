@@ -194,9 +194,10 @@ def check_measured(dataset: Dataset, name: str, measurement: dict[str, Any], who
 def scored(dataset: Dataset, featurizer: SAEFeaturizer | None, what: str) -> Dataset:
     """Returns the data set with the columns of `FACScorer`, as it is where it has them."""
     from ..features.pooling import LeftOut
-    from ..features.scoring import COLUMNS, FACScorer
+    from ..features.scoring import FACScorer
+    from ..storage.scored_rows import is_scored
 
-    if set(COLUMNS) <= set(dataset.column_names):
+    if is_scored(dataset):
         return dataset
     scorer = FACScorer(featurizer)
     featurizer.left_out = LeftOut()

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, Field, Json, NonNegativeInt
 
 from ..storage.files import whole_file
+from ..storage.scored_rows import REMEDY, scored_batches
 from ..storage.validation import Measurement, Strict, WholeMeasurement, checked, differences, read_measurement
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from scipy.sparse import csr_array
 
-_COLUMNS = ["fac_features", "fac_activations", "fac_tokens", "fac_measurement"]
-_REMEDY = "score the rows with ds.map(FACScorer(featurizer), batched=True)"
 _VERSION = "1"
 _ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row", "level_counts", "active_counts")
 _METADATA = ("measurement", "rows", "rows_without_tokens")
@@ -73,7 +71,7 @@ class FeatureCoverage:
     def __init__(self, measurement: dict[str, Any]) -> None:
         """The coverage of no rows, neutral in `|`. Raises ValueError without a usable d_sae and keep_above."""
         self.measurement: dict[str, Any] = json.loads(json.dumps(measurement))
-        found = checked(Measurement, self.measurement, "the measurement", _REMEDY)
+        found = checked(Measurement, self.measurement, "the measurement", REMEDY)
         self.d_sae, self.keep_above = d_sae, _ = found.d_sae, found.keep_above
         self.rows = self.rows_without_tokens = 0
         # float64 [levels]: the floor, then those of 2**-6 to 2**10 in steps of 2**(1/4) that exceed it.
@@ -105,15 +103,16 @@ class FeatureCoverage:
         if isinstance(ds, dict):
             raise TypeError(f"got a {type(ds).__name__}: pass one split, one of {', '.join(ds)}")
         if not isinstance(ds, Dataset | IterableDataset):
-            raise TypeError(f"got a {type(ds).__name__}: pass a data set (Dataset.from_list makes one); {_REMEDY}")
+            raise TypeError(f"got a {type(ds).__name__}: pass a data set (Dataset.from_list makes one); {REMEDY}")
         coverage = None if measurement is None else cls(measurement)
-        for row, measurements, *part in _arrow_parts(ds):
-            for found in measurements:
+        for rows in scored_batches(ds, batch_size=_BATCH):
+            for row, text in rows.measurements:
+                found = read_measurement(text, f"row {row:,} and after: fac_measurement", REMEDY)
                 coverage = coverage or cls(found)
                 coverage.measurement = _agreed(
                     coverage.measurement, found, f"row {row:,} and after: measured differently"
                 )
-            coverage._add(row, *part)
+            coverage._add(rows.first_row, rows.features, rows.activations, np.diff(rows.starts), rows.tokens)
         if coverage is None:
             raise ValueError("an empty data set does not say how it was measured: pass measurement=")
         return coverage
@@ -162,7 +161,7 @@ class FeatureCoverage:
         def refuse(bad: np.ndarray, problem: str) -> None:
             if bad.any():
                 k = int(np.argmax(bad))
-                raise ValueError(f"row {row + rows[k]:,}: feature {ids[k]} at {acts[k]:g} {problem}: {_REMEDY}")
+                raise ValueError(f"row {row + rows[k]:,}: feature {ids[k]} at {acts[k]:g} {problem}: {REMEDY}")
 
         refuse((ids < 0) | (ids >= self.d_sae), f"is not in [0, {self.d_sae:,}), the width of the SAE")
         refuse(~np.isfinite(acts), "is not finite (some models overflow in float16)")
@@ -408,34 +407,6 @@ def check_threshold(threshold: float | ArrayLike, d_sae: int) -> np.ndarray:
             f"threshold must be one finite number or {d_sae:,} of them, none negative; got {threshold!r:.100}"
         )
     return delta
-
-
-def _arrow_parts(ds: Dataset | IterableDataset) -> Iterator[tuple]:
-    """Of each Arrow batch: its first row, measurements, ids, activations, features of each row, tokens of each row."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    types = [pa.large_list(pa.int64()), pa.large_list(pa.float32()), pa.int64(), pa.string()]
-    schema = pa.schema(list(zip(_COLUMNS, types, strict=True)))
-    if ds.column_names is not None and set(_COLUMNS) <= set(ds.column_names):
-        ds = ds.select_columns(_COLUMNS)
-    row = 0
-    for table in ds.with_format("arrow").iter(batch_size=_BATCH):
-        try:
-            ids, acts, tokens, texts = (c.combine_chunks() for c in table.select(_COLUMNS).cast(schema).columns)
-            lengths, others = (pc.list_value_length(lists).to_numpy() for lists in (ids, acts))
-            ids, acts, tokens = ids.flatten().to_numpy(), acts.flatten().to_numpy(), tokens.to_numpy()
-            if texts.null_count:
-                raise TypeError("a null in fac_measurement")
-        except (KeyError, TypeError, pa.ArrowException) as error:
-            rows = f"rows {row:,} to {row + len(table) - 1:,}"
-            raise ValueError(f"{rows} lack {', '.join(_COLUMNS)} or hold nulls ({error}): {_REMEDY}") from error
-        where = f"row {row:,} and after: fac_measurement"
-        measurements = [read_measurement(text, where, _REMEDY) for text in texts.unique().to_pylist()]
-        if (unequal := np.flatnonzero(lengths != others)).size:
-            raise ValueError(f"row {row + unequal[0]:,}: not as many activations as features: {_REMEDY}")
-        yield row, measurements, ids, acts, lengths, tokens
-        row += len(table)
 
 
 def _agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:

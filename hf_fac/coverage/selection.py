@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..storage.scored_rows import ACTIVATIONS, FEATURES, MEASUREMENT, REMEDY, read_scored
 from ..storage.validation import read_measurement
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from scipy.sparse import csr_array
 
-_COLUMNS = ["fac_features", "fac_activations"]
-_REMEDY = "score the rows with ds.map(FACScorer(featurizer), batched=True)"
 _BLOCK = 1 << 16  # rows whose bounds are refreshed together: as many as uint16 can number
 _BATCH = 1 << 12  # rows read at a time: their temporaries stay in the processor's cache
 
@@ -127,7 +126,7 @@ class _Block:
         if not columns.has_canonical_format:
             owner, column = columns.indices, np.repeat(np.arange(len(worth)), np.diff(columns.indptr))
             twice = np.flatnonzero((np.diff(owner) == 0) & (np.diff(column) == 0))[0]
-            raise ValueError(f"row {first + owner[twice]:,} of the pool holds a missing feature twice: {_REMEDY}")
+            raise ValueError(f"row {first + owner[twice]:,} of the pool holds a missing feature twice: {REMEDY}")
         self.starts, self.rows = columns.indptr, columns.indices.astype(np.uint16)
 
     def bound(self) -> tuple[int, int]:
@@ -162,41 +161,21 @@ def _open(pool: Any) -> tuple[int, int | None, float, _Read]:
 
     if not isinstance(pool, Dataset):
         raise TypeError(f"pool is a {type(pool).__name__}; it must be a datasets.Dataset (one split) or a csr_array")
-    if absent := [column for column in _COLUMNS if column not in pool.column_names]:
-        raise ValueError(f"the pool has no column {absent[0]!r}: {_REMEDY}")
-    measured = "fac_measurement" if "fac_measurement" in pool.column_names else None
-    table = pool.select_columns([*_COLUMNS, measured] if measured else _COLUMNS).with_format("arrow")
-    text = table[:1][measured].to_pylist()[0] if measured and len(table) else None
-    measurement = read_measurement(text, "the pool: fac_measurement", _REMEDY) if text else {}
+    if absent := [column for column in (FEATURES, ACTIVATIONS) if column not in pool.column_names]:
+        raise ValueError(f"the pool has no column {absent[0]!r}: {REMEDY}")
+    columns = [column for column in (FEATURES, ACTIVATIONS, MEASUREMENT) if column in pool.column_names]
+    table = pool.select_columns(columns).with_format("arrow")
+    text = next((text for _, text in read_scored(table[:1], columns=columns).measurements), None)
+    measurement = read_measurement(text, "the pool: fac_measurement", REMEDY) if text else {}
 
     def read_arrow(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        import pyarrow.compute as pc
-
-        part = table[start:stop]
-        ids, acts = (part[column].combine_chunks() for column in _COLUMNS)
-        lengths = [pc.list_value_length(lists) for lists in (ids, acts)]
-        ids, acts = ids.flatten(), acts.flatten()
-        nulls = sum(column.null_count for column in (ids, acts, *lengths))
-        strange = measured and part[measured].unique().to_pylist() not in ([], [text])
-        if nulls or strange or not lengths[0].equals(lengths[1]):
-            _refuse_rows(part.to_pylist(), start, measured, text)
-        starts = np.concatenate([[0], np.cumsum(lengths[0].to_numpy(), dtype=np.int64)])
-        return ids.to_numpy(), acts.to_numpy(), starts
+        part = read_scored(table[start:stop], columns=columns, first_row=start)
+        for row, found in part.measurements:
+            if found != text:
+                raise ValueError(f"row {row:,} of the pool was measured differently from row 0: {REMEDY}")
+        return part.features, part.activations, part.starts
 
     return len(table), measurement.get("d_sae"), measurement.get("keep_above", 0.0), read_arrow
-
-
-def _refuse_rows(rows: list[dict[str, Any]], start: int, measured: str | None, text: str | None) -> None:
-    for number, row in enumerate(rows, start):
-        ids, acts = (row[column] for column in _COLUMNS)
-        if ids is None or acts is None or None in ids or None in acts:
-            raise ValueError(f"row {number:,} of the pool holds a null: {_REMEDY}")
-        if len(ids) != len(acts):
-            raise ValueError(
-                f"row {number:,} of the pool has {len(ids)} features but {len(acts)} activations: {_REMEDY}"
-            )
-        if measured and row[measured] != text:
-            raise ValueError(f"row {number:,} of the pool was measured differently from row 0: {_REMEDY}")
 
 
 def _activated(
@@ -224,7 +203,7 @@ def _refuse_bad(ids: np.ndarray, acts: np.ndarray, ends: np.ndarray, start: int,
         return
     k = int(np.argmax(bad))
     row = start + int(np.searchsorted(ends, k, side="right")) - 1
-    raise ValueError(f"row {row:,} of the pool: feature {ids[k]} at {acts[k]:g} {problem}: {_REMEDY}")
+    raise ValueError(f"row {row:,} of the pool: feature {ids[k]} at {acts[k]:g} {problem}: {REMEDY}")
 
 
 def _checked_ids(missing: ArrayLike, width: int | None) -> np.ndarray:

@@ -131,7 +131,7 @@ class _Rows:
     """Rows of a data set or list, without the columns that a scorer added."""
 
     def __init__(self, dataset: Any) -> None:
-        from ..features.scoring import COLUMNS
+        from ..storage.scored_rows import COLUMNS
 
         if not isinstance(dataset, list):
             dataset = dataset.remove_columns([name for name in COLUMNS if name in dataset.column_names])

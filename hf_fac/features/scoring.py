@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..storage.scored_rows import ACTIVATIONS, COLUMNS, FEATURES, MEASUREMENT, TOKENS, arrow_schema
 from .featurizer import SAEFeaturizer
 
 if TYPE_CHECKING:
     from datasets import Features
-
-COLUMNS = ("fac_features", "fac_activations", "fac_tokens", "fac_measurement")
 
 
 class FACScorer:
@@ -76,10 +75,10 @@ class FACScorer:
         activations = reading.activations
         ends = activations.indptr[1:-1]
         return {
-            "fac_features": np.split(activations.indices.astype(np.int32), ends) if size else [],
-            "fac_activations": np.split(activations.data, ends) if size else [],
-            "fac_tokens": reading.tokens,
-            "fac_measurement": [json.dumps(featurizer.measurement, sort_keys=True)] * size,
+            FEATURES: np.split(activations.indices.astype(np.int32), ends) if size else [],
+            ACTIVATIONS: np.split(activations.data, ends) if size else [],
+            TOKENS: reading.tokens,
+            MEASUREMENT: [json.dumps(featurizer.measurement, sort_keys=True)] * size,
         }
 
     @staticmethod
@@ -88,12 +87,11 @@ class FACScorer:
 
         Raises: ValueError for None, the features of a stream that does not know its columns yet.
         """
-        from datasets import Features, List, Value
+        from datasets import Features
 
         if features is None:
             raise ValueError("This stream does not know its features: map without features=, or name them on loading.")
-        kinds = (List(Value("int32")), List(Value("float32")), Value("int32"), Value("string"))
-        return Features({**features, **dict(zip(COLUMNS, kinds, strict=True))})
+        return Features({**features, **Features.from_arrow_schema(arrow_schema())})
 
     def __getstate__(self) -> dict[str, Any]:
         """The fingerprint, and names to load the featurizer by; never weights."""

@@ -14,7 +14,8 @@ from ..inputs.rows import RowError
 from ..storage.files import try_output, write_whole
 from ..storage.journal import differences
 from ..storage.parquet import read_note, rows_digest, write_parquet
-from .scoring import COLUMNS, FACScorer
+from ..storage.scored_rows import COLUMNS
+from .scoring import FACScorer
 
 if TYPE_CHECKING:
     from datasets import Dataset

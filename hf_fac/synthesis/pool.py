@@ -13,6 +13,7 @@ import numpy as np
 
 from ..coverage.selection import select
 from ..inputs.rows import COLUMN_ROLES
+from ..storage.scored_rows import ACTIVATIONS, FEATURES, MEASUREMENT
 from ..storage.validation import differences, read_measurement
 from .candidates import Candidate
 from .filters import NearDuplicates
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from ..tasks.task import Task
 
-_SCORED = ("fac_features", "fac_activations", "fac_measurement")
 _REMEDY = "score the pool with ds.map(FACScorer(featurizer), batched=True)"
 _SELECTIONS = 3  # each without the rows of those before, for what the refused ones left open
 
@@ -103,14 +103,14 @@ def _checked(pool: Dataset, task: Task, measurement: Mapping[str, Any]) -> Datas
 
     if not isinstance(pool, Dataset):
         raise TypeError(f"pool is a {type(pool).__name__}; it must be a datasets.Dataset (one split).")
-    columns = [*task.features(), *_SCORED]
+    columns = [*task.features(), FEATURES, ACTIVATIONS, MEASUREMENT]
     if absent := [name for name in columns if name not in pool.column_names]:
         raise ValueError(
             f"The pool has no column {absent[0]!r}; scored rows of the task {task.name!r} have {', '.join(columns)}: "
             f"{_REMEDY}."
         )
     pool = pool.with_format(None).select_columns(columns)
-    for text in pool[:1]["fac_measurement"]:
+    for text in pool[:1][MEASUREMENT]:
         if found := differences(read_measurement(text or "{}", "The pool: fac_measurement", _REMEDY), measurement):
             raise ValueError(f"The pool was measured otherwise than by this featurizer ({found}): {_REMEDY}.")
     kinds = {name: getattr(pool.features[name], "dtype", "list") for name in task.features()}
@@ -130,7 +130,7 @@ def _measured(rows: Dataset, features: np.ndarray, gauge: Gauge) -> list[tuple[d
     """Of each row, as a sample, what the gauge reads for the features that the row is the first to have."""
     open_, samples, first = set(features.tolist()), [], []
     for row in rows:
-        acts = zip(row["fac_features"], row["fac_activations"], strict=True)
+        acts = zip(row[FEATURES], row[ACTIVATIONS], strict=True)
         new = [f for f, activation in acts if f in open_ and activation > gauge.delta[f]]
         open_ -= set(new)
         samples.append(_sample(gauge.task, row))

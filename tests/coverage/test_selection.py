@@ -274,10 +274,10 @@ def test_refuses_what_is_no_pool():
         ({"fac_features": [1], "fac_activations": [float("inf")]}, "row 5 of the pool: feature 1 at inf is not finite"),
         ({"fac_features": [1], "fac_activations": [-math.inf]}, "row 5 of the pool: feature 1 at -inf is not finite"),
         ({"fac_features": [-7], "fac_activations": [2.0]}, "row 5 of the pool: feature -7 at 2 is not in"),
-        ({"fac_features": [1, 2], "fac_activations": [1.0]}, "row 5 of the pool has 2 features but 1 activations"),
+        ({"fac_features": [1, 2], "fac_activations": [1.0]}, "row 5 has 2 features but 1 activations"),
         ({"fac_features": [1, 2, 1], "fac_activations": [1.0] * 3}, "row 5 of the pool holds a missing feature twice"),
-        ({"fac_features": None, "fac_activations": [1.0]}, "row 5 of the pool holds a null"),
-        ({"fac_features": [1], "fac_activations": [None]}, "row 5 of the pool holds a null"),
+        ({"fac_features": None, "fac_activations": [1.0]}, "row 5 holds a null in fac_features"),
+        ({"fac_features": [1], "fac_activations": [None]}, "row 5 holds a null in fac_activations"),
     ],
 )
 def test_names_the_bad_row(bad, message):
