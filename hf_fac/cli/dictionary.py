@@ -17,8 +17,9 @@ from .options import check_measured, console, load_data, make_chat, make_featuri
 if TYPE_CHECKING:
     from ..dictionary.dictionary import FeatureDictionary
     from ..features.featurizer import SAEFeaturizer
+from ..storage.differences import differences
 from ..storage.terminal import visible
-from ..storage.validation import checked, differences
+from ..storage.validation import checked
 from .options import (
     tell_left_out,
 )

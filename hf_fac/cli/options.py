@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..storage.differences import differences
 from ..storage.terminal import visible
-from ..storage.validation import differences, read_measurement
+from ..storage.validation import read_measurement
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, Field, Json, NonNegativeInt
 
+from ..storage.differences import differences
+from ..storage.feature_ids import check_feature_ids
 from ..storage.files import whole_file
 from ..storage.scored_rows import REMEDY, scored_batches
-from ..storage.validation import Measurement, Strict, WholeMeasurement, checked, differences, read_measurement
+from ..storage.validation import Measurement, Strict, WholeMeasurement, checked, read_measurement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -248,12 +250,9 @@ class FeatureCoverage:
         if not isinstance(anchor, FeatureCoverage):
             raise TypeError(f"anchor is a {type(anchor).__name__}: pass FeatureCoverage.from_dataset(anchor)")
         _agreed(self.measurement, anchor.measurement, "data and anchor were measured differently")
-        wanted = np.arange(self.d_sae) if features is None else np.unique(features)
-        if not wanted.size or wanted.dtype.kind not in "iu" or np.ndim(features) > 1:
-            raise ValueError(f"features must be integer ids, one or more (None: all), got {features!r:.100}")
-        if wanted[0] < 0 or wanted[-1] >= self.d_sae:
-            raise ValueError(f"features {wanted[0]} to {wanted[-1]} leave [0, {self.d_sae:,}), the width of the SAE")
-        wanted = wanted.astype(np.int64)
+        wanted = np.arange(self.d_sae)
+        if features is not None:
+            wanted = np.unique(check_feature_ids(np.atleast_1d(features), self.d_sae, may_repeat=True))
         delta, source = anchor._choose_threshold(threshold, relative)
         data_rows, anchor_rows = self._rows_above(delta), anchor._rows_above(delta)
         ids = wanted[(anchor.maximum > delta)[wanted]]  # F(anchor)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..storage.feature_ids import check_feature_ids
 from ..storage.scored_rows import ACTIVATIONS, FEATURES, MEASUREMENT, REMEDY, read_scored
 from ..storage.validation import read_measurement
 
@@ -75,7 +76,7 @@ def select(
     if n < 0:
         raise ValueError(f"n is {n}; it must be 0 or more")
     n_rows, width, floor, read = _open(pool)
-    wanted = _checked_ids(missing, width)
+    wanted = check_feature_ids(missing, width, name="missing", may_be_empty=True)
     worth, shift = _integer_weights(weights, len(wanted))
     # One place more than ids: np.take(mode="clip") sends every id above the last wanted one there.
     place = np.full(int(wanted.max(initial=-1)) + 2, -1, np.int32)
@@ -204,19 +205,6 @@ def _refuse_bad(ids: np.ndarray, acts: np.ndarray, ends: np.ndarray, start: int,
     k = int(np.argmax(bad))
     row = start + int(np.searchsorted(ends, k, side="right")) - 1
     raise ValueError(f"row {row:,} of the pool: feature {ids[k]} at {acts[k]:g} {problem}: {REMEDY}")
-
-
-def _checked_ids(missing: ArrayLike, width: int | None) -> np.ndarray:
-    ids = np.asarray(missing)
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"missing must be a list of integer ids, got {missing!r:.100}")
-    values, counts = np.unique(ids, return_counts=True)
-    if len(values) < len(ids):
-        raise ValueError(f"missing holds feature {values[counts > 1][0]} {counts.max()} times; give each id once")
-    if len(values) and (values[0] < 0 or (width is not None and values[-1] >= width)):
-        bad = values[0] if values[0] < 0 else values[-1]
-        raise ValueError(f"missing holds feature {bad}, which is not in [0, {width or 'd_sae'}), the width of the pool")
-    return ids.astype(np.int64)
 
 
 def _integer_weights(weights: ArrayLike | None, m: int) -> tuple[np.ndarray, int]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage.journal import differences, put_lines, whole_lines
+from ..storage.differences import differences
+from ..storage.journal import put_lines, whole_lines
 from ..tasks.parsing import Answer
 
 if TYPE_CHECKING:

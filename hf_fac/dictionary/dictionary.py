@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..inputs.token_context import MarkedSpan
+from ..storage.differences import differences
+from ..storage.feature_ids import check_feature_ids
 from ..storage.files import whole_file
 from ..storage.validation import checked as checked_json
-from ..storage.validation import differences, read_measurement
+from ..storage.validation import read_measurement
 from .schema import RATINGS, STATES, checked, schema
 
 if TYPE_CHECKING:
@@ -63,12 +65,10 @@ class FeatureDictionary:
         for other in found[1:]:
             _refuse_different(found[0], other, "The rows were measured differently")
         self.measurement: dict[str, Any] = dict(found[0])
-        self.features = table["feature"].to_numpy().astype(np.int64)
+        d_sae, ids = self.measurement.get("d_sae", 0), table["feature"].to_numpy()
+        self.features = check_feature_ids(ids, d_sae, name="the dictionary", may_be_empty=True)
         self.dataset = Dataset(table)
         self.revision: str | None = None
-        d_sae = self.measurement.get("d_sae", 0)
-        if (wrong := self.features[(self.features < 0) | (self.features >= d_sae)]).size:
-            raise ValueError(f"feature {wrong[0]} is not in [0, {d_sae:,}), the width of the SAE")
 
     @classmethod
     def from_rows(cls, rows: list[dict[str, Any]], *, measurement: Mapping[str, Any]) -> Self:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..storage.differences import differences
 from ..storage.files import whole_file
-from ..storage.journal import differences
 
 if TYPE_CHECKING:
     from ..features.pooling import Reading

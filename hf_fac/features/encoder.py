@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..inputs.hidden_states import to_device
+from ..storage.feature_ids import check_feature_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -48,7 +49,7 @@ class Encoder:
                 "save it with save_sae and load it again with load_sae."
             )
         self.sae, self.d_sae = sae, sae.cfg.d_sae
-        self.columns = None if features is None else checked_features(features, self.d_sae)
+        self.columns = None if features is None else np.sort(check_feature_ids(features, self.d_sae))
         architecture = sae.cfg.architecture()
         known = architecture in ("standard", "jumprelu", "topk")
         if activation == "relu" and not known:
@@ -177,22 +178,6 @@ class Encoder:
                 first.scatter_reduce_(0, cells.reshape(-1), number.reshape(-1), "amin")
             first = first.masked_fill_(first == nowhere, -1).view(len(lengths), self.d_sae)[:, self._picked]
         return out.view(len(lengths), self.d_sae)[:, self._picked], first
-
-
-def checked_features(features: Sequence[int], d_sae: int) -> np.ndarray:
-    """Returns the ids as int64, ascending.
-
-    Raises: ValueError for ids that are no whole numbers, out of range, twice, or none at all.
-    """
-    ids = np.asarray(features)
-    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"features must be a list of feature ids (whole numbers), at least one; got {features!r}.")
-    wrong = ids[(ids < 0) | (ids >= d_sae)]
-    if len(wrong):
-        raise ValueError(f"Feature {wrong[0]} does not exist: the SAE has features 0 to {d_sae - 1}.")
-    if len(np.unique(ids)) != len(ids):
-        raise ValueError("features holds an id twice.")
-    return np.sort(ids).astype(np.int64)
 
 
 def _reduced(values: Tensor, parts: Tensor, how: Literal["max", "min"], initial: float) -> Tensor:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..inputs.rows import RowError
+from ..storage.differences import differences
 from ..storage.files import try_output, write_whole
-from ..storage.journal import differences
 from ..storage.parquet import read_note, rows_digest, write_parquet
 from ..storage.scored_rows import COLUMNS
 from .scoring import FACScorer

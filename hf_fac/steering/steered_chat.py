@@ -21,6 +21,7 @@ from ..chat.local import Completion, LocalChat
 from ..features.calibration import mean_content_norm
 from ..inputs.hidden_states import check_layer, evaluation_mode, layer_hook, pack
 from ..sae.loading import check_sae
+from ..storage.feature_ids import check_feature_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -166,21 +167,14 @@ class SteeredChat:
         for name, values in (("features", features), ("strengths", strengths)):
             if len(values) != n:
                 raise ValueError(f"{name} has {len(values)} entries for {n} conversations; give one for each.")
-        d_sae = self.sae.cfg.d_sae
-        tags = []
-        for index, (feature, strength) in enumerate(zip(features, strengths, strict=True)):
-            integer = isinstance(feature, int | np.integer) and not isinstance(feature, bool)
-            if not integer or not 0 <= feature < d_sae:
-                raise ValueError(
-                    f"Conversation {index} asks for feature {feature!r}; the SAE has features 0 to {d_sae - 1}."
-                )
+        ids = check_feature_ids(features, self.sae.cfg.d_sae, may_be_empty=True, may_repeat=True).tolist()
+        for index, strength in enumerate(strengths):
             if not 0 <= strength < math.inf:
                 raise ValueError(
                     f"Conversation {index} asks for the strength {strength}; it must be a number from 0 up, in units "
                     "of mean_norm (0.5 is usual)."
                 )
-            tags.append((int(feature), float(strength)))
-        return tags
+        return list(zip(ids, map(float, strengths), strict=True))
 
     def _vectors(self, tags: list[tuple[int, float]]) -> Tensor:
         """What is added for each tag, and a row of zeros: [n + 1, d_in]."""

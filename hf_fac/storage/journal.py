@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from .differences import differences
 from .files import try_output, write_whole
 
 _SETTINGS = "settings.json"
@@ -166,18 +167,6 @@ def put_lines(file: TextIO, lines: list[str]) -> None:
         file.write("\n".join(lines) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns in words what differs between settings, "" where nothing does."""
-    found = []
-    for key in sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):
-        one, other = there.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found.append(f"{key}: {differences(one, other)}")
-        else:
-            found.append(f"{key}: there {one!r:.200}, now {other!r:.200}")
-    return "; ".join(found)
 
 
 def digest(value: Any) -> str:

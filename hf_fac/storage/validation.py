@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import reprlib
-from collections.abc import Mapping
 from numbers import Integral
 from typing import Annotated, Any, TypeVar
 
@@ -76,20 +74,6 @@ def read_measurement(text: str, where: str, remedy: str) -> dict[str, Any]:
     """Returns the measurement that is kept as JSON beside rows. Raises: ValueError, as `checked` does."""
     checked(Measurement, text, where, remedy)
     return json.loads(text)
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Returns in words what differs between two measurements, "" where nothing does. The model may have another name
-    where the fingerprints agree, and its path may be spelled in any way."""
-    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
-    same_path = os.path.realpath(str(one.get("model"))) == os.path.realpath(str(other.get("model")))
-    if "model" in keys and (same_path or one.get("fingerprint", 1) == other.get("fingerprint", 2)):
-        keys.remove("model")
-    told = "; ".join(f"{key}: {one.get(key, 'absent')!r} and {other.get(key, 'absent')!r}" for key in keys)
-    if keys and {"fingerprint", "feature_fingerprint"}.issuperset(keys):
-        told += ": " + ("" if "feature_fingerprint" in keys else "max_length, preset, the tokenizer, ")
-        told += "the weights or the SAE differ"
-    return told
 
 
 def _told(error: ErrorDetails) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..coverage.selection import select
 from ..inputs.rows import COLUMN_ROLES
+from ..storage.differences import differences
 from ..storage.scored_rows import ACTIVATIONS, FEATURES, MEASUREMENT
-from ..storage.validation import differences, read_measurement
+from ..storage.validation import read_measurement
 from .candidates import Candidate
 from .filters import NearDuplicates
 from .verification import Gauge, Measured

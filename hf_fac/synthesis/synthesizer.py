@@ -20,9 +20,10 @@ from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FACReport, check_threshold
 from ..inputs.rows import RowError
+from ..storage.differences import differences
 from ..storage.journal import Journal, digest
 from ..storage.terminal import visible
-from ..storage.validation import check_counts, differences
+from ..storage.validation import check_counts
 from ..tasks.prompts import HINTS
 from ..tasks.prompts import PROMPT_VERSION as PROMPTS
 from ..tasks.task import Task, get_task

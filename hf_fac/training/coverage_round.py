@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FACReport, FeatureCoverage
 from ..inputs.rows import RowError
+from ..storage.feature_ids import check_feature_ids
 from ..storage.journal import digest
 from ..storage.parquet import rows_digest
 from .processes import Ranks
@@ -45,9 +46,7 @@ class Refill:
         rows that cannot be read (the first of each set stands for the others)."""
         featurizer, task = self.synthesizer.featurizer, self.synthesizer.task
         if self.features is not None:
-            ids = np.asarray(self.features)
-            if not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= featurizer.d_sae:
-                raise ValueError(f"features must be ids in [0, {featurizer.d_sae:,}), one or more: {ids!r:.100}")
+            check_feature_ids(self.features, featurizer.d_sae, may_repeat=True)
         if np.min(self.synthesizer.threshold) < featurizer.keep_above:
             raise ValueError(
                 f"The synthesizer's threshold {np.min(self.synthesizer.threshold):g} is below the featurizer's "

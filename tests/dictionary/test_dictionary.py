@@ -260,11 +260,11 @@ def test_a_killed_pass_goes_on_where_it_was(featurizer, rows, tmp_path, monkeypa
 def test_a_folder_with_another_pass_is_refused(featurizer, rows, tmp_path) -> None:
     build_dictionary(featurizer, rows, output_dir=tmp_path)
     for other, options, problem in (
-        (rows[:-1], {}, "dataset_rows: there 60, now 59"),
+        (rows[:-1], {}, "dataset_rows: 60 and 59"),
         ([*rows[:-1], {"text": "changed"}], {}, "pass over other rows, or in another order"),
         ([rows[1], rows[0], *rows[2:]], {}, "pass over other rows, or in another order"),
-        (rows, {"spans": 5}, "spans: there 10, now 5"),
-        (rows, {"shard_rows": 9}, "shard_rows: there 5000, now 9"),
+        (rows, {"spans": 5}, "spans: 10 and 5"),
+        (rows, {"shard_rows": 9}, "shard_rows: 5000 and 9"),
     ):
         with pytest.raises(ValueError, match=problem):
             build_dictionary(featurizer, other, output_dir=tmp_path, **options)
@@ -466,7 +466,7 @@ def test_a_folder_that_holds_something_else_says_so(dictionary, tmp_path, monkey
         "holds nulls": table.set_column(8, "rows", table["explanation"].cast("int64")),
         "a feature twice": table.take([0, 1, 1]),
         "explanation_state is 'odd'": by_hand(row_of(1, []))._table().set_column(2, "explanation_state", [["odd"]]),
-        "not in": by_hand(row_of(47, []))._table().set_column(0, "feature", [[48]]),
+        "does not exist": by_hand(row_of(47, []))._table().set_column(0, "feature", [[48]]),
         "no column 'spans'": table.drop_columns("spans"),
     }
     for number, (problem, wrong) in enumerate(broken.items()):

@@ -322,13 +322,13 @@ def test_a_journal_of_another_job_is_refused(tmp_path) -> None:
     # Other features may follow.
     explain(make_dictionary(), ScriptedChat(), features=[2], journal=path, held_out=0)
     for options, problem in (
-        ({"seed": 1}, "seed: there 0, now 1"),
-        ({"form": "text"}, "form: there 'json', now 'text'"),
-        ({"held_out": 5}, "held_out: there 0, now 5"),
+        ({"seed": 1}, "seed: 0 and 1"),
+        ({"form": "text"}, "form: 'json' and 'text'"),
+        ({"held_out": 5}, "held_out: 0 and 5"),
     ):
         with pytest.raises(ValueError, match=problem):
             explain(make_dictionary(), ScriptedChat(), journal=path, **{"held_out": 0} | options)
-    with pytest.raises(ValueError, match="job: there 'explain', now 'rate'"):
+    with pytest.raises(ValueError, match="job: 'explain' and 'rate'"):
         rate(make_dictionary(), task="toxicity", chat=ScriptedChat(), journal=path)
     with pytest.raises(ValueError, match=r"'explain 1'.*another dictionary"):
         explain(make_dictionary(5), ScriptedChat(), journal=path, held_out=0)

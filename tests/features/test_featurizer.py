@@ -552,9 +552,9 @@ def test_a_row_that_cannot_be_read_is_named_or_skipped(tokenizer):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"features": [1, D_SAE]}, f"Feature {D_SAE} does not exist: the SAE has features 0 to {D_SAE - 1}"),
-        ({"features": [-1]}, "Feature -1 does not exist"),
-        ({"features": [3, 3]}, "twice"),
+        ({"features": [1, D_SAE]}, f"feature {D_SAE}, which does not exist: the SAE has features 0 to {D_SAE - 1}"),
+        ({"features": [-1]}, "feature -1, which does not exist"),
+        ({"features": [3, 3]}, "feature 3 more than once"),
         ({"features": [1.0, 2.0]}, "whole numbers"),
         ({"features": [True, False]}, "whole numbers"),
         ({"features": ["1"]}, "whole numbers"),
