@@ -23,7 +23,7 @@ from ..inputs.token_context import MarkedSpan, cut_span
 from ..sae.loading import check_sae, load_sae, read_settings
 from .calibration import FitCheck, calibrate_sinks
 from .encoder import Encoder
-from .fingerprint import TensorHash, model_settings, parameters_up_to, tokenizer_settings
+from .fingerprint import TensorHash, change_marks, model_settings, parameters_up_to, tokenizer_settings
 from .pooling import HostBatch, LeftOut, Maxima, Reading, Transfer, UniquePieces, merge_windows, unique_pieces
 
 if TYPE_CHECKING:
@@ -325,6 +325,12 @@ class SAEFeaturizer:
             "layer": self.layer, "architecture": self.sae.cfg.architecture(), "center": self.center,
         }  # fmt: skip
         return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+    def change_marks(self) -> list[Any]:
+        """Change detector, far cheaper than `fingerprint`: other values when the model was trained on, got other
+        weights, or switched its adapters, or the template changed. A few numbers edited through `.data` are missed."""
+        marks = change_marks([tensor.detach() for _, tensor in self._tensors()], most=256)
+        return [marks, model_settings(self.model)["adapters"], self.tokenizer.chat_template]
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         return [*parameters_up_to(self.model, self.layer), *self.sae.state_dict(prefix="sae.").items()]

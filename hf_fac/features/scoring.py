@@ -36,6 +36,7 @@ class FACScorer:
     def __init__(self, featurizer: SAEFeaturizer) -> None:
         self._featurizer: SAEFeaturizer | None = featurizer
         self._pickled: dict[str, Any] | None = None
+        self._measured: tuple[list[Any], str] | None = None
 
     @property
     def featurizer(self) -> SAEFeaturizer:
@@ -78,8 +79,15 @@ class FACScorer:
             FEATURES: np.split(activations.indices.astype(np.int32), ends) if size else [],
             ACTIVATIONS: np.split(activations.data, ends) if size else [],
             TOKENS: reading.tokens,
-            MEASUREMENT: [json.dumps(featurizer.measurement, sort_keys=True)] * size,
+            MEASUREMENT: [self._measurement()] * size,
         }
+
+    def _measurement(self) -> str:
+        # A map hashes the scorer before its first batch, which forgets the measurement; the marks are for streams.
+        marks = self.featurizer.change_marks()
+        if self._measured is None or self._measured[0] != marks:
+            self._measured = (marks, json.dumps(self.featurizer.measurement, sort_keys=True))
+        return self._measured[1]
 
     @staticmethod
     def features(features: Features) -> Features:
@@ -97,7 +105,8 @@ class FACScorer:
         """The fingerprint, and names to load the featurizer by; never weights."""
         if self._featurizer is None:
             return self._pickled
+        self._measured = None
         return {"fingerprint": self._featurizer.fingerprint(), "featurizer": self._featurizer.source()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._featurizer, self._pickled = None, dict(state)
+        self._featurizer, self._pickled, self._measured = None, dict(state), None

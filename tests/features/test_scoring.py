@@ -240,6 +240,39 @@ def test_the_same_scorer_after_a_training_step_has_another_hash():
     assert Hasher.hash(scorer) != before
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_weights_are_hashed_once_for_all_batches_of_a_map(stream, dataset, monkeypatch):
+    hashed, fingerprint = [], SAEFeaturizer.fingerprint
+    monkeypatch.setattr(SAEFeaturizer, "fingerprint", lambda self: hashed.append(1) or fingerprint(self))
+    counts = []
+    for batch_size in (len(dataset), 3):
+        hashed.clear()
+        scorer = FACScorer(SAEFeaturizer(tiny_model(), byte_level_tokenizer(), tiny_sae()))
+        list((dataset.to_iterable_dataset() if stream else dataset).map(scorer, batched=True, batch_size=batch_size))
+        counts.append(len(hashed))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("way", ["trained", "copied", "adapters"])
+def test_rows_scored_after_the_model_changed_say_so_within_a_stream(way, dataset):
+    model = tiny_model()
+    if way == "adapters":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    featurizer = SAEFeaturizer(model, byte_level_tokenizer(), tiny_sae())
+    rows = iter(dataset.to_iterable_dataset().map(FACScorer(featurizer), batched=True, batch_size=4))
+    first = json.loads(next(rows)["fac_measurement"])
+    assert first == featurizer.measurement
+    if way == "trained":
+        trained(model, None)
+    elif way == "copied":  # as averaged weights are
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data * 1.01)
+    else:
+        model.base_model.disable_adapter_layers()
+    last = json.loads(list(rows)[-1]["fac_measurement"])
+    assert last == featurizer.measurement != first
+
+
 # Going to another process
 
 
