@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from ..inputs import hidden_states as acts
 from ..inputs.rows import ConversationReader, PoolOver, RowError, Side
 from ..inputs.token_context import MarkedSpan, cut_span
-from ..sae.loading import check_sae, load_sae, read_settings
+from ..sae.loading import SAESettings, check_sae, load_sae, read_settings
 from .calibration import FitCheck, calibrate_sinks
 from .encoder import Encoder
 from .fingerprint import TensorHash, change_marks, model_settings, parameters_up_to, tokenizer_settings
@@ -44,6 +45,26 @@ def _remember_fork() -> None:
 
 if os.name == "posix":
     os.register_at_fork(after_in_child=_remember_fork)
+
+
+@dataclass(frozen=True)
+class FeaturizerSettings:
+    """How a featurizer measures, beside what its reader and its encoder say.
+
+    sink_norm: the cut-off given or the SAE's own; None where it is calibrated.
+    center: the mean over d_in is subtracted from each hidden state first.
+    causal: later tokens leave earlier hidden states alone.
+    The others are arguments of `SAEFeaturizer`.
+    """
+
+    layer: int
+    activation: Literal["native", "relu"]
+    keep_above: float
+    sink_norm: float | None
+    batch_tokens: int
+    preset: Literal["paper"] | None
+    center: bool
+    causal: bool
 
 
 class SAEFeaturizer:
@@ -90,61 +111,45 @@ class SAEFeaturizer:
         on_error: Literal["raise", "skip"] = "raise",
         preset: Literal["paper"] | None = None,
     ) -> None:
-        own = read_settings(sae)
-        layer = own.layer if layer is None else layer
-        if layer is None:
-            raise ValueError("The SAE does not say which layer it reads: give layer=.")
-        blocks, text_config = acts.check_layer(model, layer), model.config.get_text_config()
-        check_sae(sae, d_in=text_config.hidden_size, n_layers=len(blocks))
         if preset not in (None, "paper"):
             raise ValueError(f'preset is {preset!r}; the only one is "paper".')
-        if not 0 <= keep_above < float("inf"):
-            raise ValueError(
-                f"keep_above is {keep_above}; it must be a number from 0 up (activations are not negative)."
-            )
-        if sink_norm is not None and not sink_norm > 0:
-            raise ValueError(f"sink_norm is {sink_norm}; it must be a positive number (inf leaves every token in).")
-        if batch_tokens is not None and batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1.")
-        limit = getattr(text_config, "max_position_embeddings", None)
-        if None not in (limit, max_length) and max_length > limit:
-            raise ValueError(f"max_length is {max_length}; {type(model).__name__} takes at most {limit} tokens.")
-        if max_length is None:
-            # A tokenizer that knows no limit says 10**30.
-            limits = [n for n in (limit, tokenizer.model_max_length) if n is not None and n < 10**9]
-            max_length = min(limits, default=None)
-        prepend_bos = own.prepend_bos and tokenizer.bos_token_id is not None
-        if own.prepend_bos and not prepend_bos:
-            warnings.warn(
-                "The SAE was trained with a BOS token in front of every text, but this tokenizer has none: texts are "
-                "read without it.",
-                stacklevel=2,
-            )
+        _check_numbers(keep_above=keep_above, sink_norm=sink_norm, batch_tokens=batch_tokens)
+        expected = read_settings(sae)
+        layer = expected.layer if layer is None else layer
+        if layer is None:
+            raise ValueError("The SAE does not say which layer it reads: give layer=.")
+        blocks = acts.check_layer(model, layer)
+        check_sae(sae, d_in=model.config.get_text_config().hidden_size, n_layers=len(blocks))
         if preset == "paper":
             activation, sink_norm = "relu", float("inf")
-        self.model, self.tokenizer, self.layer = model, tokenizer, layer
+        self.model, self.tokenizer = model, tokenizer
         self.sae = (sae if sae.W_dec.dtype == torch.float32 else deepcopy(sae).to(dtype=torch.float32)).to(model.device)
-        self.activation, self.keep_above, self.preset = activation, float(keep_above), preset
-        self.batch_tokens = batch_tokens or acts.default_batch_tokens(model.device)
         self.encoder = Encoder(self.sae, activation=activation, features=features)
         self.reader = ConversationReader(
             tokenizer,
             pool_over=pool_over,
             side=side,
-            max_length=max_length,
+            max_length=_max_length(model, tokenizer, max_length),
             stride=stride,
-            prepend_bos=prepend_bos,
+            prepend_bos=_prepends_bos(expected, tokenizer),
             skip_first=31 if preset == "paper" else None,
             on_error=on_error,
         )
-        # TransformerLens centres what is written into the stream of models with LayerNorm only.
-        self.center = own.center and any(isinstance(module, torch.nn.LayerNorm) for module in blocks.modules())
-        self.causal = acts.is_causal(model, layer)
-        self._given_sink_norm = sink_norm or own.sink_norm
-        self.sink_norm = self._given_sink_norm or calibrate_sinks(
-            model, tokenizer, layer, prepend_bos=prepend_bos, causal=self.causal
+        self.settings = FeaturizerSettings(
+            layer=layer,
+            activation=activation,
+            keep_above=float(keep_above),
+            sink_norm=sink_norm or expected.sink_norm,
+            batch_tokens=batch_tokens or acts.default_batch_tokens(model.device),
+            preset=preset,
+            # TransformerLens centres what is written into the stream of models with LayerNorm only.
+            center=expected.center and any(isinstance(module, torch.nn.LayerNorm) for module in blocks.modules()),
+            causal=acts.is_causal(model, layer),
         )
-        self._fit = FitCheck(self.sae, expected=own.fvu, layer=layer)
+        self.sink_norm = self.settings.sink_norm or calibrate_sinks(
+            model, tokenizer, layer, prepend_bos=self.reader.prepend_bos, causal=self.settings.causal
+        )
+        self._fit = FitCheck(self.sae, expected=expected.fvu, layer=layer)
         self._source: dict[str, Any] | None = None
         self._weights_hash = TensorHash()
         self.left_out = LeftOut()
@@ -197,6 +202,26 @@ class SAEFeaturizer:
         return featurizer
 
     @property
+    def layer(self) -> int:
+        return self.settings.layer
+
+    @property
+    def activation(self) -> Literal["native", "relu"]:
+        return self.settings.activation
+
+    @property
+    def keep_above(self) -> float:
+        return self.settings.keep_above
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.settings.batch_tokens
+
+    @property
+    def preset(self) -> Literal["paper"] | None:
+        return self.settings.preset
+
+    @property
     def d_sae(self) -> int:
         return self.sae.cfg.d_sae
 
@@ -224,7 +249,7 @@ class SAEFeaturizer:
         from scipy.sparse import csr_array
 
         pieces = self.reader(rows, first_row=first_row)
-        unique = unique_pieces(pieces, causal=self.causal)
+        unique = unique_pieces(pieces, causal=self.settings.causal)
         found = Maxima(len(unique.ids))
         for batch in self._batches(unique, positions):
             found.add(batch, self.keep_above)
@@ -304,11 +329,11 @@ class SAEFeaturizer:
             "sae": {key: value for key, value in self.sae.cfg.to_dict().items() if key not in elsewhere},
             "activation": self.activation, "keep_above": self.keep_above,
             # A calibrated cut-off follows from the rest, but for its last digits.
-            "sink_norm": self._given_sink_norm or "calibrated",
+            "sink_norm": self.settings.sink_norm or "calibrated",
             "features": None if self.encoder.columns is None else self.encoder.columns.tolist(),
             "pool_over": reader.pool_over, "side": reader.side, "max_length": reader.max_length,
             "stride": reader.stride, "prepend_bos": reader.prepend_bos, "skip_first": reader.skip_first,
-            "center": self.center,
+            "center": self.settings.center,
         }  # fmt: skip
         return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
 
@@ -322,7 +347,7 @@ class SAEFeaturizer:
 
         parts = {
             "weights": self._weights_hash(self._tensors()), "adapters": model_settings(self.model)["adapters"],
-            "layer": self.layer, "architecture": self.sae.cfg.architecture(), "center": self.center,
+            "layer": self.layer, "architecture": self.sae.cfg.architecture(), "center": self.settings.center,
         }  # fmt: skip
         return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
@@ -376,7 +401,7 @@ class SAEFeaturizer:
         overlap = np.array(unique.continues, dtype=bool) * (self.reader.stride or 0)
         place = self.sae.W_dec.device
         for batch in acts.hidden_states(
-            self.model, unique.ids, self.layer, batch_tokens=self.batch_tokens, causal=self.causal
+            self.model, unique.ids, self.layer, batch_tokens=self.batch_tokens, causal=self.settings.causal
         ):
             content = [np.flatnonzero(unique.content[i]) for i in batch.pieces]
             lengths = np.array([len(c) for c in content])
@@ -390,7 +415,7 @@ class SAEFeaturizer:
             norms = x.norm(dim=-1)
             finite = norms.isfinite()
             counts = finite & (norms <= self.sink_norm)
-            if self.center:
+            if self.settings.center:
                 x = x - x.mean(-1, keepdim=True)
             self._fit.add(x, counts)
             maxima, first = self.encoder.maxima(x, counts, lengths, positions=positions)
@@ -402,3 +427,33 @@ class SAEFeaturizer:
                 yield waiting.popleft().wait()
         while waiting:
             yield waiting.popleft().wait()
+
+
+def _check_numbers(*, keep_above: float, sink_norm: float | None, batch_tokens: int | None) -> None:
+    if not 0 <= keep_above < float("inf"):
+        raise ValueError(f"keep_above is {keep_above}; it must be a number from 0 up (activations are not negative).")
+    if sink_norm is not None and not sink_norm > 0:
+        raise ValueError(f"sink_norm is {sink_norm}; it must be a positive number (inf leaves every token in).")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1.")
+
+
+def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: int | None) -> int | None:
+    """The most tokens of a row: the number given, or what model and tokenizer can take."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if None not in (limit, given) and given > limit:
+        raise ValueError(f"max_length is {given}; {type(model).__name__} takes at most {limit} tokens.")
+    if given is not None:
+        return given
+    # A tokenizer that knows no limit says 10**30.
+    return min((n for n in (limit, tokenizer.model_max_length) if n is not None and n < 10**9), default=None)
+
+
+def _prepends_bos(expected: SAESettings, tokenizer: PreTrainedTokenizerBase) -> bool:
+    if expected.prepend_bos and tokenizer.bos_token_id is None:
+        warnings.warn(
+            "The SAE was trained with a BOS token in front of every text, but this tokenizer has none: texts are read "
+            "without it.",
+            stacklevel=3,
+        )
+    return expected.prepend_bos and tokenizer.bos_token_id is not None

@@ -31,6 +31,7 @@ from .loading import fold_input_scale, inference_parts, save_sae
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from sae_lens import SAE
+    from sae_lens.training.sae_trainer import SAETrainer
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,7 +61,7 @@ def train_sae(
     output_dir: str | Path | None = None,
     sae_options: dict[str, Any] | None = None,
 ) -> SAE:
-    """Train an SAE on content tokens at `layer` (DESIGN: 0 is the embedding, L the output of block L).
+    """Train an SAE on content tokens at `layer` (0: the embedding, L: the output of block L).
 
     Hidden states are made on the fly and shuffled in a buffer; a data set that fits into the buffer is read by the
     model once, whatever the number of epochs. Special, template, padding and sink tokens are left out. Inputs are
@@ -87,29 +88,16 @@ def train_sae(
     Raises: ValueError for settings that cannot be, RowError for a row that cannot be read; before any work, OSError
         when output_dir cannot be written to or another process trains an SAE there.
     """
-    from sae_lens import SAE
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-    from sae_lens.training.sae_trainer import SAETrainer
-
     acts.check_layer(model, layer)
     d_in = model.config.get_text_config().hidden_size
     d_sae = 8 * d_in if d_sae is None else d_sae
-    check_counts(
-        d_sae=d_sae, k=k, epochs=epochs, training_tokens=training_tokens, batch_size=batch_size, max_length=max_length,
-        buffer_tokens=buffer_tokens, batch_tokens=batch_tokens,
+    _check_settings(
+        architecture, learning_rate, d_sae=d_sae, k=k, epochs=epochs, training_tokens=training_tokens,
+        batch_size=batch_size, max_length=max_length, buffer_tokens=buffer_tokens, batch_tokens=batch_tokens,
     )  # fmt: skip
-    if k > d_sae:
-        raise ValueError(f"k is {k}, more active features a token than the SAE's d_sae = {d_sae}: take fewer.")
-    if not 0 < learning_rate < float("inf"):
-        raise ValueError(f"learning_rate is {learning_rate!r}; it must be a positive number.")
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"SAELens trains no {architecture!r}; it trains {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
-        )
     with _Checkpoints(output_dir) as checkpoints:
-        reader = ConversationReader(tokenizer, max_length=max_length)
         train, held_out = _split(dataset, eval_dataset, seed)
+        reader = ConversationReader(tokenizer, max_length=max_length)
         batch_tokens = batch_tokens or acts.default_batch_tokens(model.device)
         stream = _Stream(model, reader, train, layer, buffer_tokens, batch_tokens, seed)
         total = training_tokens or epochs * stream.count_tokens()
@@ -118,32 +106,9 @@ def train_sae(
         scale, sink_norm = stream.measure_scale()
         batch_size = min(batch_size, total)
         steps = max(total // batch_size, 1)
-
-        sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
-        options = {"d_in": d_in, "d_sae": d_sae, "device": str(model.device), **(sae_options or {})}
-        if "k" in config_class.__dataclass_fields__:
-            options.setdefault("k", k)
         torch.manual_seed(seed)
-        config = config_class(**options)
-        config.metadata.model_name = model.config._name_or_path or type(model).__name__
-        config.metadata.hook_name = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
-        config.metadata.prepend_bos = False
-        trainer = SAETrainer(
-            SAETrainerConfig(
-                total_training_samples=steps * batch_size,
-                train_batch_size_samples=batch_size,
-                lr=learning_rate,
-                lr_end=learning_rate / 10,
-                lr_warm_up_steps=steps // 20,
-                lr_decay_steps=steps // 5,
-                # A feature counts as dead, and is revived, after a twentieth of the run without firing.
-                dead_feature_window=max(steps // 20, 25),
-                device=str(model.device),
-                autocast=model.device.type == "cuda",
-            ),
-            sae_class(config),
-            iter(()),
-        )
+        config = _sae_config(model, layer, architecture, {"d_in": d_in, "d_sae": d_sae, **(sae_options or {})}, k=k)
+        trainer = _trainer(config, architecture, steps, batch_size, learning_rate)
         settings = {
             "config": {name: value for name, value in config.to_dict().items() if name != "metadata"},
             "layer": layer, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
@@ -151,23 +116,10 @@ def train_sae(
             "model": config.metadata.model_name, "rows": stream.digest() if output_dir is not None else None,
         }  # fmt: skip
         start = checkpoints.restore(trainer, settings)
-        with tqdm(total=steps, initial=trainer.n_training_steps, desc="Training the SAE", unit="step") as bar:
-            left = steps - trainer.n_training_steps
-            for fill, position in stream.fills(start, sink_norm, scale, batch_size=batch_size, steps=left):
-                order = torch.randperm(len(fill), generator=torch.Generator().manual_seed(seed + position.fills))
-                for part in order[: max(len(fill) // batch_size, 1) * batch_size].split(batch_size):
-                    trainer.step(fill[part])
-                    trainer.n_training_steps += 1
-                    bar.update()
-                    if trainer.n_training_steps >= steps:
-                        break
-                if trainer.n_training_steps >= steps:
-                    break
-                checkpoints.save(trainer, position)
-        # Not by way of a folder, whose disk may be full.
-        parts = inference_parts(trainer.sae.eval())
-        sae = SAE.load_from_disk("", device=str(model.device), converter=lambda *_, **__: parts)
-        sae = fold_input_scale(sae, scale)
+        fills = stream.fills(start, sink_norm, scale, batch_size=batch_size, steps=steps - trainer.n_training_steps)
+        for position in _train(trainer, fills, steps, batch_size, seed):
+            checkpoints.save(trainer, position)
+        sae = fold_input_scale(_inference_sae(trainer.sae, model.device), scale)
         metrics = evaluate_sae(model, tokenizer, sae, held_out, layer=layer, sink_norm=sink_norm, max_length=max_length)
         sae.cfg.metadata["hf_fac"] = {
             "layer": layer,
@@ -183,6 +135,80 @@ def train_sae(
             save_sae(sae, output_dir)
         checkpoints.clear()
     return sae
+
+
+def _check_settings(architecture: str, learning_rate: float, *, d_sae: int, k: int, **counts: int | None) -> None:
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+    check_counts(d_sae=d_sae, k=k, **counts)
+    if k > d_sae:
+        raise ValueError(f"k is {k}, more active features a token than the SAE's d_sae = {d_sae}: take fewer.")
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate!r}; it must be a positive number.")
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"SAELens trains no {architecture!r}; it trains {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
+        )
+
+
+def _sae_config(model: PreTrainedModel, layer: int, architecture: str, options: dict[str, Any], *, k: int) -> Any:
+    """SAELens' config of the SAE; k is left out for an architecture that has none."""
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    options = {"device": str(model.device), **options}
+    if "k" in config_class.__dataclass_fields__:
+        options.setdefault("k", k)
+    config = config_class(**options)
+    config.metadata.model_name = model.config._name_or_path or type(model).__name__
+    config.metadata.hook_name = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+    config.metadata.prepend_bos = False
+    return config
+
+
+def _trainer(config: Any, architecture: str, steps: int, batch_size: int, learning_rate: float) -> SAETrainer:
+    """SAELens' trainer of a new SAE, without data: it is given batches one by one."""
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    trainer_config = SAETrainerConfig(
+        total_training_samples=steps * batch_size,
+        train_batch_size_samples=batch_size,
+        lr=learning_rate,
+        lr_end=learning_rate / 10,
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 5,
+        # A feature counts as dead, and is revived, after a twentieth of the run without an activation.
+        dead_feature_window=max(steps // 20, 25),
+        device=config.device,
+        autocast=config.device.startswith("cuda"),
+    )
+    return SAETrainer(trainer_config, SAE_TRAINING_CLASS_REGISTRY[architecture][0](config), iter(()))
+
+
+def _train(
+    trainer: SAETrainer, fills: Iterator[tuple[Tensor, _Position]], steps: int, batch_size: int, seed: int
+) -> Iterator[_Position]:
+    """Trains up to `steps`, and yields the position after each buffer but the last."""
+    with tqdm(total=steps, initial=trainer.n_training_steps, desc="Training the SAE", unit="step") as bar:
+        for fill, position in fills:
+            order = torch.randperm(len(fill), generator=torch.Generator().manual_seed(seed + position.fills))
+            for part in order[: max(len(fill) // batch_size, 1) * batch_size].split(batch_size):
+                trainer.step(fill[part])
+                trainer.n_training_steps += 1
+                bar.update()
+                if trainer.n_training_steps >= steps:
+                    return
+            yield position
+
+
+def _inference_sae(sae: Any, device: torch.device) -> SAE:
+    from sae_lens import SAE
+
+    # Not by way of a folder, whose disk may be full.
+    parts = inference_parts(sae.eval())
+    return SAE.load_from_disk("", device=str(device), converter=lambda *_, **__: parts)
 
 
 class _Position(NamedTuple):

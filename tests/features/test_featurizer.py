@@ -100,7 +100,7 @@ def check(featurizer, family, rows, *, layer=2, columns=None, **reader):
         layer=layer,
         activation=featurizer.activation,
         sink_norm=featurizer.sink_norm,
-        center=featurizer.center,
+        center=featurizer.settings.center,
         **{"max_length": 256, **reader},
     )
     found = reading.activations
@@ -698,7 +698,7 @@ def test_centred_weights_are_honoured_in_models_with_layer_norm_only(tokenizer):
     for family, centres in (("gpt2", True), ("pythia", True), ("llama", False)):
         sae = tiny_sae("standard", metadata=centred)
         featurizer = SAEFeaturizer(tiny_model(family), tokenizer, sae)
-        assert featurizer.center == centres
+        assert featurizer.settings.center == centres
         check(featurizer, family, TEXTS)
         plain = SAEFeaturizer(tiny_model(family), tokenizer, tiny_sae("standard"))
         assert np.allclose(plain(TEXTS).toarray(), featurizer(TEXTS).toarray(), rtol=1e-3) != centres
@@ -708,7 +708,7 @@ def test_only_the_text_models_norms_decide_about_centring(tokenizer):
     model = tiny_model("llama")
     model.tower = torch.nn.LayerNorm(4)
     sae = tiny_sae(metadata={"model_from_pretrained_kwargs": {"center_writing_weights": True}})
-    assert not SAEFeaturizer(model, tokenizer, sae).center
+    assert not SAEFeaturizer(model, tokenizer, sae).settings.center
 
 
 # Does the SAE fit?
@@ -991,7 +991,7 @@ def test_an_encoder_is_loaded_by_name(kind, tmp_path):
     wordpiece_tokenizer().save_pretrained(tmp_path / "model")
     save_sae(tiny_sae(), tmp_path / "sae")
     featurizer = SAEFeaturizer.from_pretrained(tmp_path / "model", sae=tmp_path / "sae")
-    assert not featurizer.causal
+    assert not featurizer.settings.causal
     expected = slow_rows(
         model, "bert", featurizer.tokenizer, featurizer.sae, TEXTS, sink_norm=featurizer.sink_norm, max_length=256
     )
