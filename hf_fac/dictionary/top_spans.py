@@ -17,8 +17,8 @@ from ..storage.differences import differences
 from ..storage.files import whole_file
 
 if TYPE_CHECKING:
-    from ..features.pooling import Reading
-    from ..inputs.rows import Pieces
+    from ..features.pooling import FeatureActivations
+    from ..inputs.rows import TokenizedRows
 
 _TRILLION = 10**12
 _ARRAYS = ("activation", "window", "row", "position", "rows", "whole", "trillionths")
@@ -44,7 +44,9 @@ class TopSpans:
         self.total_rows = self.data = self.skipped = self.shards_done = 0
         self.content = ""
 
-    def add(self, first_row: int, reading: Reading, windows: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    def add(
+        self, first_row: int, reading: FeatureActivations, windows: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> None:
         """Count rows `first_row` and on. `windows` gives the hashes at rows and positions, int64 [m] each, of them.
 
         Raises: ValueError for an activation from 2**40 up, beyond which sums would not be exact.
@@ -115,7 +117,9 @@ class TopSpans:
             ) from error
 
 
-def window_hashes(pieces: Pieces, row: np.ndarray, position: np.ndarray, *, before: int, after: int) -> np.ndarray:
+def window_hashes(
+    pieces: TokenizedRows, row: np.ndarray, position: np.ndarray, *, before: int, after: int
+) -> np.ndarray:
     """uint64 [m]: a hash of the token ids around each place, and of where the row begins and ends among them."""
     lengths = np.zeros(pieces.n_rows, np.int64)
     for owner, ids, offset in zip(pieces.row, pieces.ids, pieces.offset, strict=True):

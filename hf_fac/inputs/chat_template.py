@@ -1,8 +1,8 @@
-"""Conversations in; out comes the text that a chat template makes of them, and where each message's content stands.
+"""Conversations in; out, the text that a chat template renders, and the position of each message's content in it.
 
-A template is rendered twice: with the messages, and with a numbered probe in place of every content, which shows where
-contents go and what is trimmed off them. Only when the second rendering, the contents filled in, is the first to the
-letter are the places known; otherwise the content cannot be located, and that is an error, never a guess.
+A template is rendered twice: with the messages, and with a numbered probe in place of every content. The probes show
+where contents go and how they are trimmed. The contents are then filled into the second rendering: only when the result
+equals the first rendering are the positions known. When it differs, the content cannot be located, which is an error.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A probe's whitespace tells what is trimmed: all of it, the newlines alone, or nothing. So many newlines, unlike on its
-# two sides, and such spaces stand in no template. Its quotation mark tells whether the content is written as JSON.
+# A probe's whitespace shows what is trimmed: all of it, only newlines, or nothing. No template contains so many
+# newlines or these spaces. Its quotation mark shows whether the content is written as JSON.
 _PROBE = "\n" * 7 + '\u2003\ue000{}"\ue001\u2002' + "\n" * 11
 _RENDERED_PROBE = re.compile(
     r"(?:(?P<top>\n{7}|(?:\\n){7})?(?P<left>\u2003))?"
     r'\ue000(?P<number>\d+)(?P<escape>\\?)"\ue001'
     r"(?:(?P<right>\u2002)(?P<bottom>\n{11}|(?:\\n){11})?)?"
 )
-# What a template may look for in a content: <think>, <|im_end|>, [THINK].
+# Tags that a template may look for inside a content: <think>, <|im_end|>, [THINK].
 _TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{1,40}\]")
 _REMEMBERED = 1024
 
@@ -38,8 +38,8 @@ class Place(NamedTuple):
 
 
 class _Mark(NamedTuple):
-    """What a probe stands for: `content[start:end]`. A thought, which the template may drop, is what an assistant says
-    before a closing tag."""
+    """The content that a probe replaces: `content[start:end]`. thought: an assistant's text before a closing tag, which
+    the template may drop."""
 
     message: int
     unit: int
@@ -66,7 +66,7 @@ class _Slot(NamedTuple):
 
 
 class _Skeleton(NamedTuple):
-    """The template's own words, one more than there are slots between them."""
+    """The template's own text: literals, with a slot between each two of them."""
 
     literals: list[str]
     slots: list[_Slot]
@@ -75,8 +75,8 @@ class _Skeleton(NamedTuple):
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template and finds each message's content in the text.
 
-    A content counts as found when it is rendered as it is, trimmed, or written as a JSON string. Of a turn with a
-    thought (`<think>...</think>answer`) the template may drop the thought, or render both apart.
+    A content is located when it is rendered unchanged, trimmed, or as a JSON string. The template may drop the thought
+    of a turn (`<think>...</think>answer`), or render thought and answer in two places.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,13 +92,13 @@ class ChatRenderer:
         options: Mapping[str, Any] | None = None,
         answer_follows: bool = False,
     ) -> tuple[str, list[Place]]:
-        """Returns the rendered conversation and the places of content in it, in the order of the text.
+        """Returns the rendered conversation and the positions of content in it, in the order of the text.
 
         Args:
             messages: what `check_messages` returns.
             tools: JSON schemas, or a list of them written as JSON.
             options: further arguments of the template.
-            answer_follows: render a prompt as TRL does: the model's turn is begun, or its last message goes on.
+            answer_follows: render a prompt as TRL does: with a generation prompt, or continuing an assistant message.
         Raises: ValueError when the template refuses the conversation, or a content cannot be located.
         """
         settings = {"tools": _read_tools(tools), **_read_options(options)}
@@ -114,7 +114,7 @@ class ChatRenderer:
         tags = self._tags_of(template)
         tried: list[list[dict[str, Any]]] = []
         everyone = {message["role"] for message in messages}
-        # A template may look into a content: a model's for a thought, a user's for a tool's answer, any for some text.
+        # A template may search a content: the model's for a thought, a user's for a tool's answer, any for some text.
         for split, keep_bare in itertools.product((set(), {"assistant"}, everyone), (False, True)):
             marked, marks = _mark(messages, tags, split, keep_bare)
             if marked in tried:
@@ -132,7 +132,7 @@ class ChatRenderer:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **settings)
         except Exception as error:
-            # A template is somebody's program, and can fail in any way that a program can.
+            # A template is a program, and can raise anything.
             reason = str(error)[:300].encode("ascii", "backslashreplace").decode()
             raise ValueError(
                 f"the chat template refuses the row ({type(error).__name__}: {reason}); change the row to what "
@@ -147,7 +147,7 @@ class ChatRenderer:
 
     def _skeleton(self, template: str, marked: list[dict[str, Any]], settings: dict[str, Any]) -> _Skeleton | None:
         key = (template, repr((marked, settings, self.tokenizer.special_tokens_map)))
-        # A template that writes the time makes another text later.
+        # A template that writes the time renders differently later.
         if key not in self._skeletons or "strftime_now" in template:
             if len(self._skeletons) >= _REMEMBERED:
                 self._skeletons.clear()
@@ -190,7 +190,7 @@ def check_string(value: Any, name: str) -> str:
 
 
 def named(value: Any) -> str:
-    """Returns what a value is, for an error message."""
+    """Returns a value's type in words, for an error message."""
     return "None" if value is None else f"of type {type(value).__name__}"
 
 
@@ -220,10 +220,10 @@ def _read_options(options: Any) -> dict[str, Any]:
 def _mark(
     messages: list[dict[str, Any]], tags: re.Pattern[str] | None, split: set[str], keep_bare: bool
 ) -> tuple[list[dict[str, Any]], list[_Mark]]:
-    """The messages with probes in place of their contents, or of what stands between the tags of a content.
+    """The messages with probes in place of their contents, or in place of the text between a content's tags.
 
-    split: the roles whose contents are marked between tags.
-    keep_bare: leave a content as it is that is blank, or an assistant's empty thought with no answer after it.
+    split: the roles whose contents get probes between tags.
+    keep_bare: put no probe into a blank content, or into an assistant's empty thought without an answer.
     """
     marks: list[_Mark] = []
 
@@ -271,7 +271,7 @@ def _read_skeleton(rendered: str) -> _Skeleton:
     for probe in _RENDERED_PROBE.finditer(rendered):
         literals.append(rendered[last : probe.start()])
         last = probe.end()
-        # What is stripped off each side, as str.strip takes it: None is all whitespace, "" nothing.
+        # The argument of str.strip on each side: None strips all whitespace, "" nothing.
         left = None if probe["left"] is None else "\n" if probe["top"] is None else ""
         right = None if probe["right"] is None else "\n" if probe["bottom"] is None else ""
         slots.append(_Slot(int(probe["number"]), left, right, bool(probe["escape"])))
@@ -301,9 +301,9 @@ class _Filled(NamedTuple):
 
 
 def _fill(text: str, skeleton: _Skeleton, marks: list[_Mark]) -> list[Place] | None:
-    """The places of content, where all of it is shown but thoughts, and where the skeleton makes up the text."""
+    """The positions of content; None when content other than thoughts is missing, or the texts differ."""
     shown = {slot.number for slot in skeleton.slots}
-    # A row may spell probes of its own, in the arguments of a tool for one.
+    # A row may contain text that looks like a probe, for example in the arguments of a tool.
     if not shown <= set(range(len(marks))):
         return None
     if any(number not in shown and not mark.thought for number, mark in enumerate(marks)):
@@ -324,7 +324,7 @@ def _fill(text: str, skeleton: _Skeleton, marks: list[_Mark]) -> list[Place] | N
 
 
 def _joined(text: str, filled: list[_Filled]) -> Iterator[_Filled]:
-    """Takes in the tags of a content that was marked in parts, where the text has them as the content has."""
+    """Joins the parts of a content and the tags between them, where the text has the tags as the content has them."""
     held: _Filled | None = None
     for part in filled:
         floor, goes_on = 0, False

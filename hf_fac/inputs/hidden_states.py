@@ -1,7 +1,8 @@
 """The forward pass, stopped at one block: token ids in, the hidden states of one layer out, batch by batch.
 
-Layer L is the output of the L-th block, read by a hook on the block; layer 0 is what enters the first block. Pieces of
-text are run in order of length, as many at once as fill a token budget; no block above the layer is computed.
+Layer L is the output of the L-th block, read by a hook on the block; layer 0 is what enters the first block. Sequences
+are read in order of length, in batches that fill a token budget; no block above the layer is computed. Only this module
+hooks a layer.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ SINK_FACTOR = 10.0
 
 
 class LayerError(ValueError):
-    """The layer asked for is not there, or a model's blocks cannot be found."""
+    """The model has no such layer, or its blocks cannot be found."""
 
 
 class Batch(NamedTuple):
     """Hidden states of one batch.
 
-    pieces: int64 [n], which of the pieces given these are.
-    hidden: [n, longest, d_in] in the model's dtype and on its device; what lies beyond a piece's end is meaningless.
+    pieces: int64 [n], indices of the pieces.
+    hidden: [n, longest, d_in] in the model's dtype and on its device; states after a piece's end have no meaning.
     """
 
     pieces: np.ndarray
@@ -139,23 +140,23 @@ def _run_to_layer(model: PreTrainedModel, layer: int, ids: Tensor, mask: Tensor 
 
 
 def is_causal(model: PreTrainedModel, layer: int) -> bool:
-    """Returns whether later tokens leave earlier hidden states alone, measured with two short sequences."""
+    """Returns whether hidden states do not depend on later tokens, measured with two short sequences."""
     ids = torch.arange(2, 10, device=model.device).repeat(2, 1)
     ids[1, 4:] += 1
     ids %= model.config.get_text_config().vocab_size
     first, second = _run_to_layer(model, layer, ids, torch.ones_like(ids))[:, :4].float()
-    # States that are not finite are equal to none, and a model with such is run with a mask: never wrong, only slower.
+    # States that are not finite equal nothing: such a model is run with a mask, which is slower but never wrong.
     return bool(((first - second).abs() <= 1e-3 * second.abs() + 1e-5 * first.abs().max()).all())
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Returns the array as a tensor on the device; a GPU's queue of work is not waited for."""
+    """Returns the array as a tensor on the device, without waiting for a GPU's queue of work."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Returns how many tokens a batch holds where the caller does not say: near what measures best on two CPU cores."""
+    """Returns the default number of tokens in a batch; on the CPU, near the fastest on two cores."""
     return 2048 if device.type == "cpu" else 65536
 
 
@@ -183,7 +184,7 @@ def hidden_states(
         ids: per piece, int [n_tokens].
         layer: 0 is what enters the first block, L the output of the L-th block.
         batch_tokens: the most tokens in a batch, padding included.
-        causal: whether `is_causal`; None measures it. A causal model needs no mask where padding stands on the right.
+        causal: what `is_causal` returns; None measures it. A causal model needs no mask, as padding is on the right.
     """
     if not any(len(piece) for piece in ids):
         return
@@ -192,7 +193,8 @@ def hidden_states(
         causal = is_causal(model, layer)
     for batch in pack([len(piece) for piece in ids], batch_tokens):
         lengths = np.array([len(ids[i]) for i in batch])
-        # Each is padded with a token of its own: one whose embedding is NaN would spoil others, behind a mask too.
+        # Each piece is padded with its own first token: a padding token whose embedding is NaN would make other pieces
+        # NaN, even behind a mask.
         padded = np.empty((len(batch), lengths[0]), dtype=np.int64)
         for place, i in enumerate(batch):
             padded[place] = ids[i][0]

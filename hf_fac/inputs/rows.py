@@ -1,8 +1,7 @@
 """Rows of any TRL data-set type in, token ids and a content mask out.
 
-The ids are those that the trainer would see: `apply_chat_template` for conversations, the tokenizer's own call for
-plain text. The mask says which of those tokens hold what a person or a model wrote, as opposed to what the template
-adds.
+The ids are those that the trainer sees: `apply_chat_template` for conversations, the tokenizer's own call for plain
+text. The mask marks the tokens of content, which a person or a model wrote, and leaves out what the template adds.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ COLUMN_ROLES = {"prompt": "user", "completion": "assistant", "chosen": "assistan
 
 
 class RowError(ValueError):
-    """A row that cannot be read; the message names the row, what was found and the remedy."""
+    """A row that cannot be read. The message gives its number, what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,16 @@ class Span:
 
 
 @dataclass
-class Pieces:
-    """What a reader makes of rows. A row is one piece, or several overlapping windows when `stride` is set.
+class TokenizedRows:
+    """Token ids and content masks of rows. A row is one piece, or with `stride` several overlapping windows.
 
     ids: per piece, int32 [n_tokens].
     content: per piece, bool [n_tokens], true where the token counts.
     row: per piece, the index of its row.
     offset: per piece, the index in the row of the piece's first token.
     n_rows: rows that were read, skipped ones too.
-    truncated: rows that lost tokens to `max_length`.
-    special_in_content: special tokens that stood inside content and do not count.
+    truncated: number of rows cut at `max_length`.
+    special_in_content: number of special tokens inside content, which do not count.
     skipped: index of the row -> reason: rows without any text and, with `on_error="skip"`, those that cannot be read.
     """
 
@@ -87,11 +86,11 @@ class ConversationReader:
         pool_over: whose tokens count: all content, the user's, the assistant's, or the completion's.
         side: which completion of a preference pair is read.
         max_length: most tokens in a piece; None is no limit.
-        stride: None cuts longer rows at `max_length`; a number reads them in windows that overlap by so many tokens.
-        prepend_bos: start every piece with the tokenizer's BOS, for an SAE trained so (in a later window it stands in
-            place of the first token, which the window before has too).
+        stride: None cuts longer rows at `max_length`; a number reads them in windows that share this many tokens.
+        prepend_bos: start every piece with the tokenizer's BOS, for an SAE that was trained this way. In a later window
+            it replaces the first token, which the window before has too.
         skip_first: count every token but the row's first n instead of content tokens (the paper's code skips 31).
-        on_error: "raise" a `RowError`, or "skip" the row and say so in `Pieces.skipped`.
+        on_error: "raise" a `RowError`, or "skip" the row and record it in `TokenizedRows.skipped`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -135,13 +134,13 @@ class ConversationReader:
         self._offset_tokenizer = _with_whole_offsets(self.tokenizer)
         self._renderer = ChatRenderer(self.tokenizer)
 
-    def __call__(self, rows: Iterable[Any], *, first_row: int = 0) -> Pieces:
+    def __call__(self, rows: Iterable[Any], *, first_row: int = 0) -> TokenizedRows:
         """Read rows; errors count them from `first_row` on.
 
-        Returns: `Pieces`. A row that was skipped, or has no text, has one piece without tokens.
+        Returns: `TokenizedRows`. A row that was skipped, or has no text, has one piece without tokens.
         Raises: `RowError` for a row that cannot be read, unless `on_error="skip"`.
         """
-        pieces = Pieces()
+        pieces = TokenizedRows()
         texts: list[str] = []
         spans: list[list[Span]] = []
         plain: list[bool] = []
@@ -173,7 +172,7 @@ class ConversationReader:
             texts.append(text)
             spans.append(row_spans)
             plain.append(is_plain)
-        # Plain text gets the tokenizer's own special tokens, rendered conversations carry theirs already.
+        # Plain text gets the tokenizer's own special tokens; rendered conversations already contain theirs.
         encoded: list[tuple[list[int], list[tuple[int, int]]]] = [([], [])] * len(texts)
         for is_plain in (True, False):
             chosen = [i for i, p in enumerate(plain) if p is is_plain and texts[i]]
@@ -236,7 +235,7 @@ class ConversationReader:
         return kind, text, spans, False
 
     def _parts(self, row: Mapping[str, Any], kind: tuple[str, ...]) -> tuple[Any, Any]:
-        """What comes before the completion, and the completion (of `messages`: everything, and nothing)."""
+        """The prompt and the completion; rows of type messages are all prompt."""
         if kind in (("messages",), ("prompt",)):
             prompt = _standard_or_messages(row, kind[0])
             return prompt, type(prompt)()
@@ -274,7 +273,7 @@ class ConversationReader:
 
     def _add(
         self,
-        pieces: Pieces,
+        pieces: TokenizedRows,
         index: int,
         text: str,
         ids: np.ndarray,
@@ -340,7 +339,7 @@ def as_rows(rows: Any) -> Iterable[Any]:
 
 
 def _with_whole_offsets(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer; a copy of it where its post-processor takes the spaces of a token out of the token's offsets."""
+    """The tokenizer, or a copy whose post-processor keeps a token's spaces in its offsets."""
     processor = tokenizer.backend_tokenizer.post_processor
     state = processor.__getstate__() if processor is not None else b""
     if b'"trim_offsets":true' not in state:
@@ -352,7 +351,7 @@ def _with_whole_offsets(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 
 
 def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """How much of both is their prompt, as TRL's `extract_prompt` has it: always less than the whole."""
+    """Length of the prompt that both begin with, as TRL's `extract_prompt` finds it: always less than the whole."""
     for number, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
         if one != other:
             return number - (chosen[number - 1 : number] == " ")
@@ -364,14 +363,14 @@ def _row_type(row: Any) -> tuple[str, ...]:
         return ("text",)
     if not isinstance(row, Mapping):
         raise ValueError(f"it is {named(row)}; a row is a string or a dict of columns")
-    # The prompt of a preference pair may be told or not: both are read alike.
+    # A preference pair is read the same way with and without a prompt column.
     kinds = [columns for name, columns in ROW_TYPES.items() if name != "preference"]
     for kind in kinds:
         missing = [column for column in kind if row.get(column) is None]
         if not missing:
             return kind
         held = [column for column in kind if column not in missing]
-        # A prompt alone is a type of its own.
+        # A prompt without a completion is a type too.
         if held and (missing[0] in row or held != ["prompt"]):
             state = "is None" if missing[0] in row else "is missing"
             raise ValueError(f"it has {held[0]}, but its {missing[0]} {state}; fill it, or leave the row out")

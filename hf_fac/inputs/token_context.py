@@ -1,4 +1,4 @@
-"""A stretch of text around the token that activates a feature: cut out of a row, and shown on one line."""
+"""The text around a token that activates a feature: cut out of a row, and shown on one line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class MarkedSpan(NamedTuple):
-    """A text that activates a feature: what stands before the activating token, the token, what stands after it, and
-    the activation there in the SAE's units (None: not told). A plain tuple of these serves as well."""
+    """A text that activates a feature: the text before the activating token, the token, the text after it, and the
+    activation in the SAE's units (None: unknown). A plain tuple of these is accepted as well."""
 
     before: str
     token: str
@@ -24,7 +24,7 @@ class MarkedSpan(NamedTuple):
 def cut_span(
     text: str, offsets: Sequence[tuple[int, int]], contents: Sequence[Span], position: int, before: int, after: int
 ) -> MarkedSpan:
-    """Returns the text around a token: within the content that holds it, so many tokens to each side."""
+    """Returns the text around a token: at most `before` and `after` tokens, within the content that holds it."""
     start, end = offsets[position]
     first = offsets[max(position - before, 0)][0]
     last = offsets[min(position + after, len(offsets) - 1)][1]

@@ -1,6 +1,6 @@
-"""How well an SAE does on a model: variance unexplained, active features, dead features, loss recovered.
+"""Metrics of an SAE on a model: variance unexplained, active features, dead features, loss recovered.
 
-In go a model, its tokenizer, an SAE and held-out rows of any type; only content tokens that are no sinks are looked at.
+In: a model, its tokenizer, an SAE and held-out rows of any type. Only content tokens that are no sinks count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..inputs import hidden_states as acts
-from ..inputs.rows import ConversationReader, Pieces
+from ..inputs.rows import ConversationReader, TokenizedRows
 from .loading import fvu
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class SAEMetrics(NamedTuple):
-    """How well an SAE does on held-out content tokens, sinks left out.
+    """Metrics of an SAE on held-out content tokens without sinks.
 
     fvu: fraction of variance unexplained. l0: mean number of active features of a token. dead_share: share of features
     that none of the tokens activates. loss_recovered: (loss with the layer's content tokens zeroed - loss with their
     reconstruction) / (loss zeroed - loss of the model), 1 is lossless; None for a model without a language-model loss.
-    tokens: how many were read.
+    tokens: number of tokens read.
     """
 
     fvu: float
@@ -49,7 +49,10 @@ def evaluate_sae(
     max_length: int = 1024,
     loss_rows: int = 200,
 ) -> SAEMetrics:
-    """Returns `SAEMetrics` on the content tokens of `rows`; the loss is taken on the first `loss_rows` of them."""
+    """Returns `SAEMetrics` on the content tokens of `rows`; the loss is computed on the first `loss_rows` rows.
+
+    Raises: ValueError for rows with fewer than two content tokens.
+    """
     reader = ConversationReader(tokenizer, max_length=max_length)
     pieces = reader(rows)
     hidden = torch.cat(
@@ -62,9 +65,9 @@ def evaluate_sae(
     l0 = 0.0
     with torch.no_grad():
         for part in hidden.split(1024):
-            fires = sae.encode(part.to(sae.device)) > 0
-            active |= fires.any(0)
-            l0 += float(fires.sum())
+            is_active = sae.encode(part.to(sae.device)) > 0
+            active |= is_active.any(0)
+            l0 += float(is_active.sum())
     return SAEMetrics(
         fvu=fvu(sae, hidden),
         l0=l0 / len(hidden),
@@ -76,13 +79,13 @@ def evaluate_sae(
 
 def content_states(
     model: PreTrainedModel,
-    pieces: Pieces,
+    pieces: TokenizedRows,
     layer: int,
     batch_tokens: int,
     sink_norm: float | None,
     causal: bool | None = None,
 ) -> Iterator[Tensor]:
-    """Yields each batch's hidden states [n, d_in] float32 of content tokens, without sinks where a cut-off is given."""
+    """Yields each batch's hidden states of content tokens, float32 [n, d_in]; with `sink_norm`, without sinks."""
     for batch in acts.hidden_states(model, pieces.ids, layer, batch_tokens=batch_tokens, causal=causal):
         counts = torch.zeros(batch.hidden.shape[:2], dtype=torch.bool)
         for place, i in enumerate(batch.pieces):
@@ -94,7 +97,7 @@ def content_states(
 
 
 def _loss_recovered(
-    model: PreTrainedModel, pieces: Pieces, sae: SAE, layer: int, sink_norm: float, loss_rows: int
+    model: PreTrainedModel, pieces: TokenizedRows, sae: SAE, layer: int, sink_norm: float, loss_rows: int
 ) -> float | None:
     if model.get_output_embeddings() is None or not acts.is_causal(model, layer):
         return None

@@ -1,5 +1,5 @@
-"""Where SAEs lie and how they are read: SAELens' and EleutherAI sparsify's folders, the .pth files of the paper (arXiv
-2602.10388), on this disk or in a Hub repository. In: a path or a repository's name; out: a SAELens SAE. Nothing is
+"""File formats of SAEs: SAELens' and EleutherAI sparsify's folders, the .pth files of the paper (arXiv 2602.10388), on
+disk or in a Hub repository. In: a path or a repository's name; out: a SAELens SAE. Nothing is
 unpickled, and nothing larger is fetched than what the SAE's own config accounts for.
 """
 
@@ -174,7 +174,7 @@ def _weights(names: Collection[str]) -> str | None:
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """The snapshot that another program left in the cache: it keeps no listing."""
+    """The snapshot in the Hub's cache, for use without network; None when there is none."""
     from huggingface_hub import snapshot_download
 
     with suppress(OSError):

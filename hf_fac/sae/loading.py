@@ -1,8 +1,8 @@
 """Find, load, convert, check and save sparse autoencoders (SAEs) of the residual stream.
 
-A name goes in: a Hub repository, a SAELens release, a local folder (SAELens' or EleutherAI sparsify's layout) or a .pth
-file of the paper (arXiv 2602.10388). A SAELens SAE comes out, so that all later code sees one type; what hf_fac cannot
-honour is refused with the reason.
+In: the name of a Hub repository, a SAELens release, a local folder (SAELens' or EleutherAI sparsify's layout) or a .pth
+file of the paper (arXiv 2602.10388). Out: a SAELens SAE, so that all later code sees one type. An SAE that hf_fac does
+not support is refused with the reason.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load_sae(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
 ) -> SAE[Any]:
-    """The SAE that `name` means, as a SAELens inference SAE on `device`, computing in `dtype`.
+    """Returns the SAE with this name as a SAELens inference SAE on `device`, computing in `dtype`.
 
     A local path that exists wins; then `a:b` is SAE b of the SAELens release a, or folder b of the Hub repository a;
     then `user/repo` is a Hub repository. Weights are converted from the dtype they are stored in. Nothing is unpickled.
@@ -120,7 +120,7 @@ def load_sae(
 
 
 def save_sae(sae: SAE[Any], folder: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> Path:
-    """The folder, now holding the SAE in SAELens' layout: plain `SAE.load_from_disk(folder)` opens it.
+    """Writes the SAE in SAELens' layout, which plain `SAE.load_from_disk(folder)` opens, and returns the folder.
 
     Files appear whole or not at all; an SAE that was there is replaced. A training SAE is saved as the inference SAE.
 
@@ -159,7 +159,7 @@ def inference_parts(sae: SAE[Any]) -> tuple[dict[str, Any], dict[str, torch.Tens
 
 
 def find_sae(model: str, *, layer: int | None = None) -> pd.DataFrame:
-    """The SAEs of SAELens' directory that read the residual stream of `model`, by layer; empty when there are none.
+    """Returns the SAEs of SAELens' directory that read the residual stream of `model`, by layer; empty when none do.
 
     Columns: name ("release:sae_id", for load_sae), layer (as in SAESettings), hook_name, release, sae_id. `model` is a
     Hub id, its last part, or TransformerLens' name for it, in any case. The directory ships inside SAELens: no network.
@@ -183,7 +183,7 @@ def find_sae(model: str, *, layer: int | None = None) -> pd.DataFrame:
 
 
 def read_settings(sae: SAE[Any]) -> SAESettings:
-    """What the SAE expects of its input. Raises ValueError when it does not read the residual stream between blocks.
+    """Returns what the SAE expects of its input. Raises: ValueError when it does not read the residual stream.
 
     Our own metadata, `sae.cfg.metadata["hf_fac"]`, is a dict that survives saving and SAELens: layer (wins over the
     hook's name), model_revision, sink_norm, training_data, fvu, l0, dead_share, loss_recovered; any may be absent.
@@ -201,7 +201,7 @@ def read_settings(sae: SAE[Any]) -> SAESettings:
 
 
 def check_sae(sae: SAE[Any], *, d_in: int | None = None, n_layers: int | None = None) -> None:
-    """Nothing, when hf_fac can honour the SAE on a model of hidden size `d_in` with `n_layers` blocks.
+    """Checks that hf_fac supports the SAE on a model of hidden size `d_in` with `n_layers` blocks.
 
     Raises:
         ValueError: in one sentence, what was found, what was expected and what to do.
@@ -237,7 +237,9 @@ def check_sae(sae: SAE[Any], *, d_in: int | None = None, n_layers: int | None = 
 
 
 def fold_input_scale(sae: SAE[Any], scale: float) -> SAE[Any]:
-    """The same SAE, changed in place: trained on x / scale, it now takes raw x and reconstructs raw x.
+    """Folds an input scale into an SAE that was trained on x / scale: it then takes and reconstructs raw x.
+
+    The SAE is changed in place and returned.
 
     Features keep the units they were trained in, so thresholds and k mean what they meant, and FVU is the same. W_enc
     is divided by scale, W_dec and b_dec are multiplied by it, whether or not b_dec is taken off the input.
@@ -265,7 +267,7 @@ def fold_input_scale(sae: SAE[Any], scale: float) -> SAE[Any]:
 
 
 def fvu(sae: SAE[Any], x: torch.Tensor) -> float:
-    """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2.
+    """Returns the fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean(x)||^2.
 
     `x` is [n, d_in], as the SAE takes it (raw; centred when its settings say so), of any floating dtype and device.
 
@@ -317,7 +319,7 @@ def _directory_hook(entry: str) -> str | None:
 
 
 def _model_key(model: str) -> str:
-    """What the names of one model share: "gpt2-small", "gpt2" and "openai-community/gpt2" have the same key."""
+    """A key that all names of a model have in common: "gpt2-small", "gpt2" and "openai-community/gpt2" share one."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
     def last(name: str) -> str:

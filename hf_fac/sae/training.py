@@ -1,8 +1,7 @@
 """Train a sparse autoencoder on the hidden states of one layer of any transformers model.
 
-In go a model, its tokenizer and a data set of any of the row types; out comes a SAELens SAE that reads raw hidden
-states, with what it was trained on and how well it does in its metadata. SAELens' trainer does the steps; what feeds it
-is ours.
+In: a model, its tokenizer and a data set of any of the row types. Out: a SAELens SAE that reads raw hidden states, with
+its training data and metrics in its metadata. SAELens' trainer does the steps; this module feeds it.
 """
 
 from __future__ import annotations
@@ -61,9 +60,9 @@ def train_sae(
     output_dir: str | Path | None = None,
     sae_options: dict[str, Any] | None = None,
 ) -> SAE:
-    """Train an SAE on content tokens at `layer` (0: the embedding, L: the output of block L).
+    """Returns an SAE trained on content tokens at `layer` (0: the embedding, L: the output of block L).
 
-    Hidden states are made on the fly and shuffled in a buffer; a data set that fits into the buffer is read by the
+    Hidden states are computed on the fly and shuffled in a buffer; a data set that fits into the buffer is read by the
     model once, whatever the number of epochs. Special, template, padding and sink tokens are left out. Inputs are
     divided by their mean norm / sqrt(d_in) while training; the scale is folded into the weights at the end.
 
@@ -71,7 +70,7 @@ def train_sae(
         d_sae: number of features; 8 x the hidden size when None.
         architecture: any that SAELens trains ("topk", "batchtopk", "standard", "jumprelu", "gated", ...).
         k: active features a token, for architectures that fix it.
-        epochs: how often the data set is read, when `training_tokens` does not say how many tokens to train on.
+        epochs: how often the data set is read, unless `training_tokens` gives the number of tokens to train on.
         training_tokens: required for a streaming data set.
         eval_dataset: held-out rows; when None, 5 % of the rows (at most 500) are set aside. A streaming data set gives
             its first 200.
@@ -79,8 +78,8 @@ def train_sae(
         buffer_tokens: tokens in the shuffle buffer, 4 * d_in bytes each (one group of 256 rows may come on top).
         batch_tokens: tokens in one forward pass.
         output_dir: where the finished SAE is written, and in `sae-training` checkpoints, one at the end of every
-            buffer. A run that died goes on from its last checkpoint when it is started again; other settings or rows
-            are refused.
+            buffer. A killed run resumes from its last checkpoint when it is started again; other settings or rows are
+            refused.
         sae_options: more fields of the architecture's SAELens config (`l1_coefficient`, ...).
 
     Returns: the SAE, float32 on the model's device, with `sae.cfg.metadata["hf_fac"]`: layer, model_revision,
@@ -212,7 +211,7 @@ def _inference_sae(sae: Any, device: torch.device) -> SAE:
 
 
 class _Position(NamedTuple):
-    """Where a stream stands: the next row to read, how many buffers came before, and whether one holds everything."""
+    """Position in a stream: the next row to read, the number of buffers before, whether one buffer holds all rows."""
 
     epoch: int
     row: int
@@ -240,7 +239,7 @@ class _Stream:
         self.first: list[Tensor] = []
 
     def groups(self, epoch: int, row: int) -> Iterator[list[dict]]:
-        """The rows of an epoch from `row` on, some hundred at a time."""
+        """Yields the rows of an epoch from `row` on, up to 256 at a time."""
         if hasattr(self.dataset, "__len__"):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))[row:]
             for start in range(0, len(order), _ROWS_AT_ONCE):
@@ -257,7 +256,7 @@ class _Stream:
         return self.n_tokens
 
     def digest(self) -> str | None:
-        """A hash of the rows; None of a stream, whose rows are not known yet."""
+        """Returns a hash of the rows; None for a stream, whose rows are not known yet."""
         return rows_digest(self.dataset) if hasattr(self.dataset, "__len__") else None
 
     def measure_scale(self) -> tuple[float, float]:

@@ -1,8 +1,8 @@
-"""A chat model that needs no instruction-following: a local model that an SAE's decoder direction pushes towards a
-feature while it writes, many features in one batch. Fluency is judged by the same model without the push.
+"""Steering: a local model writes texts while an SAE's decoder direction is added to its hidden states.
 
-A vector is added to the residual stream while the model writes (Turner et al. 2023, arXiv:2308.10248); its strength is
-counted in the stream's own norm, which makes it comparable between layers and SAEs.
+Many features are steered in one batch, and the model need not follow instructions. Fluency is measured by the same
+model without steering. A vector is added to the residual stream (Turner et al. 2023, arXiv:2308.10248); its strength is
+given in units of the stream's mean norm, which makes it comparable between layers and SAEs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOGITS = 2**26  # elements of [tokens, vocabulary] that exist at one time: 256 
 
 
 class UserTurn(NamedTuple):
-    """What writes a user's first message: `steered.complete([conversation], stop=stop, ...)`."""
+    """A prompt for a user's first message: `steered.complete([conversation], stop=stop, ...)` writes one."""
 
     steered: SteeredChat
     conversation: list[dict]
@@ -46,12 +46,12 @@ class SteeredChat:
         request = [{"role": "user", "content": "Write a question."}]
         [[text, other]] = steered.complete([request], features=[123], strengths=[0.4], n=2)
 
-    At the SAE's layer x becomes x + strength * mean_norm * W_dec[f] / ||W_dec[f]|| wherever a token is written from:
-    at the prompt's last token and at all that follow. The rest of the prompt is read as it stands, and so once for all
-    features. The model is hooked only while it writes.
+    At the SAE's layer x becomes x + strength * mean_norm * W_dec[f] / ||W_dec[f]||, at the prompt's last token and at
+    all tokens that are written. The rest of the prompt is read without steering, once for all features. The model is
+    hooked only while it writes.
 
     Args:
-        layer: as everywhere, the output of the layer-th block; 0 is what enters the first.
+        layer: L is the output of the L-th block, 0 is what enters the first.
         mean_norm: the unit of strength; None takes the mean norm of the content tokens of a few built-in sentences at
             that layer, sinks left out.
 
@@ -86,18 +86,17 @@ class SteeredChat:
         begun: Sequence[str | None] | None = None,
         stop: Sequence[str] = (),
     ) -> list[list[Completion]]:
-        """Returns n completions of each conversation; what is not said here is as in `LocalChat.complete`.
+        """Returns n completions of each conversation. Other arguments are those of `LocalChat.complete`.
 
-        A completion depends on its feature and strength as well: the same conversation with another feature is written
-        with other random numbers.
+        The same conversation with another feature or strength is written with other random numbers.
 
         Args:
-            features: per conversation, the feature that is switched on.
-            strengths: per conversation, how much, in units of `mean_norm`; 0 is plain writing, 0.5 to 0.6 the place to
-                begin (on the embedded model little answers to 0.3, and at 0.8 texts begin to fall apart).
+            features: for each conversation, the feature that is steered.
+            strengths: for each conversation, the strength in units of `mean_norm`. 0 does not steer; start with 0.5 to
+                0.6 (on the embedded model, 0.3 changes little and 0.8 makes texts incoherent).
 
-        Raises: ValueError for a feature that the SAE has not, or has no direction for, and a strength that is negative
-            or not finite; what `LocalChat.complete` raises.
+        Raises: ValueError for a feature that the SAE does not have or has no direction for, and a strength that is
+            negative or not finite; what `LocalChat.complete` raises.
         """
         tags = self._checked(len(conversations), features, strengths)
         known = list(dict.fromkeys(tags))
@@ -114,19 +113,20 @@ class SteeredChat:
             return self.chat.complete_tagged(conversations, tags, stepping, begun=begun, stop=stop, **request)
 
     def user_turn(self) -> UserTurn:
-        """Returns what writes as a user would, without being asked to: the model goes on from what the chat template
-        puts before a user's first message (Magpie, Xu et al. 2024, arXiv:2406.08464).
+        """Returns a prompt that ends where a user's first message starts, so that the model writes as the user (Magpie,
+        Xu et al. 2024, arXiv:2406.08464). A model without a chat template starts a document.
 
-        No request has to be understood, and none shows in the text. A model without a template begins a document.
-        Raises: ValueError for a template that does not show what a user says.
+        Raises: ValueError for a template that does not render what a user says.
         """
         tokenizer = copy.deepcopy(self.chat.tokenizer)
         if tokenizer.chat_template:
             asked = [{"role": "user", "content": _MARK}]
             text = tokenizer.apply_chat_template(asked, tokenize=False, **self.chat.chat_template_kwargs)
-            before, found, after = text.partition(_MARK)
-            if not found:
-                raise ValueError("The chat template does not show what a user says, so no user's turn can be begun.")
+            before, mark, after = text.partition(_MARK)
+            if not mark:
+                raise ValueError(
+                    "The chat template does not render what a user says, so that no user's turn can be started."
+                )
         else:
             before, after = tokenizer.bos_token or tokenizer.eos_token or "", ""
         tokenizer.chat_template = "{{ messages[0]['content'] }}"
@@ -136,18 +136,18 @@ class SteeredChat:
         return UserTurn(steered, [{"role": "user", "content": before}], (stop,) if stop else ())
 
     def perplexity(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns how surprising the model, without steering, finds each text: float64 [n], exp of the mean negative
-        log-likelihood of its tokens but the first; NaN for a text of fewer than two tokens.
+        """Returns the perplexity of each text under the model without steering, float64 [n]: exp of the mean negative
+        log-likelihood of all tokens except the first; NaN for a text of fewer than two tokens.
 
-        A text stands alone: no chat template, no prompt, and a BOS only where the tokenizer itself puts one. Of one
-        that is longer than the model's context the beginning is read.
+        A text is read without chat template or prompt, with a BOS only where the tokenizer adds one. Of a text longer
+        than the model's context only the beginning is read.
         """
         model, tokenizer = self.chat.model, self.chat.tokenizer
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
         pieces = [(bos + piece)[:context] if len(piece) > 1 else [] for piece in ids]
-        found = np.full(len(pieces), np.nan)
+        perplexities = np.full(len(pieces), np.nan)
         budget = max(1, min(self.chat.batch_tokens, _LOGITS // model.config.get_text_config().vocab_size))
         with evaluation_mode(model):
             for batch in pack([len(piece) for piece in pieces], budget):
@@ -160,8 +160,8 @@ class SteeredChat:
                 losses = logits.logsumexp(-1) - logits.gather(-1, padded[:, 1:, None])[..., 0]
                 losses = losses.double().cpu()
                 for place, i in enumerate(batch):
-                    found[i] = losses[place, len(bos) : len(pieces[i]) - 1].mean().exp()
-        return found
+                    perplexities[i] = losses[place, len(bos) : len(pieces[i]) - 1].mean().exp()
+        return perplexities
 
     def _checked(self, n: int, features: Sequence[int], strengths: Sequence[float]) -> list[tuple[int, float]]:
         for name, values in (("features", features), ("strengths", strengths)):
@@ -177,7 +177,7 @@ class SteeredChat:
         return list(zip(ids, map(float, strengths), strict=True))
 
     def _vectors(self, tags: list[tuple[int, float]]) -> Tensor:
-        """What is added for each tag, and a row of zeros: [n + 1, d_in]."""
+        """The vector added for each tag, and a row of zeros: [n + 1, d_in]."""
         model, d_in = self.chat.model, self.sae.cfg.d_in
         features = [feature for feature, _ in tags]
         directions = self.sae.W_dec.detach()[features].double().cpu()

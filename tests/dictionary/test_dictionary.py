@@ -34,7 +34,7 @@ from hf_fac.dictionary.build import build_dictionary
 from hf_fac.dictionary.schema import schema
 from hf_fac.dictionary.top_spans import TopSpans, window_hashes
 from hf_fac.features.featurizer import SAEFeaturizer
-from hf_fac.features.pooling import Reading
+from hf_fac.features.pooling import FeatureActivations
 from hf_fac.inputs.rows import ConversationReader, RowError
 from hf_fac.storage.parquet import row_hash
 
@@ -152,7 +152,7 @@ def test_top_spans_are_the_same_for_any_parts_in_any_order(data, source) -> None
             ],
             dtype=np.int32,
         )
-        return Reading(matrix, np.ones(len(part), np.int32), positions, {}, 0, 0, 0)
+        return FeatureActivations(matrix, np.ones(len(part), np.int32), positions, {}, 0, 0, 0)
 
     def collect(parts):
         top = TopSpans(4, 2)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from hf_fac.inputs.rows import ConversationReader, Pieces, RowError, as_rows
+from hf_fac.inputs.rows import ConversationReader, RowError, TokenizedRows, as_rows
 
 SETTINGS = settings(deadline=None, derandomize=True)
 TOKENIZERS = {
@@ -876,7 +876,7 @@ def test_skip_first_counts_every_token_but_the_first():
         assert counts.tolist() == [offset + i >= 5 for i in range(len(counts))]
 
 
-def same(one: Pieces, other: Pieces) -> bool:
+def same(one: TokenizedRows, other: TokenizedRows) -> bool:
     return [i.tolist() for i in one.ids] == [i.tolist() for i in other.ids] and [c.tolist() for c in one.content] == [
         c.tolist() for c in other.content
     ]
@@ -925,7 +925,7 @@ def test_an_empty_data_set_has_no_pieces():
     reader = ConversationReader(tiny.byte_level_tokenizer())
     for rows in ([], {}, {"text": []}, Dataset.from_dict({"text": []})):
         pieces = reader(rows)
-        assert pieces == Pieces()
+        assert pieces == TokenizedRows()
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_a_users_turn_is_written_from_where_the_template_begins_it(family: str, 
 
 def test_a_template_that_hides_its_users_has_no_users_turn() -> None:
     tokenizer = byte_level_tokenizer(chat_template="{{ messages | length }}")
-    with pytest.raises(ValueError, match="does not show what a user says"):
+    with pytest.raises(ValueError, match="does not render what a user says"):
         SteeredChat(LocalChat(MODELS["llama"], tokenizer), SAE, layer=1, mean_norm=UNIT).user_turn()
 
 
