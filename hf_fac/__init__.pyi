@@ -1,4 +1,5 @@
-from .chat.endpoint import ChatError, EndpointChat
+from .chat.base import ChatError
+from .chat.endpoint import EndpointChat
 from .chat.local import LocalChat
 from .coverage.card import push_coverage_to_hub
 from .coverage.coverage import FACReport, FeatureCoverage

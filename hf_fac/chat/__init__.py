@@ -5,7 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "local": ["Completion", "LocalChat"],
-        "endpoint": ["ChatError", "EndpointChat"],
+        "base": ["Chat", "ChatError", "Completion"],
+        "local": ["LocalChat"],
+        "endpoint": ["EndpointChat"],
     },
 )

@@ -7,8 +7,7 @@ next is asked for, so a repeated run pays for nothing twice. A key goes to one h
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
+import copy
 import logging
 import random
 import threading
@@ -19,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage.journal import SharedLines
-from .local import NOT_ASKED, ChatError, Completion, check_arguments, progress_bar
+from ..storage.cache import Cache, content_key
+from .base import ChatError, Completion, check_arguments, progress_bar
 from .transport import Failed, Server, TimedOut, Transient
 from .wire import Request, completion
 
@@ -71,9 +70,9 @@ class EndpointChat:
         timeout: seconds that a request may take in all, its answer included.
         attempts: how often a request is sent before it has failed.
         max_wait: the longest pause in seconds that a server may ask for; with a longer one the request has failed.
-        cache_dir: a folder for the answers (answers.jsonl), refusals and empty ones too, as they were paid for; for
-            another try give another seed. None keeps none.
-        continue_final_message: ask the server to go on with a turn that was begun, as vLLM and SGLang understand it.
+        cache_dir: a folder for the answers (`storage.cache.Cache`), refusals and empty ones too, as they were paid for;
+            for another try give another seed. None keeps none.
+        continue_final_message: ask the server to go on with a prefilled turn, as vLLM and SGLang understand it.
             Other servers get the beginning as a last message of the assistant, which many continue too; one that
             repeats it has it taken away.
         extra_body: more parameters for the server, `{"chat_template_kwargs": {"enable_thinking": False}}` say.
@@ -114,7 +113,7 @@ class EndpointChat:
         self.continue_final_message, self.extra_body = continue_final_message, dict(extra_body or {})
         self._budget = _Budget(max_requests, max_tokens_total)
         self._server = Server(repr(self), base_url, token, timeout, max_wait)
-        self._answers = SharedLines(Path(cache_dir) / "answers.jsonl") if cache_dir is not None else None
+        self._cache = None if cache_dir is None else Cache(cache_dir)
 
     def __repr__(self) -> str:
         where = self.base_url or self.provider or "the Hub's choice of provider"
@@ -133,7 +132,7 @@ class EndpointChat:
         top_p: float = 0.9,
         max_tokens: int = 256,
         seed: int = 0,
-        begun: Sequence[str | None] | None = None,
+        prefill: Sequence[str | None] | None = None,
         stop: Sequence[str] = (),
     ) -> list[list[Completion]]:
         """Returns n completions of each conversation; the arguments are those of `Chat.complete`.
@@ -148,11 +147,11 @@ class EndpointChat:
                 Its `completions` hold what was answered until then.
             KeyboardInterrupt: after the requests under way were answered; a second Ctrl-C drops them.
         """
-        begun = check_arguments(conversations, n, temperature, top_p, max_tokens, begun, stop)
+        prefill = check_arguments(conversations, n, temperature, top_p, max_tokens, prefill, stop)
         shared = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "stop": list(stop)}
         asked = [
-            [self._request({"messages": messages, "begun": start, **shared}, seed, i) for i in range(n)]
-            for messages, start in zip(conversations, begun, strict=True)
+            [self._request({"messages": messages, "prefill": start, **shared}, seed, i) for i in range(n)]
+            for messages, start in zip(conversations, prefill, strict=True)
         ]
         run = _Run()
         self._answer_all({request.key: request for requests in asked for request in requests}, run)
@@ -161,7 +160,7 @@ class EndpointChat:
             if isinstance(run.error, ChatError):
                 run.error.completions = answers
             raise run.error
-        reasons = [answer.error for answer in run.answers.values() if answer.finish == "failed"]
+        reasons = [answer.error for answer in run.answers.values() if answer.finish in ("failed", "not_asked")]
         if reasons:
             logger.warning("%d of %d completions failed; the first: %s", len(reasons), len(run.answers), reasons[0])
         self._budget.count(failed=len(reasons))
@@ -169,17 +168,22 @@ class EndpointChat:
 
     def _request(self, body: dict[str, Any], seed: int, i: int) -> Request:
         where = [self.model, self.base_url, self.provider, self.continue_final_message, self.extra_body]
-        identity = json.dumps([where, body, seed, i], sort_keys=True)
-        return Request(hashlib.sha256(identity.encode()).hexdigest(), seed=seed + i, **body)
+        return Request(content_key("endpoint", where, body, seed, i), seed=seed + i, **body)
+
+    def with_cache(self, cache: Cache) -> EndpointChat:
+        """Returns this chat with its answers kept in the cache, unless it keeps them in a folder of its own."""
+        if self._cache is not None:
+            return self
+        chat = copy.copy(self)
+        chat._cache = cache
+        return chat
 
     def _answer_all(self, requests: dict[str, Request], run: _Run) -> None:
         """Fills the run's answers from disk and from the server."""
         from anyio.from_thread import start_blocking_portal
 
-        if self._answers is not None:
-            found = {key: self._answers.known[key] for key in requests if key in self._answers.known}
-            whole = {key: entry for key, entry in found.items() if entry.keys() == set(Completion._fields)}
-            run.answers.update((key, Completion(**entry)) for key, entry in whole.items())
+        if self._cache is not None:
+            run.answers.update((key, Completion(*answer)) for key, answer in self._cache.get(requests).items())
             self._budget.count(from_disk=len(run.answers))
         missing = [request for key, request in requests.items() if key not in run.answers]
         if not missing:
@@ -234,6 +238,8 @@ class EndpointChat:
         )
         try:
             return await attempts(self._attempt, client, request, run)
+        except NotAsked as error:
+            return Completion("", "not_asked", str(error), 0, 0)
         except Failed as error:
             run.tell(str(error))
             return Completion("", "failed", str(error), 0, 0)
@@ -250,7 +256,7 @@ class EndpointChat:
     async def _attempt(self, client: AsyncClient, request: Request, run: _Run) -> Completion:
         await run.sleep(run.not_before - time.monotonic())
         if run.halt.is_set():
-            raise Failed(_UNASKED.error)
+            raise NotAsked(_UNASKED.error)
         try:
             how = {"continue_final_message": self.continue_final_message, "extra": self.extra_body}
             body = request.body(f"{self.model}:{self.provider}" if self.provider else self.model, **how)
@@ -286,8 +292,8 @@ class EndpointChat:
             clean=self._server.clean,
         )
         self._budget.count(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-        if self._answers is not None:
-            self._answers.add(request.key, answer._asdict())
+        if self._cache is not None:
+            self._cache.put({request.key: list(answer)})
         return answer
 
 
@@ -300,7 +306,7 @@ class _Budget:
         self._lock = threading.Lock()
 
     def reserve_request(self) -> None:
-        """Raises: Failed when a bound is reached."""
+        """Raises: NotAsked when a bound is reached."""
         with self._lock:
             used = self.spent.prompt_tokens + self.spent.completion_tokens
             for name, cap, value in (
@@ -308,7 +314,7 @@ class _Budget:
                 ("max_tokens_total", self.max_tokens_total, used),
             ):
                 if cap is not None and value >= cap:
-                    raise Failed(f"{NOT_ASKED}{name} is {cap}, and {value} were used.")
+                    raise NotAsked(f"{name} is {cap}, and {value} were used.")
             self.spent = replace(self.spent, requests=self.spent.requests + 1)
 
     def count(self, **more: int) -> None:
@@ -318,7 +324,11 @@ class _Budget:
             )
 
 
-_UNASKED = Completion("", "failed", f"{NOT_ASKED}the run ended before its turn.", 0, 0)
+_UNASKED = Completion("", "not_asked", "The run ended before its turn.", 0, 0)
+
+
+class NotAsked(Exception):
+    """The request was not sent."""
 
 
 @dataclass

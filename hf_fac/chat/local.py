@@ -1,15 +1,16 @@
-"""What writes text: conversations in, n completions each out. `Chat` is the protocol, `LocalChat` a model of
-transformers behind it; `endpoint.EndpointChat` is a server.
-"""
+"""`LocalChat`: conversations in, n completions each out, written by a causal language model of transformers."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..storage.cache import content_key
+from .base import Completion, before_stop, check_arguments, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -18,68 +19,6 @@ if TYPE_CHECKING:
     from .batch_generation import Text
 
 _CONTEXT = 8  # tokens decoded before a text: at the very beginning a tokenizer may drop a leading space
-
-
-NOT_ASKED = "Not asked: "
-
-
-class Completion(NamedTuple):
-    """One answer.
-
-    text: what was written, without what was begun for it and without a stop string; "" where nothing came.
-    finish: "stop" for an end of its own or a stop string, "length" at max_tokens, "failed" where `error` says why;
-        where the chat is at its end and never asked, `error` begins with NOT_ASKED.
-    prompt_tokens, completion_tokens: as the model or server counts them, 0 where it does not say.
-    """
-
-    text: str
-    finish: Literal["stop", "length", "failed"]
-    error: str | None
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class ChatError(RuntimeError):
-    """No request can succeed: what the server said and what to do.
-
-    completions: as `complete` would have returned them, with all that was answered before; the rest failed.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.completions: list[list[Completion]] = []
-
-
-class Chat(Protocol):
-    """Anything that completes conversations."""
-
-    def complete(
-        self,
-        conversations: Sequence[list[dict]],
-        *,
-        n: int = 1,
-        temperature: float = 0.8,
-        top_p: float = 0.9,
-        max_tokens: int = 256,
-        seed: int = 0,
-        begun: Sequence[str | None] | None = None,
-        stop: Sequence[str] = (),
-    ) -> list[list[Completion]]:
-        """Returns n completions of each conversation, in order. What fails is a completion that says why.
-
-        Args:
-            conversations: lists of messages, each a dict with a role and a content.
-            n: completions of each conversation. The same conversation twice gets the same answers twice: for others
-                ask for more, or with another seed.
-            temperature: 0 takes the likeliest token, and all n are the same.
-            top_p: the share of probability that the likeliest tokens drawn from must reach.
-            max_tokens: the most tokens of a completion.
-            begun: per conversation, how the assistant's turn begins; the completion goes on from there.
-            stop: strings before which a completion ends.
-
-        Raises: ValueError for an argument out of range or a conversation that cannot be read; it names which.
-        """
-        ...
 
 
 class LocalChat:
@@ -147,6 +86,15 @@ class LocalChat:
         tokenizer = AutoTokenizer.from_pretrained(model, **hub)
         return cls(AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **hub).to(device), tokenizer, **settings)
 
+    def fingerprint(self) -> str:
+        """Returns a hash of all that shapes the texts: the weights, the tokenizer with its template, when texts end."""
+        from ..features.fingerprint import TensorHash, tokenizer_settings
+
+        return content_key(
+            TensorHash()(self.model.state_dict().items()), tokenizer_settings(self.tokenizer),
+            self.chat_template_kwargs, sorted(self._ends(())),
+        )  # fmt: skip
+
     def complete(
         self,
         conversations: Sequence[list[dict]],
@@ -156,12 +104,12 @@ class LocalChat:
         top_p: float = 0.9,
         max_tokens: int = 256,
         seed: int = 0,
-        begun: Sequence[str | None] | None = None,
+        prefill: Sequence[str | None] | None = None,
         stop: Sequence[str] = (),
     ) -> list[list[Completion]]:
         """Returns n completions of each conversation; the arguments are those of `Chat.complete`.
 
-        A completion depends on the seed, its number, the conversation and what was begun; on batch_size and on what
+        A completion depends on the seed, its number, the conversation and the prefill; on batch_size and on what
         else is asked for only as far as floating-point sums do. A text ends at the end-of-text ids of the model's
         generation config and of the tokenizer; `completion_tokens` counts that token. A prompt that fills the model's
         context fails, and a text ends there with "length".
@@ -170,7 +118,7 @@ class LocalChat:
         """
         request = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
         tags = [None] * len(conversations)
-        return self.complete_tagged(conversations, tags, nullcontext, begun=begun, stop=stop, **request)
+        return self.complete_tagged(conversations, tags, nullcontext, prefill=prefill, stop=stop, **request)
 
     def complete_tagged(
         self,
@@ -183,7 +131,7 @@ class LocalChat:
         top_p: float,
         max_tokens: int,
         seed: int,
-        begun: Sequence[str | None] | None,
+        prefill: Sequence[str | None] | None,
         stop: Sequence[str],
     ) -> list[list[Completion]]:
         """Returns what `complete` does, each conversation with a tag on which its completions depend too.
@@ -194,8 +142,8 @@ class LocalChat:
         """
         from .batch_generation import Text, Writer
 
-        begun = check_arguments(conversations, n, temperature, top_p, max_tokens, begun, stop)
-        prompts = [self._prompt(k, *pair) for k, pair in enumerate(zip(conversations, begun, strict=True))]
+        prefill = check_arguments(conversations, n, temperature, top_p, max_tokens, prefill, stop)
+        prompts = [self._prompt(k, *pair) for k, pair in enumerate(zip(conversations, prefill, strict=True))]
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         numbers = range(n if temperature else 1)  # the likeliest text is one
         texts: dict[tuple, Text] = {}
@@ -226,9 +174,9 @@ class LocalChat:
             for prompt, tag in zip(prompts, tags, strict=True)
         ]
 
-    def _prompt(self, index: int, messages: list[dict], begun: str | None) -> tuple[int, ...]:
+    def _prompt(self, index: int, messages: list[dict], prefill: str | None) -> tuple[int, ...]:
         if not self.tokenizer.chat_template:
-            ids = self.tokenizer("".join(message["content"] for message in messages) + (begun or ""))["input_ids"]
+            ids = self.tokenizer("".join(message["content"] for message in messages) + (prefill or ""))["input_ids"]
             # Some tokenizers end what they are given; here it goes on.
             return tuple(ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids)
         try:
@@ -237,7 +185,7 @@ class LocalChat:
             )
         except Exception as error:  # a template is a program, and raises what it likes
             raise ValueError(f"Conversation {index} cannot be rendered by the chat template: {error}") from error
-        return tuple(self.tokenizer(text + (begun or ""), add_special_tokens=False)["input_ids"])
+        return tuple(self.tokenizer(text + (prefill or ""), add_special_tokens=False)["input_ids"])
 
     def _ends(self, stop: Sequence[str]) -> set[int]:
         ends = (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
@@ -269,52 +217,3 @@ def _stream(seed: int, i: int, prompt: tuple[int, ...], tag: Hashable, length: i
     name = f"{seed} {i} {prompt}" if tag is None else f"{seed} {i} {prompt} {tag!r}"
     digest = hashlib.sha256(name.encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big")).random(length)
-
-
-def before_stop(text: str, stop: Sequence[str]) -> str:
-    """Returns what stands before the first of the stop strings, or all."""
-    return text[: min((at for string in stop if (at := text.find(string)) >= 0), default=None)]
-
-
-def progress_bar(total: int) -> Any:
-    """Returns a bar that shows itself after two seconds."""
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="completion", delay=2, leave=False)
-
-
-def check_arguments(
-    conversations: Sequence[list[dict]],
-    n: int,
-    temperature: float,
-    top_p: float,
-    max_tokens: int,
-    begun: Sequence[str | None] | None,
-    stop: Sequence[str],
-) -> list[str | None]:
-    """Returns `begun`, one for each conversation. Raises: ValueError naming what is wrong and where."""
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop is {stop!r}; it must be a list of strings, none of them empty.")
-    for name, value, right, rule in (
-        ("n", n, n >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-    ):
-        if not right:
-            raise ValueError(f"{name} is {value}; it must be {rule}.")
-    if begun is not None and (isinstance(begun, str) or len(begun) != len(conversations)):
-        raise ValueError(
-            f"begun has {len(begun)} entries for {len(conversations)} conversations; give each one or None."
-        )
-    for index, messages in enumerate(conversations):
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"Conversation {index} is {messages!r:.100}; it must be a list of messages, not empty.")
-        for message in messages:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise ValueError(
-                    f"Conversation {index} has the message {message!r:.100}; it must be a dict with role and content."
-                )
-            if not isinstance(message["content"], str):
-                raise ValueError(f"Conversation {index} has a content that is no text: {message['content']!r:.100}.")
-    return list(begun or [None] * len(conversations))

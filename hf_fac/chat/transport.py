@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING
 
-from .local import ChatError
+from .base import ChatError
 from .wire import Reply, read_reply
 
 if TYPE_CHECKING:

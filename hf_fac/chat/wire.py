@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .local import Completion, before_stop
+from .base import Completion, before_stop
 
 _TOKEN_CHARACTERS = 256  # no token is longer
 _UNBOUNDED_TOKENS = 100_000  # more than a server's own prompt, or thinking that max_tokens does not bound, can have
@@ -21,7 +21,7 @@ class Request:
 
     key: str
     messages: list[dict]
-    begun: str | None
+    prefill: str | None
     temperature: float
     top_p: float
     max_tokens: int
@@ -42,8 +42,8 @@ class Request:
         if self.stop:
             body["stop"] = self.stop
         body |= extra
-        if self.begun:
-            body["messages"] = [*body["messages"], {"role": "assistant", "content": self.begun}]
+        if self.prefill:
+            body["messages"] = [*body["messages"], {"role": "assistant", "content": self.prefill}]
             if continue_final_message:
                 body |= {"continue_final_message": True, "add_generation_prompt": False}
         return json.dumps(body, ensure_ascii=False).encode()
@@ -99,7 +99,7 @@ def completion(
             error += " All tokens went elsewhere, into thinking perhaps: raise max_tokens."
     elif len(content) > _TOKEN_CHARACTERS * request.max_tokens:
         error = f"The answer has {len(content):,} characters, more than max_tokens={request.max_tokens} can hold."
-    text = content.removeprefix(request.begun) if request.begun and removes_prefill else content
+    text = content.removeprefix(request.prefill) if request.prefill and removes_prefill else content
     finish = "failed" if error else "length" if finish_reason == "length" else "stop"
     answer = Completion(
         "" if error else before_stop(text, request.stop), finish, error, prompt_tokens, completion_tokens

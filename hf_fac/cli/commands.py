@@ -297,7 +297,7 @@ def main() -> None:
 
     from typer.rich_utils import rich_format_error
 
-    from ..chat.local import ChatError
+    from ..chat.base import ChatError
     from ..hub.errors import HubError
 
     warnings.formatwarning = lambda message, *_: visible(f"hf-fac: {message}\n")

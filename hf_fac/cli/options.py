@@ -17,7 +17,7 @@ from ..storage.validation import read_measurement
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..chat.local import Chat
+    from ..chat.base import Chat
     from ..features.featurizer import SAEFeaturizer
     from ..inputs.token_context import MarkedSpan
 

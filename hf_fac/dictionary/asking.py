@@ -18,9 +18,7 @@ from ..storage.journal import put_lines, whole_lines
 from ..tasks.parsing import Answer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..chat.local import Chat, Completion
+    from ..chat.base import Chat, Completion
     from ..tasks.prompts import Message
 
 _AGAIN = 0.7  # temperature of the second attempt and on: at 0 the same answer would come back
@@ -152,7 +150,7 @@ def ask(
 
 def _complete(chat: Chat, batch: list[Question], journal: Journal, **settings: Any) -> dict[str, Answer]:
     """Puts the answers into the journal; what could not be answered is returned."""
-    from ..chat.local import ChatError
+    from ..chat.base import ChatError
 
     try:
         completions = chat.complete([question.conversation for question in batch], **settings)
@@ -166,23 +164,6 @@ def _complete(chat: Chat, batch: list[Question], journal: Journal, **settings: A
         for question, answer in answered
         if answer.finish == "failed"
     }
-
-
-def chat_name(chat: Chat) -> str:
-    """What is recorded of a chat: its model's name."""
-    from ..chat.endpoint import EndpointChat
-    from ..chat.local import LocalChat
-
-    if isinstance(chat, LocalChat):
-        return model_name(chat.model)
-    if isinstance(chat, EndpointChat):
-        return str(chat.model or chat.base_url)
-    return type(chat).__name__
-
-
-def model_name(model: PreTrainedModel) -> str:
-    """What is recorded of a model: where it is from, or else its class."""
-    return model.config._name_or_path or type(model).__name__
 
 
 def _digest(question: Question) -> str:

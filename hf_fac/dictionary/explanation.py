@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..chat.identity import chat_name
 from ..inputs.token_context import MarkedSpan
 from ..storage.terminal import visible
-from .asking import Journal, Question, ask, chat_name
+from .asking import Journal, Question, ask
 from .questions import (
     CANNOT_TELL,
     PROMPT_VERSION,
@@ -31,7 +32,7 @@ from .questions import (
 from .schema import FAILED
 
 if TYPE_CHECKING:
-    from ..chat.local import Chat
+    from ..chat.base import Chat
     from ..tasks.parsing import Answer
     from .dictionary import FeatureDictionary
 

@@ -14,14 +14,15 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..chat.identity import chat_name
 from ..tasks.task import Task, get_task
-from .asking import Journal, Question, ask, chat_name
+from .asking import Journal, Question, ask
 from .explanation import asked_features, with_settings
 from .questions import PROMPT_VERSION, Form, ask_rating, read_rating
 from .schema import FAILED, RATINGS
 
 if TYPE_CHECKING:
-    from ..chat.local import Chat
+    from ..chat.base import Chat
     from .dictionary import FeatureDictionary
 
 _SPANS = 5  # shown beside the explanation

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from ..chat.base import Completion
 from ..chat.batch_generation import Text
-from ..chat.local import Completion, LocalChat
+from ..chat.local import LocalChat
 from ..features.calibration import mean_content_norm
 from ..inputs.hidden_states import check_layer, evaluation_mode, layer_hook, pack
 from ..sae.loading import check_sae
@@ -83,7 +84,7 @@ class SteeredChat:
         top_p: float = 0.9,
         max_tokens: int = 256,
         seed: int = 0,
-        begun: Sequence[str | None] | None = None,
+        prefill: Sequence[str | None] | None = None,
         stop: Sequence[str] = (),
     ) -> list[list[Completion]]:
         """Returns n completions of each conversation. Other arguments are those of `LocalChat.complete`.
@@ -110,7 +111,7 @@ class SteeredChat:
 
         request = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
         with layer_hook(self.chat.model, self.layer, push):
-            return self.chat.complete_tagged(conversations, tags, stepping, begun=begun, stop=stop, **request)
+            return self.chat.complete_tagged(conversations, tags, stepping, prefill=prefill, stop=stop, **request)
 
     def user_turn(self) -> UserTurn:
         """Returns a prompt that ends where a user's first message starts, so that the model writes as the user (Magpie,

@@ -1,6 +1,6 @@
-"""How often texts activate the feature they were written for, beside how often they would by chance.
+"""The permutation baseline: how often texts activate the feature they were written for, and how often by chance.
 
-Texts activate features that nobody asked for. So a share of features filled, or of texts that hit, says something only
+Texts activate features that nobody asked for. So a share of activated features, or a hit rate, means something only
 beside the share that as many texts written for *other* features reach: features are permuted, texts stay.
 """
 
@@ -15,33 +15,42 @@ from numpy.typing import ArrayLike
 _RESAMPLES = 1000
 
 
-class Effect(NamedTuple):
+class PermutationBaseline(NamedTuple):
     """Of texts written for m features.
 
     features, texts: how many there were.
-    filled: the share of the features that one of their own texts activates.
-    filled_by_chance, filled_interval: the mean share, and the central 95 %, when each feature gets the texts of another
-        (1,000 permutations without a fixed point).
+    activated: the share of the features that one of their own texts activates.
+    activated_by_chance, activated_interval: the mean share, and the central 95 %, when each feature gets the texts of
+        another (1,000 permutations without a fixed point).
     hit_rate: the share of texts that activate the feature they were written for.
-    hits_by_chance: the share of pairs of a text and another feature in which the text activates it.
-    ratio, ratio_interval: hit_rate / hits_by_chance, and 95 % by a bootstrap over features.
+    hit_rate_by_chance: the share of pairs of a text and another feature in which the text activates it.
+    ratio, ratio_interval: hit_rate / hit_rate_by_chance, and 95 % by a bootstrap over features.
     All are NaN where there is nothing to compare: no text, or one feature.
     """
 
     features: int
     texts: int
-    filled: float
-    filled_by_chance: float
-    filled_interval: tuple[float, float]
+    activated: float
+    activated_by_chance: float
+    activated_interval: tuple[float, float]
     hit_rate: float
-    hits_by_chance: float
+    hit_rate_by_chance: float
     ratio: float
     ratio_interval: tuple[float, float]
 
+    def __str__(self) -> str:
+        low, high = self.activated_interval
+        return (
+            f"{self.texts:,} texts for {self.features:,} features activate {self.activated:.2f} of them (by chance "
+            f"{self.activated_by_chance:.2f}, {low:.2f} to {high:.2f}); hit rate {self.hit_rate:.3f} (by chance "
+            f"{self.hit_rate_by_chance:.4f}: {self.ratio:.1f} x, {self.ratio_interval[0]:.1f} to "
+            f"{self.ratio_interval[1]:.1f})"
+        )
 
-def effect(
+
+def compare_with_permutations(
     features: ArrayLike, written_for: Sequence[int], activates: Sequence[Sequence[int]], *, seed: int = 0
-) -> Effect:
+) -> PermutationBaseline:
     """Returns what texts did for the features.
 
     Args:
@@ -54,11 +63,11 @@ def effect(
     m, n = len(ids), len(written_for)
     texts = np.bincount(np.array([place[feature] for feature in written_for], dtype=np.int64), minlength=m)
     hits, own = _hits(place, written_for, activates)
-    filled = float((own > 0).mean()) if m and n else np.nan
+    activated = float((own > 0).mean()) if m and n else np.nan
     nothing = (np.nan, np.nan)
     if n == 0 or m < 2:
         rate = float(own.sum() / n) if n else np.nan
-        return Effect(m, n, filled, np.nan, nothing, rate, np.nan, np.nan, nothing)
+        return PermutationBaseline(m, n, activated, np.nan, nothing, rate, np.nan, np.nan, nothing)
     rng = np.random.default_rng(seed)
     # Column j gets the texts of order[j], never its own.
     shares = np.array([(_derangement(m, rng)[hits.column] == hits.row).sum() / m for _ in range(_RESAMPLES)])
@@ -68,14 +77,14 @@ def effect(
         times = np.bincount(rng.integers(m, size=m), minlength=m)
         ratios.append(_ratio(*_rates(texts, own, hits, times)))
     known = [ratio for ratio in ratios if not np.isnan(ratio)]
-    return Effect(
+    return PermutationBaseline(
         features=m,
         texts=n,
-        filled=filled,
-        filled_by_chance=float(shares.mean()),
-        filled_interval=_central(shares),
+        activated=activated,
+        activated_by_chance=float(shares.mean()),
+        activated_interval=_central(shares),
         hit_rate=rates[0],
-        hits_by_chance=rates[1],
+        hit_rate_by_chance=rates[1],
         ratio=_ratio(*rates),
         ratio_interval=_central(known) if known else nothing,
     )

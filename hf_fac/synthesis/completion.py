@@ -1,104 +1,100 @@
-"""From texts that activate their feature to whole rows of the task's type, each measured again as a row."""
+"""From hits to samples: the other parts of a row are asked for, and the whole row is measured again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ..storage.journal import digest
-from .candidates import Asker, Candidate, Request, Settings, Stopped
-from .verification import Gauge, Measured
+from ..tasks.prompts import next_part_prompt
+from .candidates import Candidate, Rejection, Request, Status
+from .settings import SynthesisSettings
+from .text_source import TextSource
+from .verification import SampleScorer
 
 if TYPE_CHECKING:
-    from ..storage.journal import Piece
+    from ..chat.base import Completion
 
 _ATTEMPTS = 3  # to write the other parts of a row
+_TEMPERATURE = 0.7
 
 
-class RowWriter:
-    """Makes rows of candidates: asks for the parts that are not there yet, and drops what is no sample as a whole."""
+@dataclass(frozen=True)
+class RowCompleter:
+    """Makes rows of candidates and accepts those that activate their feature as a whole row.
 
-    def __init__(self, asker: Asker, gauge: Gauge, settings: Settings, piece: Piece) -> None:
-        self.asker, self.gauge, self.settings, self.piece = asker, gauge, settings, piece
-        self.task = settings.task
+    keep: the caller's own filter, a function of a row.
+    """
 
-    def make(self, candidates: list[Candidate]) -> None:
-        """Give each candidate its row and mark it as chosen, or say why it is refused.
+    settings: SynthesisSettings
+    source: TextSource
+    scorer: SampleScorer
+    keep: Callable[[Mapping[str, Any]], bool] | None
 
-        Raises: Stopped when parts were left unasked; what is whole by then is marked.
-        """
-        open_ = candidates
+    def complete(self, candidates: Sequence[Candidate]) -> None:
+        """Accept or reject each candidate; those that the budget leaves without a row stay hits."""
         for candidate in candidates:
             if candidate.row is None:
-                candidate.parts = {self.task.carrier: candidate.text}
-        while open_:
-            requests = {}
-            for c in open_:
-                part = self.task.next_part(c.parts) if c.row is None else None
-                if part is not None:
-                    # The same attempt may answer another prompt once a text that failed was asked for again.
-                    key = f"part:{c.request}:{c.number}:{part[0]}:{c.attempts}:{digest(part[1])}"
-                    requests[key] = (c, part[0], Request(key, c.feature, part[1], None, {}))
-            if requests:
-                self._write_parts(requests)
-            self._check_rows([c for c in open_ if c.row is not None and c.refused is None])
-            if self.asker.stopped is not None:
-                raise Stopped(self.asker.stopped)
-            open_ = [c for c in open_ if not c.chosen and c.refused is None]
+                candidate.parts = {self.settings.task.target_field: candidate.text}
+        waiting = list(candidates)
+        while waiting:
+            requests = [(c, *next_part_prompt(self.settings.task, c.parts)) for c in waiting if c.row is None]
+            affordable = requests[: self.source.budget.affordable(1)] if requests else []
+            unaffordable = [c for c, *_ in requests[len(affordable) :]]
+            for attempt in sorted({c.attempts for c, *_ in affordable}):
+                self._write_parts([wanted for wanted in affordable if wanted[0].attempts == attempt], attempt)
+            self._check_rows([c for c in waiting if c.row is not None and c.status is Status.HIT])
+            waiting = [c for c in waiting if c.status is Status.HIT and c not in unaffordable]
 
-    def _write_parts(self, requests: Mapping[str, tuple[Candidate, str, Request]]) -> None:
-        by_attempt: dict[int, list[Request]] = {}
-        for candidate, _, request in requests.values():
-            by_attempt.setdefault(candidate.attempts, []).append(request)
-        for attempt, wanted in by_attempt.items():
-            settings = {"n": 1, "temperature": 0.7, "max_tokens": self.settings.answer_tokens, "stop": ()}
-            answers = self.asker.answers(wanted, settings | {"seed": 1000 * self.settings.seed + 100 * attempt + 99})
-            for request in wanted:
-                if request.key not in answers:
-                    continue
-                candidate, name, _ = requests[request.key]
-                [(text, finish)] = answers[request.key]
-                value, problem = self.task.read_part(name, text) if finish != "failed" else (None, "the chat failed")
-                if finish == "length":
-                    value, problem = None, "it is cut off"
-                if problem is None:
-                    candidate.parts[name] = value
-                    if set(candidate.parts) == set(self.task.parts):
-                        candidate.row, problem = self.task.row(candidate.parts)
-                if problem is not None:
-                    self._again(candidate, name, f"{name}: {problem}"[:80])
+    def _write_parts(self, wanted: list[tuple[Candidate, str, list[dict]]], attempt: int) -> None:
+        requests = [Request(c.feature, conversation, None, None, {}) for c, _, conversation in wanted]
+        answers = self.source.complete(
+            requests, n=1, temperature=_TEMPERATURE, max_tokens=self.settings.answer_tokens, stop=(),
+            seed=1000 * self.settings.seed + 100 * attempt + 99,
+        )  # fmt: skip
+        for (candidate, name, _), [completion] in zip(wanted, answers, strict=True):
+            self._read_part(candidate, name, completion)
 
-    def _again(self, candidate: Candidate, part: str, problem: str) -> None:
+    def _read_part(self, candidate: Candidate, name: str, completion: Completion) -> None:
+        task = self.settings.task
+        if completion.finish in ("failed", "not_asked"):
+            self._ask_again(candidate, name, Rejection.CHAT_FAILED, completion.error or "")
+            return
+        value, problem = task.read_part(name, completion.text)
+        if completion.finish == "length":
+            problem = "it is truncated"
+        if problem is None:
+            candidate.parts[name] = value
+            if set(candidate.parts) == set(task.parts):
+                candidate.row, problem = task.row(candidate.parts)
+        if problem is not None:
+            self._ask_again(candidate, name, Rejection.INCOMPLETE, f"{name}: {problem}")
+
+    def _ask_again(self, candidate: Candidate, part: str, rejection: Rejection, detail: str = "") -> None:
         candidate.attempts += 1
         candidate.row = None
         candidate.parts.pop(part, None)
         if candidate.attempts == _ATTEMPTS:
-            candidate.refused = f"no whole row, {problem}"
+            candidate.reject(rejection, detail)
 
     def _check_rows(self, candidates: list[Candidate]) -> None:
-        """Drop rows that lost the feature on the way, pairs whose rejected answer has it, and what the caller drops."""
-        pairs = "rejected" in self.task.features() and self.task.carrier == "chosen"
-        for side in ("chosen", "rejected") if pairs else ("chosen",):
-            new = [c for c in candidates if f"{_key(c)}:{side}" not in self.piece]
-            found = self.gauge.rows([c.row for c in new], [c.feature for c in new], side=side)
-            self.piece.add((f"{_key(c)}:{side}", list(m)) for c, m in zip(new, found, strict=True))
-        for c in candidates:
-            key = _key(c)
-            delta = self.gauge.delta[c.feature]
-            c.measured = Measured(*self.piece[f"{key}:chosen"])
-            if c.measured.activation <= delta:
-                c.refused = "lost in its row"
-            elif pairs and self.piece[f"{key}:rejected"][0] > delta:
-                problem = "the rejected answer activates the feature too"
-                if c.parts:
-                    self._again(c, "rejected", problem)
+        """Accept rows that activate the feature, unless the rejected answer does too or `keep` drops them."""
+        task, rows, features = self.settings.task, [c.row for c in candidates], [c.feature for c in candidates]
+        scores = self.scorer.rows(rows, features)
+        # In a pair, what the feature separates is lost when both answers activate it.
+        is_pair = "rejected" in task.features() and task.target_field == "chosen"
+        others = self.scorer.rows(rows, features, side="rejected") if is_pair else [None] * len(rows)
+        for candidate, score, other in zip(candidates, scores, others, strict=True):
+            delta = self.scorer.delta[candidate.feature]
+            candidate.score = score
+            if score.activation <= delta:
+                candidate.reject(Rejection.INACTIVE_AS_ROW)
+            elif other is not None and other.activation > delta:
+                if candidate.parts:
+                    self._ask_again(candidate, "rejected", Rejection.REJECTED_ANSWER)
                 else:
-                    c.refused = problem
-            elif self.settings.keep is not None and not self.settings.keep(c.row):
-                c.refused = "the caller's own filter"
+                    candidate.reject(Rejection.REJECTED_ANSWER)
+            elif self.keep is not None and not self.keep(candidate.row):
+                candidate.reject(Rejection.FILTERED)
             else:
-                c.chosen = True
-
-
-def _key(candidate: Candidate) -> str:
-    return f"row:{candidate.request}:{candidate.number}:{digest(candidate.row)}"
+                candidate.status = Status.ACCEPTED

@@ -1,117 +1,125 @@
-"""What a synthesis may cost, told before anything is spent."""
+"""What a synthesis may cost at most, told before anything is spent."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..chat.local import LocalChat
 from ..inputs.token_context import MarkedSpan
-from ..tasks.prompts import HINTS
-from .candidates import Request
-from .piecework import PROBED
-from .writing import PROBES, SHOWN, SampleWriter
+from ..tasks.prompts import HINTS, FeatureHints, list_prompt, sample_prompt
+from .generation import PROBED_FEATURES, PROBES, SHOWN_SPANS
+from .settings import PROMPT_FORMATS, SynthesisSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..chat.local import Chat
+    from ..dictionary.dictionary import FeatureDictionary
 
-_PART = 100  # tokens of words around what a part's request quotes
+_PART_TOKENS = 100  # of the words around what the request for a part quotes
 
 
 @dataclass(frozen=True)
 class SynthesisPlan:
-    """What `synthesize` may cost at most, but for parts of rows that are written again and those of hits that make no
-    row; told before anything is spent.
+    """The most that `synthesize` costs, without parts of rows that are asked for again.
 
-    requests: texts asked for. prompt_tokens, completion_tokens: as the featurizer's tokenizer and chat template count
-    them, prompts once for every text. seconds: on this machine, by writing a few tokens; None for an endpoint.
+    requests: completions asked for. prompt_tokens, completion_tokens: counted with the featurizer's tokenizer and chat
+    template; a prompt counts once for every completion.
     """
 
     features: int
     requests: int
     prompt_tokens: int
     completion_tokens: int
-    seconds: float | None
 
     def __str__(self) -> str:
-        time_ = "" if self.seconds is None else f", {self.seconds / 60:.1f} minutes"
         return (
-            f"at most {self.requests:,} texts for {self.features:,} features: {self.prompt_tokens:,} tokens of prompts "
-            f"and {self.completion_tokens:,} written{time_}"
+            f"at most {self.requests:,} completions for {self.features:,} features: {self.prompt_tokens:,} prompt "
+            f"tokens and {self.completion_tokens:,} written"
         )
 
 
 def make_plan(
-    chat: Chat, writers: Sequence[SampleWriter], features: np.ndarray, tokenizer: PreTrainedTokenizerBase
+    settings: SynthesisSettings,
+    dictionary: FeatureDictionary,
+    features: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    unconditional: list[dict[str, str]] | None,
 ) -> SynthesisPlan:
-    """Returns what writing for the features costs if every one resists to the end.
+    """Returns what it costs when no feature can be activated.
 
     Args:
-        writers: one for each form that may be taken; where there are several, choosing one costs too.
+        unconditional: the conversation that the steered model continues, None without steering.
     """
-    costs = [_cost(writer, features, tokenizer) for writer in writers]
-    total = {name: max(cost[name] for cost in costs) for name in costs[0]}
-    if len(writers) > 1:
-        probed = PROBES * min(PROBED, len(features))
-        for cost, writer in zip(costs, writers, strict=True):
-            total["requests"] += probed
-            total["prompt_tokens"] += probed * cost["prompts"] // max(1, len(features))
-            total["completion_tokens"] += probed * writer.most_tokens(steered=False)
-    seconds = None
-    if isinstance(chat, LocalChat) and len(features):
-        start = time.perf_counter()
-        tried = chat.complete([[{"role": "user", "content": "Write a long story."}]], n=16, max_tokens=16)[0]
-        written = sum(completion.completion_tokens for completion in tried)
-        seconds = total["completion_tokens"] * (time.perf_counter() - start) / written
-    del total["prompts"]
-    return SynthesisPlan(len(features), **total, seconds=seconds)
+    chosen = settings.prompt_format
+    costs = {name: _cost(settings, name, dictionary, features, tokenizer, unconditional) for name in PROMPT_FORMATS}
+    if chosen is not None:
+        return SynthesisPlan(len(features), *costs[chosen])
+    # The dearest format may be chosen; all are tried on a few features.
+    total = [max(cost[i] for cost in costs.values()) for i in range(3)]
+    probes = PROBES * min(PROBED_FEATURES, len(features))
+    for name in PROMPT_FORMATS:
+        longest = max((_prompt_tokens(settings, name, dictionary, f, tokenizer) for f in features), default=0)
+        for i, cost in enumerate((1, longest, settings.most_tokens(name))):
+            total[i] += probes * cost
+    return SynthesisPlan(len(features), *total)
 
 
-def _cost(writer: SampleWriter, features: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """`prompts`: the tokens of one prompt for each feature, at their longest."""
-    settings, rounds = writer.settings, writer.rounds()
+def _cost(
+    settings: SynthesisSettings,
+    prompt_format: str,
+    dictionary: FeatureDictionary,
+    features: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    unconditional: list[dict[str, str]] | None,
+) -> tuple[int, int, int]:
+    """Completions, prompt tokens and written tokens with one prompt format."""
+    rounds = [round_.method for round_ in settings.schedule()]
     m, n, steered = len(features), settings.candidates, rounds.count("steering")
     words = len(rounds) - steered
-    prompts = sum(_tokens(_longest(writer, f), tokenizer) for f in features.tolist() if writer.is_known(f))
-    neutral = 0 if writer.neutral is None else _tokens(writer.neutral, tokenizer)
+    prompts = sum(_prompt_tokens(settings, prompt_format, dictionary, f, tokenizer) for f in features)
     requests = m * n * len(rounds)
-    prompt = n * words * prompts + m * n * steered * neutral
-    written = m * n * (words * writer.most_tokens(steered=False) + steered * writer.most_tokens(steered=True))
-    if writer.form != "json" or steered:
-        others = len(writer.task.parts) - 1
-        rows = m * settings.samples_per_feature
+    prompt = n * words * prompts
+    if steered:
+        prompt += m * n * steered * _tokens(unconditional, "", tokenizer)
+    written = m * n * (words * settings.most_tokens(prompt_format) + steered * settings.most_tokens("text"))
+    if prompt_format != "json" or steered:
+        others, rows = len(settings.task.parts) - 1, m * settings.samples_per_feature
         requests += rows * others
         written += rows * others * settings.answer_tokens
-        quoted = sum(settings.max_tokens + number * settings.answer_tokens + _PART for number in range(others))
-        prompt += rows * quoted
-    return {"requests": requests, "prompt_tokens": prompt, "completion_tokens": written, "prompts": prompts}
+        prompt += rows * sum(
+            settings.max_tokens + number * settings.answer_tokens + _PART_TOKENS for number in range(others)
+        )
+    return requests, prompt, written
 
 
-def _longest(writer: SampleWriter, feature: int) -> Request:
-    """The longest request that may be made for a feature."""
-    spans, explanation = writer.dictionary.spans(feature), writer.dictionary[feature]["explanation"]
-    spans = sorted(spans, key=lambda span: sum(map(len, span[:3])))[-SHOWN:]
-    positive = negative = None
-    if "two_step" in writer.settings.ways:
-        text = " word" * writer.settings.max_tokens
-        positive = negative = MarkedSpan("", text, "", 10.0)
-    if writer.form == "list":
-        *conversation, begun = writer.task.begin(explanation, spans, positive)
-        return Request("", feature, conversation, begun["content"], {})
+def _prompt_tokens(
+    settings: SynthesisSettings,
+    prompt_format: str,
+    dictionary: FeatureDictionary,
+    feature: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    """The tokens of the longest request for a feature, 0 where the dictionary does not describe it."""
+    if feature not in dictionary:
+        return 0
+    explanation = dictionary[feature]["explanation"]
+    spans = sorted(dictionary.spans(feature), key=lambda span: sum(map(len, span[:3])))[-SHOWN_SPANS:]
+    if not spans and not explanation:
+        return 0
+    hints = FeatureHints(explanation, spans)
+    if any(round_.method == "two_step" for round_ in settings.schedule()):
+        text = MarkedSpan("", " word" * settings.max_tokens, "", 10.0)
+        hints = hints._replace(positive=text, negative=text)
+    if prompt_format == "list":
+        return _tokens(*list_prompt(settings.task, hints), tokenizer)
     variant = HINTS.index(max(HINTS, key=len))
-    conversation = writer.task.ask(explanation, spans, positive, negative, form=writer.form, variant=variant)
-    return Request("", feature, conversation, None, {})
+    return _tokens(sample_prompt(settings.task, hints, prompt_format=prompt_format, variant=variant), "", tokenizer)
 
 
-def _tokens(request: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    conversation: list[Mapping[str, str]] = request.conversation
+def _tokens(conversation: list[dict[str, Any]], prefill: str, tokenizer: PreTrainedTokenizerBase) -> int:
     text = "".join(turn["content"] for turn in conversation)
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer(text + (getattr(request, "begun", None) or ""))["input_ids"])
+    return len(tokenizer(text + prefill)["input_ids"])

@@ -1,7 +1,7 @@
-"""Rows of a pool that is already scored, taken as samples before any is written.
+"""Rows of a scored pool, accepted as samples before any is written.
 
-In: a data set scored by `FACScorer`, and the features that are missing. Out: rows of the task's type, each measured to
-activate features that no row before it does, the rows that were refused and why, and the features that are left.
+In: a data set scored by `FACScorer`, and the missing features. Out: rows of the task's type, each measured to activate
+missing features that no row before it activates; the rejected rows; the features that are still missing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..inputs.rows import COLUMN_ROLES
 from ..storage.differences import differences
 from ..storage.scored_rows import ACTIVATIONS, FEATURES, MEASUREMENT
 from ..storage.validation import read_measurement
-from .candidates import Candidate
+from .candidates import Candidate, Rejection, SampleScore, Status
 from .filters import NearDuplicates
-from .verification import Gauge, Measured
+from .verification import SampleScorer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,76 +26,93 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 _REMEDY = "score the pool with ds.map(FACScorer(featurizer), batched=True)"
-_SELECTIONS = 3  # each without the rows of those before, for what the refused ones left open
+_SELECTIONS = 3  # each for the features that the rejected rows of the one before left open
 
 
 class FromPool(NamedTuple):
-    """What a pool gave: rows taken, in the order of `select`, rows refused, and the features that are left, int64, in
-    the order in which they were wanted."""
+    """What a pool gave: accepted rows in the order of `select`, rejected rows, and the features that are still missing
+    (int64, in the order in which they were asked for)."""
 
-    taken: list[Candidate]
-    refused: list[Candidate]
+    accepted: list[Candidate]
+    rejected: list[Candidate]
     left: np.ndarray
 
 
 def take_from_pool(
     pool: Dataset,
     features: np.ndarray,
-    gauge: Gauge,
+    scorer: SampleScorer,
     *,
     measurement: Mapping[str, Any],
     known: NearDuplicates,
     keep: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> FromPool:
-    """Returns the rows that activate most of the features (`select`), but for those that are refused: rows that the
-    gauge cannot read or finds to activate nothing that they were selected for, near-duplicates of `known` or of a row
-    taken before, and what `keep` drops. What these would have filled is selected for again among the other rows.
+    """Returns the rows that activate most of the features (`select`).
 
-    Every row is taken that fills a feature, however many samples are wanted: so the features left are the same for
-    any number of samples, and with them what is written for under a journal.
+    Rejected are rows that cannot be read or do not activate what they were selected for, near-duplicates of known texts
+    or of accepted rows, and rows that `keep` drops; other rows are then selected for their features. The number of
+    samples wanted plays no part, so the features left are the same for any number.
 
     Args:
         pool: rows of the task's type; standard columns become conversations, columns of other names are left out.
-        features: int64 ids, each once. gauge: for these features.
-        measurement: of the featurizer, which the pool has to be scored with.
+        features: int64 ids, each once; the scorer measures these.
+        measurement: of the featurizer that the pool has to be scored with.
         keep: the caller's own filter of rows.
 
-    Raises: TypeError for another kind of pool; ValueError for columns that are absent or no rows of the task, a pool
-        measured otherwise, and what `select` refuses.
+    Raises: TypeError for another kind of pool; ValueError for missing columns, rows of another task, a pool measured
+        with another featurizer, and what `select` refuses.
     """
-    pool = _checked(pool, gauge.task, measurement)
-    left, open_, numbers, mine = set(features.tolist()), features, np.arange(len(pool)), NearDuplicates()
-    taken: list[Candidate] = []
-    refused: list[Candidate] = []
+    pool = _checked(pool, scorer.task, measurement)
+    left, open_, numbers, texts = set(features.tolist()), features, np.arange(len(pool)), NearDuplicates()
+    accepted: list[Candidate] = []
+    rejected: list[Candidate] = []
     for _ in range(_SELECTIONS):
         if not len(open_):
             break
-        found = select(pool.select(numbers), open_, len(open_), threshold=gauge.delta)
-        rows = pool.select(numbers[found.rows])
-        for number, (row, measured) in zip(numbers[found.rows].tolist(), _measured(rows, open_, gauge), strict=True):
-            hits = {f for f, m in measured.items() if m.activation > gauge.delta[f]}
-            best = max(hits & left or measured, key=lambda f: (measured[f].activation, -f))
-            text = gauge.task.carried_by(row)
-            candidate = Candidate(best, "pool", "pool", number, text, {"pool_row": number}, row, measured[best])
-            if candidate.measured.problem is not None:
-                candidate.refused = f"unreadable: {candidate.measured.problem}"[:80]
-            elif not hits:
-                candidate.refused = "lost in its row"
-            elif source := known.source_of(text) or mine.source_of(text):
-                candidate.refused = f"near-duplicate of {source}"
-            elif keep is not None and not keep(row):
-                candidate.refused = "the caller's own filter"
-            elif best in left:
-                new = left.intersection(candidate.measured.activates)
-                candidate.asked["fills"], candidate.chosen = sorted(new), True
+        selected = select(pool.select(numbers), open_, len(open_), threshold=scorer.delta)
+        rows = pool.select(numbers[selected.rows])
+        for number, (row, scores) in zip(numbers[selected.rows].tolist(), _scored(rows, open_, scorer), strict=True):
+            candidate = _candidate(number, row, scores, left, scorer)
+            _check(candidate, scores, scorer, (known, texts), keep)
+            if candidate.rejection is not None:
+                rejected.append(candidate)
+            elif candidate.feature in left:
+                new = left.intersection(candidate.score.activates)
+                candidate.provenance["fills"], candidate.status = sorted(new), Status.ACCEPTED
                 left -= new
-                mine.add(text, "another sample")
-                taken.append(candidate)
-            if candidate.refused is not None:
-                refused.append(candidate)
-        open_ = np.array([f for f in found.covered.tolist() if f in left], np.int64)
-        numbers = np.delete(numbers, found.rows)
-    return FromPool(taken, refused, np.array([f for f in features.tolist() if f in left], np.int64))
+                texts.add(candidate.text, "another sample")
+                accepted.append(candidate)
+        open_ = np.array([f for f in selected.covered.tolist() if f in left], np.int64)
+        numbers = np.delete(numbers, selected.rows)
+    return FromPool(accepted, rejected, np.array([f for f in features.tolist() if f in left], np.int64))
+
+
+def _candidate(
+    number: int, row: dict[str, Any], scores: dict[int, SampleScore], left: set[int], scorer: SampleScorer
+) -> Candidate:
+    """The row as a candidate for the strongest of its features, one that is still missing if there is such."""
+    hits = {f for f, score in scores.items() if score.activation > scorer.delta[f]}
+    best = max(hits & left or scores, key=lambda f: (scores[f].activation, -f))
+    text = scorer.task.target_text(row)
+    return Candidate(best, "pool", text, {"pool_row": number}, row, scores[best])
+
+
+def _check(
+    candidate: Candidate,
+    scores: dict[int, SampleScore],
+    scorer: SampleScorer,
+    known: tuple[NearDuplicates, ...],
+    keep: Callable[[Mapping[str, Any]], bool] | None,
+) -> None:
+    source = next((source for texts in known if (source := texts.source_of(candidate.text))), None)
+    if candidate.score.problem is not None:
+        candidate.reject(Rejection.UNREADABLE, candidate.score.problem)
+    elif not any(score.activation > scorer.delta[f] for f, score in scores.items()):
+        candidate.reject(Rejection.INACTIVE_AS_ROW)
+    elif source is not None:
+        candidate.reject(Rejection.NEAR_DUPLICATE, source)
+    elif keep is not None and not keep(candidate.row):
+        candidate.reject(Rejection.FILTERED)
 
 
 def _checked(pool: Dataset, task: Task, measurement: Mapping[str, Any]) -> Dataset:
@@ -113,7 +130,7 @@ def _checked(pool: Dataset, task: Task, measurement: Mapping[str, Any]) -> Datas
     pool = pool.with_format(None).select_columns(columns)
     for text in pool[:1][MEASUREMENT]:
         if found := differences(read_measurement(text or "{}", "The pool: fac_measurement", _REMEDY), measurement):
-            raise ValueError(f"The pool was measured otherwise than by this featurizer ({found}): {_REMEDY}.")
+            raise ValueError(f"The pool was scored with another featurizer ({found}): {_REMEDY}.")
     kinds = {name: getattr(pool.features[name], "dtype", "list") for name in task.features()}
     if not kinds.get("label", "int").startswith("int"):
         raise ValueError(
@@ -127,22 +144,23 @@ def _checked(pool: Dataset, task: Task, measurement: Mapping[str, Any]) -> Datas
     return pool
 
 
-def _measured(rows: Dataset, features: np.ndarray, gauge: Gauge) -> list[tuple[dict[str, Any], dict[int, Measured]]]:
-    """Of each row, as a sample, what the gauge reads for the features that the row is the first to have."""
+def _scored(
+    rows: Dataset, features: np.ndarray, scorer: SampleScorer
+) -> list[tuple[dict[str, Any], dict[int, SampleScore]]]:
+    """Each row as a sample, with its scores for the features that it is the first to have."""
     open_, samples, first = set(features.tolist()), [], []
     for row in rows:
         acts = zip(row[FEATURES], row[ACTIVATIONS], strict=True)
-        new = [f for f, activation in acts if f in open_ and activation > gauge.delta[f]]
+        new = [f for f, activation in acts if f in open_ and activation > scorer.delta[f]]
         open_ -= set(new)
-        samples.append(_sample(gauge.task, row))
+        samples.append(_sample(scorer.task, row))
         first.append(new)
-    # A row that is asked about several features is read once.
-    asked = [(i, f) for i, new in enumerate(first) for f in new]
-    found = gauge.rows([samples[i] for i, _ in asked], [f for _, f in asked])
-    measured: list[dict[int, Measured]] = [{} for _ in samples]
-    for (i, feature), reading in zip(asked, found, strict=True):
-        measured[i][feature] = reading
-    return list(zip(samples, measured, strict=True))
+    asked = [(i, f) for i, new in enumerate(first) for f in new]  # equal rows are read once
+    found = scorer.rows([samples[i] for i, _ in asked], [f for _, f in asked])
+    scores: list[dict[int, SampleScore]] = [{} for _ in samples]
+    for (i, feature), score in zip(asked, found, strict=True):
+        scores[i][feature] = score
+    return list(zip(samples, scores, strict=True))
 
 
 def _sample(task: Task, row: Mapping[str, Any]) -> dict[str, Any]:

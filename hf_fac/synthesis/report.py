@@ -1,7 +1,6 @@
-"""What a synthesis was worth: samples in order, FAC before and after, each way of writing beside chance, the cost.
+"""What a synthesis brought: the samples in order, FAC before and after, each method beside the baseline, the cost.
 
-In: what the journal holds of every text, and the report of the coverage that the features were missing from. Out:
-`SynthesisResult`.
+In: the candidates, and the report of the coverage that the features were missing from. Out: `SynthesisResult`.
 """
 
 from __future__ import annotations
@@ -9,54 +8,57 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..coverage.coverage import FACReport
 from ..storage.terminal import visible
-from .baseline import Effect, effect
+from .baseline import PermutationBaseline, compare_with_permutations
+from .candidates import SOUND_REJECTIONS, Candidate, Rejection, Status
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .candidates import Candidate
+    from ..features.featurizer import SAEFeaturizer
+    from ..tasks.task import Task
+    from .budget import Budget
 
-# A text that misses its feature, or that was not needed, is sound; one refused for any of these reasons is not.
-_SOUND = ("lost in its row", "no whole row", "the rejected answer", "near-duplicate of another sample")
+_METHODS = ("words", "two_step", "steering")
 
 
 @dataclass(frozen=True, eq=False)
 class SynthesisReport:
-    """What came of writing for features.
+    """What came of writing for features. It is a flat record of results, hence its many fields.
 
-    features, filled, resisted: int64 ids: all, those with a sample of their own, and those for which all was tried in
-        vain (the rest was left, as a bound was reached, the chat failed, or the dictionary does not know them).
-    samples: rows kept.
+    features: int64 ids, all that were asked for. activated: those with a sample. exhausted: those for which all rounds
+        were tried in vain. The rest was left: something ended the loop, or the dictionary does not describe them.
+    samples: accepted rows.
     fac_before, fac_after: FAC of the data, and of the data and the samples, against the anchor of the `FACReport` that
         was given; NaN where ids were given. Samples may activate missing features that they were not written for.
-    curve: float64 [samples + 1], FAC after each sample in order; without a FACReport the share of `features` that are
-        activated.
+    curve: float64 [samples + 1], FAC after each sample in order; where ids were given, the share of them activated.
     kl_before, kl_after: KL(anchor || data) in nats over the features of the anchor (Eq. 3, see `FACReport`), or NaN.
-    ways: by way of writing, and for "all" of them, what its texts did beside chance (`chance.Effect`); texts that were
-        refused for what they are (cut off, copies, ...) are left out.
-    copied: share of the texts that activate their feature that share more words with a span than allowed.
-    dropped: how many texts were refused, by reason.
-    requests, prompt_tokens, completion_tokens: of all that was asked for, in earlier calls on the journal too.
-    seconds: of this call. ended: what ended it before all was tried: a bound, or a chat that failed; else None.
+    methods: by method, and "all" for all of them, hit rates beside the permutation baseline; texts that were rejected
+        for what they are (truncated, copies, ...) are left out.
+    copied: share of the texts that activate their feature that copy a span.
+    dropped: number of rejected candidates by reason.
+    requests, prompt_tokens, completion_tokens: completions asked for and their tokens, those in the cache included.
+    seconds: of this call.
+    ended: what ended the loop before all rounds were tried, else None. chat_failed: whether that was the chat.
     """
 
     features: np.ndarray
-    filled: np.ndarray
-    resisted: np.ndarray
+    activated: np.ndarray
+    exhausted: np.ndarray
     samples: int
     fac_before: float
     fac_after: float
     curve: np.ndarray
     kl_before: float
     kl_after: float
-    ways: dict[str, Effect]
+    methods: dict[str, PermutationBaseline]
     copied: float
     dropped: dict[str, int]
     requests: int
@@ -64,35 +66,31 @@ class SynthesisReport:
     completion_tokens: int
     seconds: float
     ended: str | None
+    chat_failed: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it for JSON: arrays become lists, NaN None."""
-        values = vars(self) | {"ways": {name: way._asdict() for name, way in self.ways.items()}}
+        """Returns all fields as JSON values: arrays become lists, NaN becomes None."""
+        values = vars(self) | {"methods": {name: method._asdict() for name, method in self.methods.items()}}
         text = json.dumps(values, default=np.ndarray.tolist)
         return json.loads(text, parse_constant=lambda name: None if name == "NaN" else name)
 
     def __str__(self) -> str:
-        m = len(self.features)
         lines = [
-            f"{self.samples:,} samples fill {len(self.filled):,} of {m:,} features; {len(self.resisted):,} resisted"
+            f"{self.samples:,} samples activate {len(self.activated):,} of {len(self.features):,} missing features; "
+            f"{len(self.exhausted):,} could not be activated"
         ]
         if not math.isnan(self.fac_before):
             lines.append(
                 f"FAC {self.fac_before:.3f} before, {self.fac_after:.3f} after; "
                 f"KL {self.kl_before:.3f} before, {self.kl_after:.3f} after"
             )
-        for name, way in self.ways.items():
-            lines.append(
-                f"{name}: {way.texts:,} texts for {way.features:,} features fill {way.filled:.2f} of them (by chance "
-                f"{way.filled_by_chance:.2f}, {way.filled_interval[0]:.2f} to {way.filled_interval[1]:.2f}); "
-                f"{way.hit_rate:.3f} of texts hit (by chance {way.hits_by_chance:.4f}: {way.ratio:.1f} x, "
-                f"{way.ratio_interval[0]:.1f} to {way.ratio_interval[1]:.1f})"
-            )
+        lines += [f"{name}: {method}" for name, method in self.methods.items()]
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-        lines.append(f"dropped: {reasons or 'none'}; {self.copied:.0%} of the texts that hit copy a span")
+        lines.append(f"dropped: {reasons or 'none'}; {self.copied:.0%} of the hits copy a span")
         lines.append(
-            f"cost: {self.requests:,} texts, {self.prompt_tokens:,} tokens of prompts and {self.completion_tokens:,} "
-            f"written, {self.seconds:.0f} s" + (f"; ended by {self.ended}" if self.ended else "")
+            f"cost: {self.requests:,} completions, {self.prompt_tokens:,} prompt tokens and "
+            f"{self.completion_tokens:,} written, {self.seconds:.0f} s"
+            + (f"; ended by {self.ended}" if self.ended else "")
         )
         return visible("\n".join(lines))
 
@@ -101,11 +99,11 @@ class SynthesisReport:
 class SynthesisResult:
     """What was written.
 
-    dataset: rows of the task's TRL type, all first samples of features and then all second ones, with the columns
-        fac_feature (int32: what the row was written for), fac_activation (float32), fac_way ("pool", "words",
-        "two_step", "steering") and fac_provenance (JSON: chat, seed, prompt version, request, form, strength, ...).
-    report: what it was worth, see `SynthesisReport`.
-    dropped: texts that were refused: fac_feature, fac_way, fac_activation, text, reason.
+    dataset: rows of the task's TRL type, the pool's rows, then all first samples of features, then all second ones,
+        with the columns fac_feature (int32: the feature that the row was written for), fac_activation (float32),
+        fac_method ("pool", "words", "two_step", "steering") and fac_provenance (JSON: chat, seed, round, ...).
+    report: see `SynthesisReport`.
+    dropped: rejected candidates: fac_feature, fac_method, fac_activation, text, reason.
     """
 
     dataset: Dataset
@@ -114,181 +112,149 @@ class SynthesisResult:
 
 
 def make_result(
-    synthesizer: Any,
-    missing: Any,
-    features: np.ndarray,
-    taken: Sequence[Candidate],
-    outcomes: dict[str, dict],
-    ended: str | None,
     *,
+    featurizer: SAEFeaturizer,
+    task: Task,
+    missing: FACReport | None,
+    features: np.ndarray,
+    delta: np.ndarray,
+    candidates: Sequence[Candidate],
+    exhausted: Iterable[int],
+    budget: Budget,
+    provenance: Mapping[str, Any],
     seconds: float,
-    max_samples: int | None,
+    ended: str | None,
+    chat_failed: bool,
 ) -> SynthesisResult:
-    """Returns the samples in order with what they were worth.
+    """Returns the samples in order with their report.
 
     Args:
-        missing: what was asked for, a `FACReport` or ids. features: its ids.
-        taken: rows of a pool, refused ones too. outcomes: what was written, by piece (`PieceWork.run`).
+        missing: the report that names the missing features, None where ids were given.
+        features: int64 ids, all that were asked for. delta: float64 [d_sae].
+        provenance: recorded with every sample, by method, and for all under "".
     """
-    records = [c.record() for c in taken] + [c for o in outcomes.values() for c in o["candidates"]]
-    _filter_again(records, synthesizer.settings.keep)
-    kept = _without_repeats(_in_order([c for c in records if c["chosen"]]))
-    chosen = kept[:max_samples]
-    dataset = _dataset(synthesizer, chosen)
-    before, after, curve, kl = _coverage(synthesizer, missing, features, chosen)
-    own = {c["feature"] for c in chosen} | {f for c in chosen for f in c["asked"].get("fills", [])}
-    written = [c for c in records if c["way"] != "pool"]
-    tried = {c["feature"] for o in outcomes.values() if o["tried"] for c in o["candidates"]}
-    resisted = tried - own - {c["feature"] for c in kept}
-    hits = [c for c in written if c["feature"] in c["activates"]]
-    refused = [c for c in records if c["refused"]]
+    samples = in_order([c for c in candidates if c.status is Status.ACCEPTED])[: budget.max_samples]
+    fac, curve, kl = _coverage(featurizer, task, missing, features, delta, samples)
+    activated = {c.feature for c in samples} | {f for c in samples for f in c.provenance.get("fills", [])}
+    written = [c for c in candidates if c.method != "pool"]
+    hits = [c for c in written if c.score is not None and c.feature in c.score.activates]
+    rejected = [c for c in candidates if c.status is Status.REJECTED]
     report = SynthesisReport(
         features=features,
-        filled=np.array([f for f in features.tolist() if f in own], np.int64),
-        resisted=np.array([f for f in features.tolist() if f in resisted], np.int64),
-        samples=len(chosen),
-        fac_before=before,
-        fac_after=after,
+        activated=np.array([f for f in features.tolist() if f in activated], np.int64),
+        exhausted=np.array(sorted(set(exhausted) - activated, key=features.tolist().index), np.int64),
+        samples=len(samples),
+        fac_before=fac[0],
+        fac_after=fac[1],
         curve=curve,
         kl_before=kl[0],
         kl_after=kl[1],
-        ways=by_way(written, seed=synthesizer.settings.seed),
-        copied=sum(c["refused"] == "copy of what the prompt showed" for c in hits) / len(hits) if hits else 0.0,
-        dropped=dict(Counter(c["refused"].split(":")[0].split(",")[0] for c in refused).most_common()),
-        **{
-            name: sum(o[name] for o in outcomes.values()) for name in ("requests", "prompt_tokens", "completion_tokens")
-        },
+        methods=by_method(written, seed=provenance[""]["seed"]),
+        copied=sum(c.rejection is Rejection.COPY for c in hits) / len(hits) if hits else 0.0,
+        dropped=dict(Counter(_category(c) for c in rejected).most_common()),
+        requests=budget.requests,
+        prompt_tokens=budget.prompt_tokens,
+        completion_tokens=budget.completion_tokens,
         seconds=seconds,
         ended=ended,
+        chat_failed=chat_failed,
     )
-    return SynthesisResult(dataset, report, _dropped(refused))
+    return SynthesisResult(_dataset(task, samples, provenance), report, _dropped(rejected))
 
 
-def _filter_again(records: list[dict], keep: Callable[[Mapping[str, Any]], bool] | None) -> None:
-    """A journal does not know whether the caller's filter is the one that it was begun with."""
-    for c in records:
-        if keep is not None and c["chosen"] and not keep(c["row"]):
-            c["chosen"], c["refused"] = False, "the caller's own filter"
-
-
-def _in_order(chosen: list[dict]) -> list[dict]:
-    """The pool's rows, then all first samples of features, then all second ones; a feature's strongest comes first."""
+def in_order(samples: Sequence[Candidate]) -> list[Candidate]:
+    """Returns the pool's rows, then the strongest sample of each feature, then the second strongest, and so on."""
+    pool = [c for c in samples if c.method == "pool"]
     rank: Counter[int] = Counter()
-    keyed = []
-    for place, c in enumerate(sorted(chosen, key=lambda c: -c["activation"])):
-        keyed.append((c["way"] != "pool", rank[c["feature"]], place, c))
-        rank[c["feature"]] += 1
-    order = {id(c): i for i, c in enumerate(chosen)}
-    return [c for *_, c in sorted(keyed, key=lambda k: (k[0], k[1], order[id(k[3])]))]
+    ranks = {}
+    for candidate in sorted(samples, key=lambda c: -c.activation):
+        ranks[id(candidate)] = rank[candidate.feature]
+        rank[candidate.feature] += 1
+    return pool + sorted((c for c in samples if c.method != "pool"), key=lambda c: ranks[id(c)])
 
 
-def _without_repeats(chosen: list[dict]) -> list[dict]:
-    """Pieces do not see each other's texts."""
-    from .filters import NearDuplicates
+def by_method(candidates: Sequence[Candidate], *, seed: int = 0) -> dict[str, PermutationBaseline]:
+    """Returns by method, and for "all" where there are several, what its texts did for the features."""
+    found = {}
+    names = [name for name in _METHODS if any(c.method == name for c in candidates)]
+    for name in [*names, "all"] if len(names) > 1 else names:
+        texts = [c for c in candidates if name in (c.method, "all")]
+        sound = [c for c in texts if c.score is not None and _is_sound(c)]
+        found[name] = compare_with_permutations(
+            [c.feature for c in texts], [c.feature for c in sound], [c.score.activates for c in sound], seed=seed
+        )
+    return found
 
-    known, kept = NearDuplicates(), []
-    for c in chosen:
-        if known.source_of(c["text"]):
-            c["chosen"], c["refused"] = False, "near-duplicate of another sample"
-            continue
-        known.add(c["text"], "another sample")
-        kept.append(c)
-    return kept
+
+def _is_sound(candidate: Candidate) -> bool:
+    repeats_sample = candidate.rejection is Rejection.NEAR_DUPLICATE and candidate.detail == "another sample"
+    return candidate.status is not Status.REJECTED or candidate.rejection in SOUND_REJECTIONS or repeats_sample
 
 
-def _dataset(synthesizer: Any, chosen: list[dict]) -> Dataset:
+def _category(candidate: Candidate) -> str:
+    is_duplicate = candidate.rejection is Rejection.NEAR_DUPLICATE
+    return candidate.reason if is_duplicate else candidate.rejection.value
+
+
+def _dataset(task: Task, samples: Sequence[Candidate], provenance: Mapping[str, Any]) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    from ..dictionary.asking import chat_name, model_name
-    from ..tasks.prompts import PROMPT_VERSION
-
-    shared = {
-        "task": synthesizer.task.name, "seed": synthesizer.settings.seed, "prompt_version": PROMPT_VERSION,
-    }  # fmt: skip
-    words = {"chat": chat_name(synthesizer.chat)}
-    chats = {"pool": {}, "steering": {"chat": model_name(synthesizer.featurizer.model)}}
     rows = [
         {
-            **c["row"],
-            "fac_feature": c["feature"],
-            "fac_activation": c["activation"],
-            "fac_way": c["way"],
-            "fac_provenance": json.dumps(
-                shared | chats.get(c["way"], words) | c["asked"] | {"request": c["request"], "answer": c["number"]}
-            ),
+            **c.row,
+            "fac_feature": c.feature,
+            "fac_activation": c.activation,
+            "fac_method": c.method,
+            "fac_provenance": json.dumps({**provenance[""], **provenance.get(c.method, {}), **c.provenance}),
         }
-        for c in chosen
+        for c in samples
     ]
-    own = {"fac_feature": "int32", "fac_activation": "float32", "fac_way": "string", "fac_provenance": "string"}
-    features = Features({**synthesizer.task.features(), **{name: Value(kind) for name, kind in own.items()}})
+    own = {"fac_feature": "int32", "fac_activation": "float32", "fac_method": "string", "fac_provenance": "string"}
+    features = Features({**task.features(), **{name: Value(kind) for name, kind in own.items()}})
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features)
 
 
-def _dropped(refused: list[dict]) -> Dataset:
+def _dropped(rejected: Sequence[Candidate]) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    kinds = {
-        "fac_feature": "int32", "fac_way": "string", "fac_activation": "float32", "text": "string", "reason": "string",
-    }  # fmt: skip
     columns = {
-        "fac_feature": [c["feature"] for c in refused], "fac_way": [c["way"] for c in refused],
-        "fac_activation": [c["activation"] for c in refused], "text": [c["text"] for c in refused],
-        "reason": [c["refused"] for c in refused],
-    }  # fmt: skip
-    return Dataset.from_dict(columns, Features({name: Value(kind) for name, kind in kinds.items()}))
+        "fac_feature": ("int32", [c.feature for c in rejected]),
+        "fac_method": ("string", [c.method for c in rejected]),
+        "fac_activation": ("float32", [c.activation for c in rejected]),
+        "text": ("string", [c.text for c in rejected]),
+        "reason": ("string", [c.reason for c in rejected]),
+    }
+    features = Features({name: Value(kind) for name, (kind, _) in columns.items()})
+    return Dataset.from_dict({name: values for name, (_, values) in columns.items()}, features)
 
 
 def _coverage(
-    synthesizer: Any, missing: Any, features: np.ndarray, chosen: list[dict]
-) -> tuple[float, float, np.ndarray, tuple[float, float]]:
+    featurizer: SAEFeaturizer,
+    task: Task,
+    missing: FACReport | None,
+    features: np.ndarray,
+    delta: np.ndarray,
+    samples: Sequence[Candidate],
+) -> tuple[tuple[float, float], np.ndarray, tuple[float, float]]:
     """FAC before and after, the curve, and KL before and after."""
-    from ..coverage.coverage import FACReport
-
-    own, task = synthesizer.featurizer, synthesizer.task
-    rows = [task.as_read(c["row"], own.reader.pool_over) for c in chosen]
-    if isinstance(missing, FACReport):
-        table = missing.table
-        ids, delta = table["feature"], table["delta"]
-        covered = table["covered"].copy()
-        counts = np.array([table["anchor_rows"], table["data_rows"]], np.float64)
+    if missing is None:
+        ids, covered = np.sort(features), np.zeros(len(features), bool)
     else:
-        ids = np.sort(features)
-        delta = np.broadcast_to(np.asarray(synthesizer.threshold, np.float64), own.d_sae)[ids]
-        covered = np.zeros(len(ids), bool)
-        counts = None
-    curve, active = [covered.mean() if len(ids) else math.nan], np.zeros(len(ids))
-    if rows:
-        acts = own(rows)
-        for number in range(len(rows)):
-            part = slice(acts.indptr[number], acts.indptr[number + 1])
-            found = np.zeros(own.d_sae, np.float32)
-            found[acts.indices[part]] = acts.data[part]
-            above = found[ids] > delta
-            active += above
-            covered |= above
-            curve.append(covered.mean() if len(ids) else math.nan)
-    curve = np.array(curve)
-    if counts is None or not len(ids):
-        return math.nan, math.nan, curve, (math.nan, math.nan)
-    return float(curve[0]), float(curve[-1]), curve, (_kl(*counts), _kl(counts[0], counts[1] + active))
+        ids, covered = missing.table["feature"], missing.table["covered"].copy()
+    if not len(ids):
+        return (math.nan, math.nan), np.full(len(samples) + 1, math.nan), (math.nan, math.nan)
+    above = np.zeros((len(samples), len(ids)), bool)
+    if samples:
+        rows = [task.featurizer_row(c.row, featurizer.reader.pool_over) for c in samples]
+        above = (featurizer(rows)[:, ids].toarray() > delta[ids]).astype(bool)
+    seen = np.vstack([covered, np.logical_or.accumulate(above, axis=0) | covered])
+    curve = seen.mean(axis=1)
+    if missing is None:
+        return (math.nan, math.nan), curve, (math.nan, math.nan)
+    anchor, data = (np.asarray(missing.table[name], np.float64) for name in ("anchor_rows", "data_rows"))
+    return (float(curve[0]), float(curve[-1])), curve, (_kl(anchor, data), _kl(anchor, data + above.sum(axis=0)))
 
 
 def _kl(anchor_rows: np.ndarray, data_rows: np.ndarray) -> float:
     p, q = ((rows + 0.5) / (rows + 0.5).sum() for rows in (anchor_rows, data_rows))
     return float(np.sum(p * np.log(p / q)))
-
-
-def by_way(written: Sequence[dict], *, seed: int = 0) -> dict[str, Effect]:
-    """Returns what the texts of each way of writing did for their features, and of "all" where there are several.
-
-    Args:
-        written: records of candidates (`Candidate.record`).
-    """
-    found = {}
-    names = list(dict.fromkeys(c["way"] for c in written))
-    for name in [*names, "all"] if len(names) > 1 else names:
-        texts = [c for c in written if name in (c["way"], "all")]
-        sound = [c for c in texts if c["text"] and (not c["refused"] or c["refused"].startswith(_SOUND))]
-        features = [c["feature"] for c in texts]
-        found[name] = effect(features, [c["feature"] for c in sound], [c["activates"] for c in sound], seed=seed)
-    return found

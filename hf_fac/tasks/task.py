@@ -1,7 +1,7 @@
-"""A task: what makes a feature relevant for it, the TRL type of its samples, and how a sample is asked for and read.
+"""A task: what makes a feature relevant for it, the TRL type of its samples, and what a sample consists of.
 
-In: a feature's explanation and spans, and later what a model wrote. Out: conversations to send to a model, and rows
-that the TRL trainer of the task's type takes, or the reason why an answer is none. The wording is in prompts.py.
+In: a task's fields, from code or a YAML file, and the parts of a sample that a model wrote. Out: rows that the TRL
+trainer of the task's type takes, or the reason why the parts make none. How samples are asked for is in prompts.py.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, field, fields
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ..inputs.rows import ROW_TYPES, PoolOver
-from ..inputs.token_context import MarkedSpan
 from ..storage.files import write_whole
 from ..storage.validation import checked
-from .parsing import Answer, check_text, read_json, read_list, read_text
-from .prompts import Message, begin_list, request_part, request_sample
+from .parsing import Answer, check_text, read_json, read_text
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -44,7 +43,8 @@ _POOLS: dict[str, tuple[PoolOver, ...]] = dict.fromkeys(_PARTS, ("all", "user", 
     "messages": ("all", "user", "assistant"),
     "contrastive": ("all", "user"),  # the answer is a letter: what can activate a feature stands in the question
 }
-_ANSWERS = ("completion", "chosen")  # what the model says when the prompt is put to it: taken word for word
+ANSWER_FIELDS = ("completion", "chosen")  # what the model says when the prompt is put to it: taken word for word
+_PROMPT_FIELDS = ("task", "pattern", "spans", "pair", "examples", "parts", "hint", "answer")
 _BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_TASKS = tuple(sorted(path.stem for path in _BUILTIN.glob("*.yaml")))
 _CHOICE = re.compile(r"\A\(?([AB])[).:]\s+")
@@ -65,6 +65,11 @@ class Task:
         parts: what a model is told to write, by part: text and label; prompt and completion; prompt, chosen and
             rejected; question, matching and other (the choices that show a behaviour, and that do not).
         labels: of a labelled task, their names; the label of a row is the index.
+        system_prompt: put before every request for samples; "" for none.
+        prompt: own wording of the request for a sample, with the fields $pattern (what the feature responds to), $spans
+            (texts that activate it), $pair (the contrastive pair), $parts and $answer (what to write, in which form),
+            $examples, $hint and $task; "" for the built-in wording (`tasks.prompts`).
+        examples: samples of the task that the request shows.
 
     Raises: ValueError for anything else, naming the field.
     """
@@ -75,6 +80,9 @@ class Task:
     pool_over: PoolOver
     parts: Mapping[Text, Text] = field(hash=False)
     labels: tuple[Text, ...] = ()
+    system_prompt: str = ""
+    prompt: str = ""
+    examples: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
         def need(condition: bool, problem: str) -> None:
@@ -91,30 +99,35 @@ class Task:
         need(len({label.casefold() for label in labels}) == len(labels), f"labels must differ, got {labels}")
         fits = len(labels) > 1 if self.type == "labelled" else not labels
         need(fits, f"a labelled task has two or more labels, others have none; got {labels}")
+        used = set(Template(self.prompt).get_identifiers()) if self.prompt else {"pattern", "spans", "answer"}
+        unknown, needed = used - set(_PROMPT_FIELDS), {"pattern", "spans", "answer"} - used
+        known = ", ".join(f"${name}" for name in _PROMPT_FIELDS)
+        need(not unknown, f"prompt uses ${', $'.join(sorted(unknown))}; its fields are {known} ($$ for a dollar sign)")
+        need(not needed, f"prompt must use ${', $'.join(sorted(needed))}, or the model is not told what to write")
         object.__setattr__(self, "parts", {name: self.parts[name] for name in names})
 
     @property
-    def carrier(self) -> str:
-        """The part that has to activate the feature, by whose tokens are read."""
+    def target_field(self) -> str:
+        """The part of a sample that has to activate the feature: it holds the tokens that are pooled."""
         return _PARTS[self.type][self.pool_over in ("assistant", "completion")]
 
     @property
     def reads_answers(self) -> bool:
-        """Whether the carrier is what the assistant says."""
-        return self.carrier in _ANSWERS
+        """Whether the target field is what the assistant says."""
+        return self.target_field in ANSWER_FIELDS
 
-    def carried_by(self, row: Mapping[str, Any]) -> str:
+    def target_text(self, row: Mapping[str, Any]) -> str:
         """Returns the text of a row that has to activate the feature (of a contrastive item question and choices): of a
         conversation the user's, or the assistant's, last message, "" where there is none; of a standard column all."""
         columns = _COLUMNS[self.type]
-        value = row[self.carrier if self.carrier in columns else columns[0]]
+        value = row[self.target_field if self.target_field in columns else columns[0]]
         if isinstance(value, str):
             return value
         role = "assistant" if self.reads_answers else "user"
         return next((message["content"] for message in reversed(value) if message["role"] == role), "")
 
-    def alone(self, text: str) -> dict[str, Any]:
-        """Returns a row for a featurizer with this `pool_over` in which a carrier is all that is read."""
+    def wrap_target(self, text: str) -> dict[str, Any]:
+        """Returns a row for a featurizer with this `pool_over` whose pooled tokens are those of the text alone."""
         if self.type == "labelled":
             return {"text": text}
         if self.reads_answers:
@@ -122,67 +135,14 @@ class Task:
             return {"prompt": [{"role": "user", "content": "Please answer."}], "completion": answer}
         return {"messages": [{"role": "user", "content": text}]}
 
-    def ask(
-        self,
-        explanation: str | None,
-        spans: Sequence[MarkedSpan],
-        positive: MarkedSpan | None = None,
-        negative: MarkedSpan | None = None,
-        *,
-        form: Literal["json", "text"] = "json",
-        variant: int = 0,
-    ) -> list[Message]:
-        """Returns the conversation that asks a chat model for a sample that activates a feature.
-
-        Args:
-            explanation: what the feature responds to; None leaves it to the spans.
-            spans: texts that activate it. positive, negative: the contrastive pair, with their activations.
-            form: "json" asks for all parts (`read` reads the answer); "text" for the carrier alone, from a model too
-                small for JSON (`read_part` reads it, `next_part` asks for the rest).
-            variant: adds HINTS[variant % len(HINTS)].
-
-        Raises: ValueError when neither explanation nor span says what the feature is.
-        """
-        return request_sample(
-            self.name, self.parts, self.labels, self.carrier, explanation, spans, positive, negative,
-            form=form, variant=variant,
-        )  # fmt: skip
-
-    def begin(
-        self, explanation: str | None, spans: Sequence[MarkedSpan], positive: MarkedSpan | None = None
-    ) -> list[Message]:
-        """Returns, for a small model, a conversation whose last turn, the assistant's, is a begun numbered list: the
-        spans, the positive, and the next number. The model continues that turn; `read_list` reads what it adds.
-
-        Raises: ValueError when neither explanation nor span says what the feature is.
-        """
-        return begin_list(self.parts[self.carrier], explanation, spans, positive)
-
     def read(self, text: str) -> Answer:
-        """Returns the row in the answer to `ask`, or the reason why there is none (see `read_json`, `row`)."""
+        """Returns the row in a chat's JSON answer, or the reason why there is none (see `read_json`, `row`)."""
         found = read_json(text)
         return found if found.value is None else self.row(found.value)
 
-    def read_list(self, conversation: Sequence[Message], text: str, *, ended: bool = False) -> list[Answer]:
-        """Returns the carriers that `text` adds to the list begun in `conversation` (see `answers.read_list`)."""
-        number = int(conversation[-1]["content"].rpartition("\n")[2].removesuffix("."))
-        return read_list(text, number=number, ended=ended)
-
-    def next_part(self, parts: Mapping[str, str]) -> tuple[str, list[Message]] | None:
-        """Returns which part is to be written next and the conversation that asks for it; None when all are there.
-
-        For models that write a text but no JSON: from a carrier to a row, part by part (`read_part`, then `row`).
-        """
-        name = next((name for name in self.parts if name not in parts), None)
-        if name is None:
-            return None
-        if name in _ANSWERS:
-            return name, [{"role": "user", "content": parts["prompt"]}]
-        return name, request_part(self.parts, self.labels, name, parts)
-
     def read_part(self, name: str, text: str) -> Answer:
-        """Returns the text of a part, or the reason why there is none (see `read_text`)."""
-        return check_text(text) if name in _ANSWERS else read_text(text)
+        """Returns the text of a part in a chat's answer, or the reason why there is none (see `read_text`)."""
+        return check_text(text) if name in ANSWER_FIELDS else read_text(text)
 
     def row(self, parts: Mapping[str, str]) -> Answer:
         """Returns the row made of all parts, in the columns of the task's type, or the reason why there is none.
@@ -230,7 +190,7 @@ class Task:
         labels = {"label": self.labels[0]} if self.labels else {}
         return self.row({name: f"This is the {name}." for name in self.parts} | labels).value
 
-    def as_read(self, row: Mapping[str, Any], pool_over: PoolOver | None = None) -> Mapping[str, Any]:
+    def featurizer_row(self, row: Mapping[str, Any], pool_over: PoolOver | None = None) -> Mapping[str, Any]:
         """Returns a row as a featurizer with `pool_over` (None: the task's) takes it: where a labelled task's user is
         read, its text becomes a user's message (plain text has no user); every other row stays as it is."""
         if self.type == "labelled" and (pool_over or self.pool_over) == "user":
@@ -284,7 +244,7 @@ class Task:
             return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
         Readable.add_representer(str, represent)
-        content = {key: list(v) if key == "labels" else v for key, v in asdict(self).items() if v}
+        content = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v}
         text = yaml.dump(content, Dumper=Readable, sort_keys=False, allow_unicode=True, width=110)
         write_whole(path, text)
 

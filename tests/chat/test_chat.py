@@ -128,7 +128,7 @@ BEGUN = [None, "The", None, "def mean(", "yes", "", "the town\n", None]
 @pytest.mark.parametrize("family", MODELS)
 def test_greedy_is_what_generate_writes(family: str, batch_size: int) -> None:
     chat = local(family, batch_size=batch_size, batch_tokens=64)
-    completions = chat.complete(PROMPTS, n=2, temperature=0, max_tokens=30, begun=BEGUN)
+    completions = chat.complete(PROMPTS, n=2, temperature=0, max_tokens=30, prefill=BEGUN)
     prompts = [rendered(chat.tokenizer, *pair) for pair in zip(PROMPTS, BEGUN, strict=True)]
     expected = [generated(chat.model, chat.tokenizer, prompt, 30) for prompt in prompts]
     assert completions == [[answer, answer] for answer in expected]
@@ -273,7 +273,7 @@ def test_a_base_model_goes_on_with_the_plain_text(family: str) -> None:
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
         messages = [{"role": "system", "content": "The river"}, {"role": "user", "content": " rises in"}]
-        [[answer]] = local(family).complete([messages], temperature=0, max_tokens=20, begun=[" the hills"])
+        [[answer]] = local(family).complete([messages], temperature=0, max_tokens=20, prefill=[" the hills"])
         expected = generated(MODELS[family], tokenizer, tokenizer("The river rises in the hills")["input_ids"], 20)
         [[empty]] = local("gpt2").complete(user("")) if family == "gpt2" else [[None]]
     finally:
@@ -286,7 +286,7 @@ def test_a_base_model_goes_on_with_the_plain_text(family: str) -> None:
 def test_texts_keep_the_space_they_begin_with() -> None:
     # A Metaspace tokenizer drops the space of the very first token that it decodes.
     chat = local("gemma2")
-    answers = chat.complete(user("the river"), n=60, max_tokens=3, temperature=1.5, begun=["It is"])[0]
+    answers = chat.complete(user("the river"), n=60, max_tokens=3, temperature=1.5, prefill=["It is"])[0]
     assert any(answer.text.startswith(" ") for answer in answers)
 
 
@@ -378,7 +378,7 @@ def test_a_model_and_its_tokenizer_are_loaded_by_name(tmp_path: Path) -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0}, "top_p is 0"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"begun": ["one"]}, "1 entries for 2 conversations"),
+        ({"prefill": ["one"]}, "1 entries for 2 conversations"),
         ({"stop": "\n"}, "must be a list of strings"),
         ({"stop": [""]}, "none of them empty"),
     ],
@@ -673,7 +673,7 @@ def test_what_is_on_disk_is_not_asked_for_again(tmp_path: Path) -> None:
                 {"max_tokens": 99},
                 {"seed": 40},
                 {"stop": ["."]},
-                {"begun": ["The"]},
+                {"prefill": ["The"]},
                 {"chat": {"extra_body": {"repetition_penalty": 1.1}}},
             ]
         ):
@@ -904,8 +904,8 @@ def test_a_turn_is_begun_and_what_was_begun_is_not_in_the_text() -> None:
     with FlakyServer(
         messages={"1. A": {"message": {"role": "assistant", "content": "1. A stone. END of it"}}}
     ) as server:
-        [[repeated]] = endpoint(server).complete(user("list"), begun=["1. A"], stop=["END"])
-        [[kept]] = endpoint(server, continue_final_message=True).complete(user("list"), begun=["1. A"])
+        [[repeated]] = endpoint(server).complete(user("list"), prefill=["1. A"], stop=["END"])
+        [[kept]] = endpoint(server, continue_final_message=True).complete(user("list"), prefill=["1. A"])
         asked = [json.loads(body) for body in server.came]
     assert repeated.text == " stone. "
     assert kept.text == "1. A stone. END of it"

@@ -132,8 +132,8 @@ def test_each_feature_and_strength_has_its_own_random_numbers() -> None:
 
 
 def test_without_strength_it_writes_as_the_local_chat_does() -> None:
-    plain = local().complete(PROMPTS, temperature=0, max_tokens=10, begun=["a"] * 6, stop=["e"])
-    options = {"temperature": 0, "max_tokens": 10, "begun": ["a"] * 6, "stop": ["e"]}
+    plain = local().complete(PROMPTS, temperature=0, max_tokens=10, prefill=["a"] * 6, stop=["e"])
+    options = {"temperature": 0, "max_tokens": 10, "prefill": ["a"] * 6, "stop": ["e"]}
     assert steered().complete(PROMPTS, features=FEATURES, strengths=[0] * 6, **options) == plain
     assert steered().complete(PROMPTS, features=FEATURES, strengths=[1] * 6, **options) != plain
     assert steered().complete([], features=[], strengths=[]) == []
@@ -144,7 +144,7 @@ def test_a_base_model_can_be_steered() -> None:
     chat = SteeredChat(LocalChat(MODELS["llama"], tokenizer), SAE, layer=1, mean_norm=UNIT)
     prompt = tokenizer("The river rises")["input_ids"]
     [[answer]] = chat.complete(
-        user("The river"), features=[9], strengths=[1], temperature=0, max_tokens=8, begun=[" rises"]
+        user("The river"), features=[9], strengths=[1], temperature=0, max_tokens=8, prefill=[" rises"]
     )
     ids = slowly_written("llama", prompt, 1, 9, 1.0, 8)
     assert answer.text == tokenizer.decode(prompt + ids, skip_special_tokens=True)[len("The river rises") :]

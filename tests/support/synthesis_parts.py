@@ -36,7 +36,7 @@ def make_parts():
 
 
 def synthesizer(featurizer, dictionary, report, *, chat=None, **settings):
-    settings = {"task": "instruction_following", "ways": ("two_step",), "form": "list", **settings}
+    settings = {"task": "instruction_following", "methods": ("two_step",), "prompt_format": "list", **settings}
     return FACSynthesizer(chat or WritingChat(), featurizer, dictionary, threshold=report.threshold, **settings)
 
 

@@ -13,8 +13,8 @@ from collections.abc import Collection
 
 from tiny import CORPUS
 
+from hf_fac.chat.base import Completion
 from hf_fac.chat.endpoint import ChatError
-from hf_fac.chat.local import NOT_ASKED, Completion
 
 WORDS = sorted({word.strip(".,?") for text in CORPUS[:5] for word in text.split() if word.isascii() and word.isalpha()})
 
@@ -47,11 +47,11 @@ class WritingChat:
         self.asked: list[tuple[str, int]] = []
         self.texts = 0
 
-    def complete(self, conversations, *, n=1, seed=0, begun=None, max_tokens=256, **settings):
+    def complete(self, conversations, *, n=1, seed=0, prefill=None, max_tokens=256, **settings):
         done = []
         time.sleep(self.seconds)
         for number, conversation in enumerate(conversations):
-            before = (begun or [None] * len(conversations))[number]
+            before = (prefill or [None] * len(conversations))[number]
             key = json.dumps([conversation, before])
             self.asked.append((key, seed))
             # Text i of n is the one that n=1 with seed + i asks for.
@@ -61,13 +61,13 @@ class WritingChat:
                 os.kill(os.getpid(), signal.SIGKILL)
         if self.gives_up_after is not None and len(self.asked) >= self.gives_up_after:
             error = ChatError("no credit left")
-            error.completions = done[:3] + [[Completion("", "failed", f"{NOT_ASKED}no credit", 0, 0)]] * (len(done) - 3)
+            error.completions = done[:3] + [[Completion("", "not_asked", "no credit", 0, 0)]] * (len(done) - 3)
             raise error
         return done
 
     def _unless_lost(self, answer: Completion) -> Completion:
         if self.texts >= self.at_most:
-            return Completion("", "failed", f"{NOT_ASKED}max_tokens_total is reached", 0, 0)
+            return Completion("", "not_asked", "max_tokens_total is reached", 0, 0)
         self.texts += 1
         return Completion("", "failed", "the server is gone", 0, 0) if self.texts - 1 in self.loses else answer
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_fac.synthesis.baseline import Effect, effect
+from hf_fac.synthesis.baseline import PermutationBaseline, compare_with_permutations
 
 
 def slow_effect(features, written_for, activates, *, seed):
@@ -26,7 +26,7 @@ def slow_effect(features, written_for, activates, *, seed):
     nan = (np.nan, np.nan)
     if n == 0 or m < 2:
         filled, rate = (float((np.diag(counts) > 0).mean()), float(np.trace(counts) / n)) if n else nan
-        return Effect(m, n, filled, np.nan, nan, rate, np.nan, np.nan, nan)
+        return PermutationBaseline(m, n, filled, np.nan, nan, rate, np.nan, np.nan, nan)
 
     def rates(counts, texts, same):
         pairs = (texts[:, None] * ~same).sum()
@@ -51,7 +51,9 @@ def slow_effect(features, written_for, activates, *, seed):
     own, chance = rates(counts, texts, np.eye(m, dtype=bool))
     filled = (np.diag(counts) > 0).mean()
     interval = central([r for r in ratios if not np.isnan(r)])
-    return Effect(m, n, filled, np.mean(shares), central(shares), own, chance, ratio(own, chance), interval)
+    return PermutationBaseline(
+        m, n, filled, np.mean(shares), central(shares), own, chance, ratio(own, chance), interval
+    )
 
 
 def cases():
@@ -76,7 +78,7 @@ def cases():
 def test_what_is_found_equals_a_slow_reference(case, seed):
     features, texts = case
     written_for, activates = [feature for feature, _ in texts], [hits for _, hits in texts]
-    found = effect(features, written_for, activates, seed=seed)
+    found = compare_with_permutations(features, written_for, activates, seed=seed)
     np.testing.assert_equal(tuple(found), tuple(slow_effect(features, written_for, activates, seed=seed)))
 
 
@@ -85,7 +87,7 @@ def test_random_texts_for_many_features_equal_a_slow_reference():
     features = rng.permutation(5000)[:80]
     written_for = rng.choice(features[:60], 300).tolist()
     activates = [[own, *rng.choice(5000, 20).tolist()][rng.integers(3) :] for own in written_for]
-    found = effect(features, written_for, activates, seed=3)
+    found = compare_with_permutations(features, written_for, activates, seed=3)
     assert found.ratio_interval[0] < found.ratio < found.ratio_interval[1]
     np.testing.assert_equal(tuple(found), tuple(slow_effect(features.tolist(), written_for, activates, seed=3)))
 
@@ -93,35 +95,35 @@ def test_random_texts_for_many_features_equal_a_slow_reference():
 def test_memory_grows_with_hits_not_with_pairs_of_features():
     features = list(range(3000))
     tracemalloc.start()
-    found = effect(features, features, [[f, (f + 1) % 3000] for f in features])
+    found = compare_with_permutations(features, features, [[f, (f + 1) % 3000] for f in features])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (found.filled, found.hits_by_chance) == (1.0, 1 / 2999)
+    assert (found.activated, found.hit_rate_by_chance) == (1.0, 1 / 2999)
     assert peak < 3000 * 3000  # less than a byte a pair
 
 
 def test_a_text_for_a_feature_that_was_not_asked_for_is_refused():
     with pytest.raises(KeyError):
-        effect([1, 2], [3], [[]])
+        compare_with_permutations([1, 2], [3], [[]])
 
 
 def test_texts_that_activate_everything_are_no_better_than_chance():
-    found = effect([1, 2, 3], [1, 2, 3], [[1, 2, 3]] * 3)
-    assert (found.filled, found.filled_by_chance) == (1.0, 1.0)
-    assert (found.hit_rate, found.hits_by_chance, found.ratio) == (1.0, 1.0, 1.0)
-    assert found.filled_interval == found.ratio_interval == (1.0, 1.0)
+    found = compare_with_permutations([1, 2, 3], [1, 2, 3], [[1, 2, 3]] * 3)
+    assert (found.activated, found.activated_by_chance) == (1.0, 1.0)
+    assert (found.hit_rate, found.hit_rate_by_chance, found.ratio) == (1.0, 1.0, 1.0)
+    assert found.activated_interval == found.ratio_interval == (1.0, 1.0)
 
 
 def test_rates_are_counted_by_hand():
     # Texts for 1: two, one hits 1, both hit 2. Text for 2: hits none. Text for 3: hits 3 and 1; 9 is not asked for.
-    found = effect([1, 2, 3], [1, 1, 2, 3], [[1, 2], [2], [], [1, 3, 9]])
+    found = compare_with_permutations([1, 2, 3], [1, 1, 2, 3], [[1, 2], [2], [], [1, 3, 9]])
     assert found.texts == 4
-    assert found.filled == pytest.approx(2 / 3)
+    assert found.activated == pytest.approx(2 / 3)
     assert found.hit_rate == pytest.approx(2 / 4)
-    assert found.hits_by_chance == pytest.approx(3 / 8)
+    assert found.hit_rate_by_chance == pytest.approx(3 / 8)
     assert found.ratio == pytest.approx((2 / 4) / (3 / 8))
     # The two derangements of three give texts of (2, 3, 1) and of (3, 1, 2): 1/3 or 2/3 are filled.
-    assert set(found.filled_interval) <= {0.0, 1 / 3, 2 / 3}
+    assert set(found.activated_interval) <= {0.0, 1 / 3, 2 / 3}
 
 
 def test_chance_of_independent_texts_is_their_rate():
@@ -129,13 +131,13 @@ def test_chance_of_independent_texts_is_their_rate():
     features = list(range(40))
     written_for = [f for f in features for _ in range(5)]
     activates = [np.flatnonzero(rng.random(40) < 0.2).tolist() for _ in written_for]
-    found = effect(features, written_for, activates)
+    found = compare_with_permutations(features, written_for, activates)
     low, high = found.ratio_interval
     assert low < 1 < high
     assert low < found.ratio < high
-    assert found.hits_by_chance == pytest.approx(0.2, abs=0.02)
-    assert found.filled_by_chance == pytest.approx(1 - 0.8**5, abs=0.05)
-    assert found.filled_interval[0] <= found.filled <= found.filled_interval[1]
+    assert found.hit_rate_by_chance == pytest.approx(0.2, abs=0.02)
+    assert found.activated_by_chance == pytest.approx(1 - 0.8**5, abs=0.05)
+    assert found.activated_interval[0] <= found.activated <= found.activated_interval[1]
 
 
 def test_texts_for_their_own_features_are_clear_of_chance():
@@ -143,13 +145,13 @@ def test_texts_for_their_own_features_are_clear_of_chance():
     features = list(range(30))
     written_for = [f for f in features for _ in range(6)]
     activates = [[f for f in features if rng.random() < (0.4 if f == own else 0.04)] for own in written_for]
-    found = effect(features, written_for, activates)
+    found = compare_with_permutations(features, written_for, activates)
     assert found.ratio_interval[0] > 3
-    assert found.filled > found.filled_interval[1]
+    assert found.activated > found.activated_interval[1]
 
 
 @pytest.mark.parametrize(("features", "written", "hits"), [([], [], []), ([1], [1], [[1]]), ([1, 2], [], [])])
 def test_nothing_to_compare_is_nan(features, written, hits):
-    found = effect(features, written, hits)
+    found = compare_with_permutations(features, written, hits)
     assert np.isnan(found.ratio)
-    assert np.isnan(found.filled_by_chance)
+    assert np.isnan(found.activated_by_chance)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import signal
 import threading
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from flaky_server import FlakyServer
 from synthesis_parts import as_dicts, make_featurizer, make_parts, rows, synthesizer
 from tiny import byte_level_tokenizer
@@ -21,7 +24,10 @@ from hf_fac.chat.endpoint import ChatError, EndpointChat
 from hf_fac.chat.local import LocalChat
 from hf_fac.coverage.coverage import FeatureCoverage
 from hf_fac.features.featurizer import SAEFeaturizer
+from hf_fac.storage.cache import Processes
+from hf_fac.synthesis import rounds
 from hf_fac.synthesis.filters import NearDuplicates, copied_run, words
+from hf_fac.synthesis.synthesizer import FACSynthesizer
 from hf_fac.tasks.task import get_task
 
 TASKS = ["toxicity", "helpfulness", "instruction_following", "sycophancy"]
@@ -29,10 +35,13 @@ TASKS = ["toxicity", "helpfulness", "instruction_following", "sycophancy"]
 
 def assert_same(one, other):
     """Equal but for activations, which depend in their last digits on what else was measured at the time."""
-    for found, expected in zip(as_dicts(one), as_dicts(other), strict=True):
-        for row in expected:
-            row["fac_activation"] = pytest.approx(row["fac_activation"], rel=1e-4)
-        assert found == expected
+    assert_same_rows(as_dicts(one), as_dicts(other))
+
+
+def assert_same_rows(one, other):
+    for found, expected in zip(one, other, strict=True):
+        about = [{**row, "fac_activation": pytest.approx(row["fac_activation"], rel=1e-4)} for row in expected]
+        assert found == about
 
 
 @pytest.mark.parametrize("form", ["list", "text", "json"])
@@ -41,19 +50,19 @@ def test_every_sample_activates_its_feature_on_the_tokens_that_the_task_pools(
     featurizer, dictionary, report, task, form
 ):
     task = get_task(task)
-    result = synthesizer(featurizer, dictionary, report, task=task, form=form).synthesize(report.missing)
+    result = synthesizer(featurizer, dictionary, report, task=task, prompt_format=form).synthesize(report.missing)
     assert len(result.dataset) > 2
     assert set(result.dataset["fac_feature"]) <= set(report.missing.tolist())
     assert list(result.dataset.features)[: len(task.features())] == list(task.features())
     reader = make_featurizer(pool_over=task.pool_over)
-    samples = [task.as_read({name: row[name] for name in task.features()}) for row in result.dataset]
+    samples = [task.featurizer_row({name: row[name] for name in task.features()}) for row in result.dataset]
     acts = reader(samples).toarray()
     feature, activation = np.array(result.dataset["fac_feature"]), np.array(result.dataset["fac_activation"])
     found = acts[np.arange(len(samples)), feature]
     assert (found > report.threshold).all()
     np.testing.assert_allclose(found, activation, rtol=1e-4, atol=1e-5)
     assert max(Counter(feature.tolist()).values()) <= 2
-    if task.carrier == "chosen":
+    if task.target_field == "chosen":
         other = make_featurizer(pool_over=task.pool_over, side="rejected")(samples).toarray()
         assert (other[np.arange(len(samples)), feature] <= report.threshold).all()
 
@@ -73,8 +82,8 @@ def test_the_report_counts_what_the_samples_add(featurizer, dictionary, report):
     assert len(told.curve) == len(result.dataset) + 1
     assert (np.diff(told.curve) >= 0).all()
     assert told.kl_after < told.kl_before
-    assert set(told.filled) == set(result.dataset["fac_feature"])
-    assert sorted([*told.filled, *told.resisted]) == sorted(report.missing)
+    assert set(told.activated) == set(result.dataset["fac_feature"])
+    assert sorted([*told.activated, *told.exhausted]) == sorted(report.missing)
     json.dumps(told.to_dict(), allow_nan=False)
     assert "FAC" in str(told)
 
@@ -91,7 +100,7 @@ def test_no_sample_is_a_copy_a_near_duplicate_or_a_scrap(featurizer, dictionary,
     result = synthesizer(
         featurizer, dictionary, report, chat=chat, avoid={"the evaluation set": avoided}, max_copied_words=2
     ).synthesize(report)
-    texts = [get_task("instruction_following").carried_by(row) for row in result.dataset]
+    texts = [get_task("instruction_following").target_text(row) for row in result.dataset]
     known = NearDuplicates({"the evaluation set": [row["text"] for row in avoided]})
     for text, feature in zip(texts, result.dataset["fac_feature"], strict=True):
         assert known.source_of(text) is None
@@ -100,7 +109,7 @@ def test_no_sample_is_a_copy_a_near_duplicate_or_a_scrap(featurizer, dictionary,
         assert len(words(text)) > 2
         assert "pattern" not in text
     reasons = {reason.split(":")[0] for reason in result.dropped["reason"]}
-    assert {"cut off", "talk about the request", "the chat failed", "copy of what the prompt showed"} <= reasons
+    assert {"truncated", "talk about the request", "the chat failed", "copy of what the prompt showed"} <= reasons
     assert sum(result.report.dropped.values()) == len(result.dropped)
 
 
@@ -122,13 +131,13 @@ def test_the_callers_own_filter_is_the_last_word(featurizer, dictionary, report)
 
 def test_the_second_step_shows_the_strongest_and_the_weakest_text_of_the_first(featurizer, dictionary, report):
     chat = WritingChat()
-    settings = {"chat": chat, "form": "text", "rounds": 1, "samples_per_feature": 50}
+    settings = {"chat": chat, "prompt_format": "text", "rounds": 1, "samples_per_feature": 50}
     result = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:4])
     second = [json.loads(key)[0][-1]["content"] for key, seed in chat.asked if seed == 100]
     assert len(second) == 4
     assert all("This text has it (strength" in request for request in second)
     assert any("This text misses it" in request for request in second)
-    assert result.report.ways.keys() == {"words", "two_step", "all"}
+    assert result.report.methods.keys() == {"words", "two_step", "all"}
 
 
 def test_a_feature_without_spans_or_candidates_borrows_or_is_left(featurizer, dictionary, report):
@@ -138,11 +147,11 @@ def test_a_feature_without_spans_or_candidates_borrows_or_is_left(featurizer, di
             return [[c._replace(text="") for c in cs] for cs in super().complete(conversations, **settings)]
 
     chat = Silent()
-    result = synthesizer(featurizer, dictionary, report, chat=chat, form="text").synthesize(report.missing[:3])
+    result = synthesizer(featurizer, dictionary, report, chat=chat, prompt_format="text").synthesize(report.missing[:3])
     assert len(result.dataset) == 0
     assert list(result.dataset.features)[:2] == ["prompt", "completion"]
     assert any("This text has it (strength" in key for key, seed in chat.asked if seed == 100), "borrowed from a span"
-    assert result.report.resisted.tolist() == report.missing[:3].tolist()
+    assert result.report.exhausted.tolist() == report.missing[:3].tolist()
 
 
 def test_a_feature_that_the_dictionary_does_not_know_is_not_asked_for_in_words(featurizer, dictionary, report):
@@ -150,7 +159,7 @@ def test_a_feature_that_the_dictionary_does_not_know_is_not_asked_for_in_words(f
     rest = dictionary.filter(lambda row: row["feature"] not in unknown)
     chat = WritingChat()
     result = synthesizer(featurizer, rest, report, chat=chat).synthesize(report.missing[:4])
-    assert not set(unknown) & {*result.report.filled, *result.report.resisted}
+    assert not set(unknown) & {*result.report.activated, *result.report.exhausted}
     assert chat.asked
 
 
@@ -158,7 +167,7 @@ def test_one_step_and_two_step_ask_for_as_many_texts(featurizer, dictionary, rep
     asked = []
     for ways in (("one_step",), ("two_step",)):
         chat = WritingChat()
-        settings = {"chat": chat, "ways": ways, "samples_per_feature": 10**6}
+        settings = {"chat": chat, "methods": ways, "samples_per_feature": 10**6}
         synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:5])
         asked.append(sum("numbered list" in key for key, _ in chat.asked))
     assert asked == [20, 20]
@@ -171,9 +180,9 @@ def test_the_form_that_is_kept_most_often_is_chosen(featurizer, dictionary, repo
             return found._replace(text="no idea") if before is None and "numbered list" not in key else found
 
     chat = NoJSON()
-    result = synthesizer(featurizer, dictionary, report, chat=chat, form=None).synthesize(report.missing)
+    result = synthesizer(featurizer, dictionary, report, chat=chat, prompt_format=None).synthesize(report.missing)
     assert result.report.requests == chat.texts  # what choosing cost is counted too
-    forms = {json.loads(text)["form"] for text in result.dataset["fac_provenance"]}
+    forms = {json.loads(text)["prompt_format"] for text in result.dataset["fac_provenance"]}
     assert forms == {"list"}
 
 
@@ -182,18 +191,18 @@ def test_where_no_form_is_kept_the_one_that_can_be_read_is_chosen(featurizer, di
         def _answer(self, *arguments):
             return super()._answer(*arguments)._replace(text="Two words.")
 
-    result = synthesizer(featurizer, dictionary, report, chat=Plain(), form=None).synthesize(report.missing)
-    asked = {json.loads(text)["form"] for text in result.dataset["fac_provenance"]}
+    result = synthesizer(featurizer, dictionary, report, chat=Plain(), prompt_format=None).synthesize(report.missing)
+    asked = {json.loads(text)["prompt_format"] for text in result.dataset["fac_provenance"]}
     assert asked <= {"text", "list"}
     assert result.report.dropped.get("unreadable", 0) <= 8 * 2, "but for the eight that were tried"
 
 
 def test_steering_writes_for_features_with_the_model_that_is_measured(featurizer, dictionary, report):
     chat = LocalChat(featurizer.model, featurizer.tokenizer)
-    settings = {"chat": chat, "ways": ("steering",), "max_tokens": 12, "answer_tokens": 4, "task": "toxicity"}
+    settings = {"chat": chat, "methods": ("steering",), "max_tokens": 12, "answer_tokens": 4, "task": "toxicity"}
     result = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:6])
     assert all(json.loads(text)["chat"] == "LlamaForCausalLM" for text in result.dataset["fac_provenance"])
-    assert result.report.ways["steering"].features == 6
+    assert result.report.methods["steering"].features == 6
     assert result.report.requests >= 6 * 4
     tried = {json.loads(text)["strength"] for text in result.dataset["fac_provenance"]}
     assert len(result.dataset) == 0 or min(tried) > 0
@@ -201,92 +210,100 @@ def test_steering_writes_for_features_with_the_model_that_is_measured(featurizer
 
 def test_the_same_journal_resumes_to_the_same_samples_without_asking_again(featurizer, dictionary, report, tmp_path):
     chat = WritingChat()
-    whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path / "a")
+    whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path / "a")
     n = len(chat.asked)
-    again = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path / "a")
+    again = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path / "a")
     assert len(chat.asked) == n
     assert as_dicts(again) == as_dicts(whole)
     plain = synthesizer(featurizer, dictionary, report).synthesize(report)
     assert as_dicts(plain) == as_dicts(whole)
 
 
-def test_other_settings_or_features_refuse_a_journal(featurizer, dictionary, report, tmp_path):
-    synthesizer(featurizer, dictionary, report).synthesize(report.missing[:4], journal=tmp_path)
-    with pytest.raises(ValueError, match=r"begun under other settings.*candidates"):
-        synthesizer(featurizer, dictionary, report, candidates=3).synthesize(report.missing[:4], journal=tmp_path)
-    with pytest.raises(ValueError, match=r"begun under other settings.*missing"):
-        synthesizer(featurizer, dictionary, report).synthesize(report.missing[:5], journal=tmp_path)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds notes\.txt"):
-        synthesizer(featurizer, dictionary, report).synthesize(report.missing[:4], journal=tmp_path / "other")
+def test_other_settings_use_what_they_share_with_the_cache(featurizer, dictionary, report, tmp_path):
+    synthesizer(featurizer, dictionary, report).synthesize(report, cache_dir=tmp_path)
+    for settings in ({"samples_per_feature": 1}, {"max_copied_words": 1}, {"candidates": 5}):
+        chat, fresh = WritingChat(), WritingChat()
+        made = synthesizer(featurizer, dictionary, report, chat=chat, **settings)
+        result = made.synthesize(report, cache_dir=tmp_path)
+        assert_same(result, synthesizer(featurizer, dictionary, report, chat=fresh, **settings).synthesize(report))
+        assert chat.texts < fresh.texts / 2
 
 
-def _write(folder, dies_after, chat=None):
+def _write(folder, *, chat=None, processes=None, **bounds):
     featurizer, dictionary, report = make_parts()
-    chat = chat or WritingChat(dies_after=dies_after)
-    result = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=folder)
-    return as_dicts(result), len(chat.asked)
+    made = synthesizer(featurizer, dictionary, report, chat=chat or WritingChat())
+    return as_dicts(made.synthesize(report, cache_dir=folder, processes=processes or Processes(), **bounds))
 
 
-def _write_in_child(folder, dies_after, queue):
-    import torch
-
+def _write_in_child(queue, folder, dies_after=None, processes=None, **bounds):
     torch.set_num_threads(1)
-    queue.put(_write(folder, dies_after)[0])
+    chat = WritingChat(dies_after=dies_after)
+    queue.put((_write(folder, chat=chat, processes=processes, **bounds), chat.texts))
 
 
-def test_killed_anywhere_it_ends_with_the_same_samples(tmp_path, monkeypatch):
-    import hf_fac.synthesis.candidates as candidates
-    import hf_fac.synthesis.synthesizer as synthesis
-
-    monkeypatch.setattr(candidates, "_AT_ONCE", 4)
-    monkeypatch.setattr(synthesis, "_PIECE", 8)
-    expected, n = _write(tmp_path / "whole", None)
-    context = multiprocessing.get_context("fork")
-    kills = random.Random(0).sample(range(1, 4 * n), 10)
-    for number in sorted(kills):
-        queue = context.Queue()
-        child = context.Process(target=_write_in_child, args=(tmp_path / "killed", number % 97 + 1, queue))
-        child.start()
-        child.join(120)
-        assert child.exitcode in (-9, 0)
-    chat = WritingChat()
-    found, asked = _write(tmp_path / "killed", None, chat)
-    assert found == expected
-    assert asked < n, "what was answered before the kills is not asked again"
-
-
-def test_several_processes_share_a_journal_and_end_with_the_same_samples(tmp_path, monkeypatch):
-    import hf_fac.synthesis.synthesizer as synthesis
-
-    monkeypatch.setattr(synthesis, "_PIECE", 4)
-    expected, _ = _write(tmp_path / "alone", None)
+def _in_children(folder, n, **bounds):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    children = [context.Process(target=_write_in_child, args=(tmp_path / "shared", None, queue)) for _ in range(3)]
+    children = [
+        context.Process(target=_write_in_child, args=(queue, folder, None, Processes(rank, n, "run")), kwargs=bounds)
+        for rank in range(n)
+    ]
     for child in children:
         child.start()
     found = [queue.get(timeout=120) for _ in children]
     for child in children:
         child.join(60)
-    assert all(each == expected for each in found)
+    return found
+
+
+def test_killed_anywhere_it_ends_with_the_same_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "_WAVE", 8)
+    whole = WritingChat()
+    expected = _write(tmp_path / "whole", chat=whole)
+    context = multiprocessing.get_context("fork")
+    for number in sorted(random.Random(0).sample(range(1, whole.texts // 3), 10)):
+        child = context.Process(target=_write_in_child, args=(context.Queue(), tmp_path / "killed", number))
+        child.start()
+        child.join(120)
+        assert child.exitcode in (-signal.SIGKILL, 0)
+    chat = WritingChat()
+    assert _write(tmp_path / "killed", chat=chat) == expected
+    assert chat.texts < whole.texts / 2, "what was answered before the kills is not asked again"
+
+
+def test_several_processes_share_the_work_and_end_with_the_samples_of_one(tmp_path):
+    alone = WritingChat()
+    expected = _write(tmp_path / "alone", chat=alone)
+    found = _in_children(tmp_path / "shared", 3)
+    for samples, _ in found:
+        assert_same_rows(samples, expected)
+    asked = [texts for _, texts in found]
+    assert sum(asked) == alone.texts, "no text is asked for twice"
+    assert max(asked) < 0.4 * alone.texts
+
+
+def test_processes_together_keep_to_bounds(tmp_path):
+    (one, asked), *others = _in_children(tmp_path, 3, max_requests=100)
+    assert 80 < asked + sum(n for _, n in others) <= 100
+    assert all(samples == one for samples, _ in others)
+    for samples, _ in _in_children(tmp_path / "timed", 2, max_seconds=0):
+        assert samples == ([], [])
 
 
 def test_bounds_end_the_work_and_keep_what_was_done(featurizer, dictionary, report, tmp_path):
     chat = WritingChat()
     few = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(
-        report, journal=tmp_path / "r", max_requests=60
+        report, cache_dir=tmp_path / "r", max_requests=60
     )
     assert few.report.requests <= 60
     assert few.report.ended == "max_requests 60"
     n = len(chat.asked)
     again = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(
-        report, journal=tmp_path / "r", max_requests=60
+        report, cache_dir=tmp_path / "r", max_requests=60
     )
     assert as_dicts(again) == as_dicts(few)
     assert len(chat.asked) == n
-    whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path / "r")
+    whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path / "r")
     assert whole.report.ended is None
     assert_same(whole, synthesizer(featurizer, dictionary, report).synthesize(report))
     nothing = synthesizer(featurizer, dictionary, report).synthesize(report, max_seconds=0)
@@ -299,7 +316,7 @@ def test_rows_that_were_begun_are_finished_when_a_bound_is_reached(featurizer, d
     timed = slow.synthesize(report, max_seconds=0.5)
     assert timed.report.ended == "max_seconds 0.5"
     assert len(timed.dataset) > 3
-    assert set(timed.dataset["fac_way"]) == {"words"}
+    assert set(timed.dataset["fac_method"]) == {"words"}
     n = 4 * len(report.missing)
     counted = synthesizer(featurizer, dictionary, report).synthesize(report, max_requests=n + 60)
     assert counted.report.requests <= n + 60
@@ -310,20 +327,20 @@ def test_a_few_requests_make_a_few_samples(featurizer, dictionary, report):
     few = synthesizer(featurizer, dictionary, report).synthesize(report, max_requests=40)
     assert 30 < few.report.requests <= 40
     assert len(few.dataset) > 2, "requests for the answers were kept back in every batch"
-    assert not len(few.report.resisted), "not all was tried for any feature"
+    assert not len(few.report.exhausted), "not all was tried for any feature"
     nothing = synthesizer(featurizer, dictionary, report).synthesize(report, max_requests=1)
     assert nothing.report.requests == 0
 
 
 def test_a_raised_number_of_samples_goes_on_where_the_lower_one_stopped(featurizer, dictionary, report, tmp_path):
     chat = WritingChat()
-    few = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path, max_samples=5)
+    few = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path, max_samples=5)
     assert few.report.ended == "max_samples 5"
     assert len(few.dataset) == 5
-    assert not len(few.report.resisted)
+    assert not len(few.report.exhausted)
     n = chat.texts
     assert n < 4 * 33 + 40, "answers are asked for just the samples that are wanted"
-    whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path)
+    whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path)
     fresh = WritingChat()
     assert_same(whole, synthesizer(featurizer, dictionary, report, chat=fresh).synthesize(report))
     assert whole.report.requests == chat.texts <= fresh.texts + 1, "nothing was asked twice"
@@ -334,27 +351,27 @@ def test_a_piece_whose_rounds_are_all_tried_is_not_done_while_rows_are_left_to_m
 ):
     made = synthesizer(featurizer, dictionary, report, rounds=0)
     whole = made.synthesize(report)
-    assert not len(made.synthesize(report, journal=tmp_path, max_requests=1).dataset)
+    assert not len(made.synthesize(report, cache_dir=tmp_path, max_requests=1).dataset)
     for n in (1, 3):
-        assert len(made.synthesize(report, journal=tmp_path, max_samples=n).dataset) == n < len(whole.dataset)
-    assert_same(made.synthesize(report, journal=tmp_path), whole)
-    unasked = made.synthesize(report, journal=tmp_path, max_requests=1)
-    assert as_dicts(unasked) == as_dicts(made.synthesize(report, journal=tmp_path)), "all that the journal holds"
+        assert len(made.synthesize(report, cache_dir=tmp_path, max_samples=n).dataset) == n < len(whole.dataset)
+    assert_same(made.synthesize(report, cache_dir=tmp_path), whole)
 
 
 @pytest.mark.parametrize("form", ["list", None])
 def test_a_chat_at_its_end_is_asked_again_by_the_same_call(featurizer, dictionary, report, tmp_path, form):
-    whole = synthesizer(featurizer, dictionary, report, form=form).synthesize(report)
+    whole = synthesizer(featurizer, dictionary, report, prompt_format=form).synthesize(report)
     for at_most in (0, 30, 150, whole.report.requests - 200):
         chat = WritingChat(at_most=at_most)
-        with pytest.warns(UserWarning, match="asks for them again"):
-            result = synthesizer(featurizer, dictionary, report, form=form, chat=chat).synthesize(
-                report, journal=tmp_path
+        with pytest.warns(UserWarning, match="asks for the rest"):
+            result = synthesizer(featurizer, dictionary, report, prompt_format=form, chat=chat).synthesize(
+                report, cache_dir=tmp_path
             )
         assert "max_tokens_total is reached" in result.report.ended
     assert 0 < len(result.dataset) < len(whole.dataset)
     chat = WritingChat()
-    result = synthesizer(featurizer, dictionary, report, form=form, chat=chat).synthesize(report, journal=tmp_path)
+    result = synthesizer(featurizer, dictionary, report, prompt_format=form, chat=chat).synthesize(
+        report, cache_dir=tmp_path
+    )
     assert_same(result, whole)
     assert result.report.requests == whole.report.requests
     assert chat.texts == 20
@@ -364,13 +381,12 @@ def test_a_text_that_failed_is_asked_for_again_and_no_other(featurizer, dictiona
     whole = synthesizer(featurizer, dictionary, report).synthesize(report)
     chat = WritingChat(loses=range(0, 10_000, 9))
     with pytest.warns(UserWarning, match="the server is gone"):
-        lossy = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path)
+        lossy = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path)
     assert 0 < len(lossy.dataset) <= len(whole.dataset)
     assert lossy.report.requests == chat.texts
-    n, chat = lossy.report.requests, WritingChat()
-    result = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path)
+    chat = WritingChat()
+    result = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path)
     assert result.report.ended is None
-    assert result.report.requests == n + chat.texts
     assert chat.texts < whole.report.requests / 2
 
 
@@ -379,24 +395,24 @@ def test_what_follows_a_text_that_cannot_be_asked_for_again_counts_all_the_same(
 ):
     chat = WritingChat(loses=range(0, 10_000, 40))
     with pytest.warns(UserWarning, match="the server is gone"):
-        lossy = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, journal=tmp_path)
+        lossy = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path)
     with pytest.warns(UserWarning, match="max_tokens_total"):
         again = synthesizer(featurizer, dictionary, report, chat=WritingChat(at_most=0)).synthesize(
-            report, journal=tmp_path
+            report, cache_dir=tmp_path
         )
     assert as_dicts(again)[0] == as_dicts(lossy)[0]
-    unasked = synthesizer(featurizer, dictionary, report).synthesize(report, journal=tmp_path, max_requests=1)
-    assert as_dicts(unasked)[0] == as_dicts(lossy)[0]
 
 
 def test_a_form_is_not_chosen_on_texts_that_the_chat_lost(featurizer, dictionary, report, tmp_path):
     with pytest.warns(UserWarning, match="the server is gone"):
-        nothing = synthesizer(featurizer, dictionary, report, form=None, chat=WritingChat(loses=range(15))).synthesize(
-            report.missing, journal=tmp_path
-        )
+        nothing = synthesizer(
+            featurizer, dictionary, report, prompt_format=None, chat=WritingChat(loses=range(15))
+        ).synthesize(report.missing, cache_dir=tmp_path)
     assert not len(nothing.dataset)
-    found = synthesizer(featurizer, dictionary, report, form=None).synthesize(report.missing, journal=tmp_path)
-    assert_same(found, synthesizer(featurizer, dictionary, report, form=None).synthesize(report.missing))
+    found = synthesizer(featurizer, dictionary, report, prompt_format=None).synthesize(
+        report.missing, cache_dir=tmp_path
+    )
+    assert_same(found, synthesizer(featurizer, dictionary, report, prompt_format=None).synthesize(report.missing))
 
 
 def test_a_form_is_tried_on_features_that_the_dictionary_knows(featurizer, dictionary, report):
@@ -406,51 +422,30 @@ def test_a_form_is_tried_on_features_that_the_dictionary_knows(featurizer, dicti
             return found._replace(text="no idea") if "JSON" in request else found
 
     known = dictionary.filter(lambda row: row["feature"] not in report.missing[:8].tolist())
-    result = synthesizer(featurizer, known, report, form=None, chat=NoJSON()).synthesize(report.missing)
+    result = synthesizer(featurizer, known, report, prompt_format=None, chat=NoJSON()).synthesize(report.missing)
     assert len(result.dataset) > 5
 
 
 def test_ways_in_any_order_try_a_form_at_the_first_temperature(featurizer, dictionary, report):
     chat = WritingChat()
-    settings = {"ways": ("steering", "two_step"), "form": None, "temperature": 0.4, "max_tokens": 6, "rounds": 0}
+    settings = {
+        "methods": ("steering", "two_step"),
+        "prompt_format": None,
+        "temperature": 0.4,
+        "max_tokens": 6,
+        "rounds": 0,
+    }
     result = synthesizer(featurizer, dictionary, report, chat=chat, **settings).synthesize(report.missing[:2])
     assert result.report.requests > 0
 
 
-def test_resisted_features_were_tried_in_every_round(featurizer, dictionary, report, tmp_path):
-    made = synthesizer(featurizer, dictionary, report, samples_per_feature=1, keep=lambda row: len(str(row)) % 3 == 0)
-    result = made.synthesize(report, journal=tmp_path)
-    rounds = Counter(row["fac_feature"] for row in result.dropped if row["reason"] == "the caller's own filter")
-    assert set(rounds) & set(result.report.resisted.tolist()), "some lost all that they had"
-    keys = [json.loads(line)[0] for file in tmp_path.glob("piece-*.jsonl") for line in file.open()]
-    for feature in result.report.resisted.tolist():
-        assert {
-            key.split(":")[0] for key in keys if key.endswith((f":words:{feature}", f":two_step:{feature}"))
-        } == set("0123")
-
-
-def test_processes_together_keep_to_a_number_of_requests(featurizer, dictionary, report, tmp_path, monkeypatch):
-    import hf_fac.synthesis.synthesizer as synthesis
-
-    monkeypatch.setattr(synthesis, "_PIECE", 4)
-
-    def write(queue):
-        chat = WritingChat(seconds=0.1)
-        result = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(
-            report, journal=tmp_path, max_requests=100
-        )
-        queue.put((chat.texts, as_dicts(result)))
-
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    children = [context.Process(target=write, args=(queue,)) for _ in range(3)]
-    for child in children:
-        child.start()
-    (one, found), *others = [queue.get(timeout=120) for _ in children]
-    for child in children:
-        child.join(60)
-    assert 80 < one + sum(n for n, _ in others) <= 100
-    assert all(other == found for _, other in others)
+def test_exhausted_features_were_tried_in_every_round(featurizer, dictionary, report):
+    made = synthesizer(featurizer, dictionary, report, samples_per_feature=1, keep=lambda row: False)
+    result = made.synthesize(report)
+    assert sorted(result.report.exhausted) == sorted(report.missing)
+    assert result.report.requests >= 4 * 4 * len(report.missing)
+    few = made.synthesize(report, max_requests=100)
+    assert not len(few.report.exhausted)
 
 
 def test_max_samples_takes_first_samples_first(featurizer, dictionary, report):
@@ -461,24 +456,21 @@ def test_max_samples_takes_first_samples_first(featurizer, dictionary, report):
 
 def test_the_plan_bounds_what_is_spent(featurizer, dictionary, report):
     for form in ("list", "text", "json"):
-        made = synthesizer(featurizer, dictionary, report, form=form)
+        made = synthesizer(featurizer, dictionary, report, prompt_format=form)
         plan = made.plan(report)
         told = made.synthesize(report).report
         assert plan.features == len(report.missing)
         assert told.requests <= plan.requests
         assert told.completion_tokens <= plan.completion_tokens
-        assert plan.seconds is None
         assert "at most" in str(plan)
-    local = synthesizer(featurizer, dictionary, report, chat=LocalChat(featurizer.model, featurizer.tokenizer))
-    assert local.plan(report).seconds > 0
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ways": ("magic",)}, "ways is"),
-        ({"ways": ()}, "ways is"),
-        ({"form": "xml"}, "form is 'xml'"),
+        ({"methods": ("magic",)}, "methods is"),
+        ({"methods": ()}, "methods is"),
+        ({"prompt_format": "xml"}, "prompt_format is 'xml'"),
         ({"samples_per_feature": 0}, "samples_per_feature is 0"),
         ({"temperature": 0}, "temperature is 0"),
         ({"task": "cooking"}, "no task 'cooking'"),
@@ -491,7 +483,7 @@ def test_settings_that_cannot_be_are_refused(featurizer, dictionary, report, set
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [([1, 1], "twice"), ([0.5], "integer ids"), ([D_SAE], r"must lie in \[0, 48\)"), ([-1], "must lie in")],
+    [([1, 1], "more than once"), ([0.5], "whole numbers"), ([D_SAE], "features 0 to 47"), ([-1], "does not exist")],
 )
 def test_features_that_cannot_be_are_refused(featurizer, dictionary, report, missing, message):
     with pytest.raises(ValueError, match=message):
@@ -515,17 +507,17 @@ def test_a_filter_may_be_a_method_and_is_applied_to_what_is_in_the_journal_too(
             return self.answer
 
     settings = {"keep": Filter(True).keep}
-    kept = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:6], journal=tmp_path)
+    kept = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:6], cache_dir=tmp_path)
     assert len(kept.dataset)
     settings = {"keep": Filter(False).keep}
-    none = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:6], journal=tmp_path)
+    none = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:6], cache_dir=tmp_path)
     assert not len(none.dataset)
     assert none.report.dropped["the caller's own filter"] >= len(kept.dataset)
 
 
 def test_a_report_measured_otherwise_is_refused_before_anything_is_asked(featurizer, dictionary, report):
     chat = WritingChat()
-    with pytest.raises(ValueError, match="measured otherwise"):
+    with pytest.raises(ValueError, match="computed with another featurizer"):
         synthesizer(make_featurizer(), dictionary, report, chat=chat).synthesize(report)
     lower = SimpleNamespace(threshold=0.5 * report.threshold)
     with pytest.raises(ValueError, match=r"threshold=report\.threshold"):
@@ -538,7 +530,7 @@ def test_some_of_the_missing_features_can_be_chosen(featurizer, dictionary, repo
     result = synthesizer(featurizer, dictionary, report).synthesize(report, features=some)
     assert set(result.dataset["fac_feature"]) <= set(some)
     assert result.report.fac_before == report.fac < result.report.fac_after
-    with pytest.raises(ValueError, match="none of the"):
+    with pytest.raises(ValueError, match="is not one of the 33 missing"):
         synthesizer(featurizer, dictionary, report).synthesize(report, features=report.covered[:1])
 
 
@@ -565,27 +557,70 @@ def test_a_flaky_endpoint_changes_the_time_and_not_the_samples(featurizer, dicti
     for faults in ({}, {"rate": 0.3, "hang": 4}):
         with FlakyServer(**faults) as server:
             chat = EndpointChat("m", base_url=server.url, timeout=2, attempts=12)
-            settings = {"chat": chat, "form": "text", "rounds": 0, "candidates": 3}
+            settings = {"chat": chat, "prompt_format": "text", "rounds": 0, "candidates": 3}
             results.append(synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:5]))
             assert bool(server.failed.total()) == bool(faults)
     assert len(results[0].dataset)
     assert as_dicts(results[1]) == as_dicts(results[0])
 
 
-def test_an_endpoint_that_gives_up_keeps_what_it_answered(featurizer, dictionary, report, tmp_path):
-    with pytest.raises(ChatError, match="no credit left"):
-        synthesizer(featurizer, dictionary, report, chat=WritingChat(gives_up_after=5)).synthesize(
-            report.missing[:5], journal=tmp_path
+def test_a_chat_that_gives_up_loses_nothing(featurizer, dictionary, report, tmp_path):
+    with pytest.warns(UserWarning, match="no credit left"):
+        result = synthesizer(featurizer, dictionary, report, chat=WritingChat(gives_up_after=5)).synthesize(
+            report.missing[:5], cache_dir=tmp_path
         )
+    assert result.report.chat_failed
+    assert result.report.ended == "the chat: no credit left"
+    assert result.report.requests == 3 * 4
+    assert set(result.dropped["fac_feature"]) <= set(report.missing[:3])
     chat = WritingChat()
-    unasked = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(
-        report.missing[:5], journal=tmp_path, max_requests=1
-    )
-    assert not chat.asked
-    assert unasked.report.requests == 3 * 4
-    assert set(unasked.dropped["fac_feature"]) <= set(report.missing[:3])
-    found = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report.missing[:5], journal=tmp_path)
+    found = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report.missing[:5], cache_dir=tmp_path)
     whole = WritingChat()
     expected = synthesizer(featurizer, dictionary, report, chat=whole).synthesize(report.missing[:5])
     assert as_dicts(found) == as_dicts(expected)
-    assert len(chat.asked) == len(whole.asked) - 3
+    assert chat.texts == whole.texts - 12
+
+
+def test_a_chat_that_answers_nothing_at_all_is_an_error(featurizer, dictionary, report):
+    class Broken(WritingChat):
+        def complete(self, conversations, **settings):
+            raise ChatError("wrong key")
+
+    with pytest.raises(ChatError, match="wrong key"):
+        synthesizer(featurizer, dictionary, report, chat=Broken()).synthesize(report)
+
+
+def test_a_small_bound_costs_little(featurizer, dictionary, report):
+    chat = WritingChat()
+    result = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, max_samples=3)
+    assert len(result.dataset) == 3
+    assert chat.texts <= 2 * 3 * 4 + 3 + 8
+
+
+def test_what_the_synthesizer_can_know_need_not_be_said(featurizer, report):
+    made = FACSynthesizer(
+        featurizer=featurizer, task="instruction_following", methods=("steering",), max_tokens=6, answer_tokens=4
+    )
+    anchor = Dataset.from_list(rows(60, seed=3))
+    result = made.synthesize(report, anchor=anchor, features=report.missing[:2], max_requests=60)
+    assert result.report.requests > 8
+    assert made.chat.model is featurizer.model
+    with pytest.raises(ValueError, match=r"has no dictionary.*anchor=rows"):
+        made.synthesize(report)
+    with pytest.raises(ValueError, match=r"say no threshold"):
+        made.synthesize([1, 2], anchor=anchor)
+    with pytest.raises(TypeError, match="needs featurizer="):
+        FACSynthesizer(task="toxicity")
+
+
+def test_contrastive_samples_come_from_pairs_alone(featurizer, dictionary, report):
+    chat = WritingChat()
+    made = synthesizer(
+        featurizer, dictionary, report, chat=chat, methods=("contrastive",), rounds=1, prompt_format="text"
+    )
+    result = made.synthesize(report)
+    assert len(result.dataset) > 2
+    assert set(result.dataset["fac_method"]) == {"two_step"}
+    asked = [json.loads(key)[0][-1]["content"] for key, seed in chat.asked if seed == 100]
+    assert len(asked) == len(report.missing), "every feature gets samples from its pair"
+    assert all("This text has it" in request for request in asked)

@@ -29,7 +29,7 @@ def parts():
 
 def written(parts, task, form="json"):
     featurizer, dictionary, report = parts
-    dataset = synthesizer(featurizer, dictionary, report, task=task, form=form).synthesize(report).dataset
+    dataset = synthesizer(featurizer, dictionary, report, task=task, prompt_format=form).synthesize(report).dataset
     assert len(dataset) > 4
     return dataset
 

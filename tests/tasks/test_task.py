@@ -18,8 +18,17 @@ from hf_fac.dictionary.schema import RATINGS
 from hf_fac.inputs.rows import ConversationReader
 from hf_fac.inputs.token_context import MarkedSpan, mark_span
 from hf_fac.tasks.parsing import read_json, read_list, read_text
-from hf_fac.tasks.prompts import HINTS
+from hf_fac.tasks.prompts import HINTS, FeatureHints, list_prompt, next_part_prompt, sample_prompt
 from hf_fac.tasks.task import BUILTIN_TASKS, Task, get_task
+
+
+def ask(task, *hints, **settings):
+    return sample_prompt(task, FeatureHints(*hints), **settings)
+
+
+def begin(task, *hints):
+    return list_prompt(task, FeatureHints(*hints))
+
 
 TASKS = {name: get_task(name) for name in BUILTIN_TASKS}
 HELPFULNESS, INSTRUCTION_FOLLOWING = TASKS["helpfulness"], TASKS["instruction_following"]
@@ -76,9 +85,9 @@ def test_a_featurizer_reads_the_part_that_has_to_carry_the_feature(task, pool_ov
         return
     row = task.read(answer(task)).value
     tokenizer = byte_level_tokenizer()
-    pieces = ConversationReader(tokenizer, pool_over=task.pool_over)([task.as_read(row)])
+    pieces = ConversationReader(tokenizer, pool_over=task.pool_over)([task.featurizer_row(row)])
     content = tokenizer.decode(pieces.ids[0][pieces.content[0]])
-    assert PARTS[task.type][task.carrier] in content
+    assert PARTS[task.type][task.target_field] in content
     expected = {
         "labelled": "text",
         "contrastive": "question",
@@ -89,13 +98,13 @@ def test_a_featurizer_reads_the_part_that_has_to_carry_the_feature(task, pool_ov
     }[task.type]
     if pool_over in ("all", "user") and task.type not in ("labelled", "contrastive"):
         expected = "prompt"
-    assert task.carrier == expected
+    assert task.target_field == expected
     if pool_over not in ("all", "user"):
         assert "river" not in content
-    carrier = task.carried_by(row)
-    assert PARTS[task.type][expected] in carrier
-    alone = ConversationReader(tokenizer, pool_over=task.pool_over)([task.as_read(task.alone(carrier))])
-    assert tokenizer.decode(alone.ids[0][alone.content[0]]) == carrier
+    target = task.target_text(row)
+    assert PARTS[task.type][expected] in target
+    alone = ConversationReader(tokenizer, pool_over=task.pool_over)([task.featurizer_row(task.wrap_target(target))])
+    assert tokenizer.decode(alone.ids[0][alone.content[0]]) == target
 
 
 TURNS = [
@@ -109,30 +118,30 @@ ANSWER = [{"role": "assistant", "content": "In the hills."}]
 
 @pytest.mark.parametrize("pool_over", ["user", "assistant"])
 @pytest.mark.parametrize("task", [INSTRUCTION_FOLLOWING, HELPFULNESS, MESSAGES, IMPLICIT], ids=ids)
-def test_the_carrier_of_a_long_conversation_is_the_last_message_of_its_role(task, pool_over):
+def test_the_target_text_of_a_long_conversation_is_the_last_message_of_its_role(task, pool_over):
     task = replace(task, pool_over=pool_over)
     rejected = [{"role": "assistant", "content": "No."}]
     row = {"prompt": TURNS, "completion": ANSWER, "chosen": ANSWER, "rejected": rejected}
     if "prompt" not in task.features():
         row = {"messages": TURNS + ANSWER, "chosen": TURNS + ANSWER, "rejected": TURNS + rejected}
     row = {name: row[name] for name in task.features()}
-    assert task.carried_by(row) == PARTS["messages"]["prompt" if pool_over == "user" else "completion"]
-    assert task.carried_by(dict.fromkeys(row, TURNS[:1])) == ""
+    assert task.target_text(row) == PARTS["messages"]["prompt" if pool_over == "user" else "completion"]
+    assert task.target_text(dict.fromkeys(row, TURNS[:1])) == ""
 
 
-def test_the_carrier_of_standard_columns_is_the_whole_column():
+def test_the_target_text_of_standard_columns_is_the_whole_column():
     row = {"prompt": "Where?", "completion": "Here.", "chosen": "In the hills.", "rejected": "No."}
-    assert INSTRUCTION_FOLLOWING.carried_by(row) == SYCOPHANCY.carried_by(row) == "Where?"
-    assert replace(INSTRUCTION_FOLLOWING, pool_over="completion").carried_by(row) == "Here."
-    assert HELPFULNESS.carried_by(row) == "In the hills."
-    assert TOXICITY.carried_by({"text": "Where?", "label": 0}) == "Where?"
+    assert INSTRUCTION_FOLLOWING.target_text(row) == SYCOPHANCY.target_text(row) == "Where?"
+    assert replace(INSTRUCTION_FOLLOWING, pool_over="completion").target_text(row) == "Here."
+    assert HELPFULNESS.target_text(row) == "In the hills."
+    assert TOXICITY.target_text({"text": "Where?", "label": 0}) == "Where?"
 
 
 def test_only_a_labelled_row_whose_user_is_read_is_shown_differently_to_a_featurizer():
     row = {"text": "Hello", "label": 1}
-    assert TOXICITY.as_read(row) == {"messages": [{"role": "user", "content": "Hello"}]}
-    assert replace(TOXICITY, pool_over="all").as_read(row) is row
-    assert HELPFULNESS.as_read(row) is row
+    assert TOXICITY.featurizer_row(row) == {"messages": [{"role": "user", "content": "Hello"}]}
+    assert replace(TOXICITY, pool_over="all").featurizer_row(row) is row
+    assert HELPFULNESS.featurizer_row(row) is row
 
 
 def test_labels_are_indices_of_their_names():
@@ -299,8 +308,8 @@ def test_an_answer_to_the_prompt_is_taken_word_for_word():
 def test_a_row_is_completed_part_by_part(task, pool_over):
     if task.type in ("prompt_completion", "preference", "implicit_preference"):
         task = replace(task, pool_over=pool_over)
-    parts = {task.carrier: PARTS[task.type][task.carrier]}
-    while step := task.next_part(parts):
+    parts = {task.target_field: PARTS[task.type][task.target_field]}
+    while step := next_part_prompt(task, parts):
         name, conversation = step
         assert name not in parts
         assert [turn["role"] for turn in conversation] == ["user"]
@@ -317,49 +326,49 @@ def test_a_row_is_completed_part_by_part(task, pool_over):
 @pytest.mark.parametrize("task", EVERY, ids=ids)
 def test_a_request_says_all_that_the_model_needs(task, form):
     positive, negative = MarkedSpan("cold", " rivers", " run", 7.25), MarkedSpan("warm", " soup", "", 0.5)
-    (turn,) = task.ask("water that flows", SPANS, positive, negative, form=form)
+    (turn,) = ask(task, "water that flows", SPANS, positive, negative, prompt_format=form)
     text = turn["content"]
     for needed in ("water that flows", "the town's <<river>> rises in the", "a deep <<brook>> near us"):
         assert needed in text
     assert "(strength 7.25): cold <<rivers>> run" in text
     assert "(strength 0.5): warm <<soup>>" in text
-    wanted = task.parts if form == "json" else [task.carrier]
+    (turn,) = ask(task, "water", SPANS, positive, negative, 0.4, prompt_format=form)
+    assert "This text has less of it (strength 0.5)" in turn["content"]
+    wanted = task.parts if form == "json" else [task.target_field]
     assert [part for part, words in task.parts.items() if words in text] == list(wanted)
     assert ("JSON" in text) == (form == "json")
     assert all(label in text for label in task.labels) or form == "text"
 
 
 def test_a_request_without_explanation_leaves_the_pattern_to_the_spans():
-    for make in (TOXICITY.ask, TOXICITY.begin):
-        assert "have in common" in make(None, SPANS)[0]["content"]
-        assert "have in common" in make("  ", [], SPANS[0])[0]["content"]
-        with pytest.raises(ValueError, match="neither an explanation nor a span"):
-            make(None, [])
-        make("water that flows", [])
+    for make in (ask, lambda *arguments: begin(*arguments)[0]):
+        assert "have in common" in make(TOXICITY, None, SPANS)[0]["content"]
+        assert "have in common" in make(TOXICITY, "  ", [], SPANS[0])[0]["content"]
+        with pytest.raises(ValueError, match="Neither an explanation nor a span"):
+            make(TOXICITY, None, [])
+        make(TOXICITY, "water that flows", [])
 
 
 def test_variants_add_hints_in_turn():
-    requests = [TOXICITY.ask(None, SPANS, variant=i)[0]["content"] for i in range(len(HINTS) + 1)]
+    requests = [ask(TOXICITY, None, SPANS, variant=i)[0]["content"] for i in range(len(HINTS) + 1)]
     assert len(set(requests)) == len(HINTS)
-    assert requests[0] == requests[-1] == TOXICITY.ask(None, SPANS)[0]["content"]
+    assert requests[0] == requests[-1] == ask(TOXICITY, None, SPANS)[0]["content"]
     assert HINTS[1] in requests[1]
 
 
-def test_a_begun_list_goes_on_where_the_model_takes_over():
+def test_a_list_prompt_ends_where_the_model_continues():
     spans = [*SPANS, ("line one\n", " two", "\tend"), SPANS[0], (" ", "\n", "")]
-    user, begun = INSTRUCTION_FOLLOWING.begin("water", spans, ("the", " wide", " sea"))
-    assert (user["role"], begun["role"]) == ("user", "assistant")
+    [user], prefill = begin(INSTRUCTION_FOLLOWING, "water", spans, ("the", " wide", " sea"))
+    assert user["role"] == "user"
     assert "water" in user["content"]
     assert INSTRUCTION_FOLLOWING.parts["prompt"] in user["content"]
     # A span of several sentences or lines is cut to the one that its token stands in.
     lines = ["the town's river rises in the", "a deep brook near us", "two end", "the wide sea"]
-    assert begun["content"] == "".join(f"{n}. {line}\n" for n, line in enumerate(lines, 1)) + "5."
-    answers = INSTRUCTION_FOLLOWING.read_list([user, begun], " How deep?\n6. How wide?\n")
-    assert answers == [("How deep?", None), ("How wide?", None)]
-    assert INSTRUCTION_FOLLOWING.begin("water", [])[1]["content"] == "1."
-    sentence = INSTRUCTION_FOLLOWING.begin(None, [("I went out. Then he", " looks", " at me! And")])[1]["content"]
+    assert prefill == "".join(f"{n}. {line}\n" for n, line in enumerate(lines, 1)) + "5."
+    assert begin(INSTRUCTION_FOLLOWING, "water", [])[1] == "1."
+    sentence = begin(INSTRUCTION_FOLLOWING, None, [("I went out. Then he", " looks", " at me! And")])[1]
     assert sentence == "1. Then he looks at me!\n2."
-    at_its_end = INSTRUCTION_FOLLOWING.begin(None, [("One.\nIs it you", "?", " Yes.")])[1]["content"]
+    at_its_end = begin(INSTRUCTION_FOLLOWING, None, [("One.\nIs it you", "?", " Yes.")])[1]
     assert at_its_end == "1. Is it you?\n2."
 
 
@@ -400,9 +409,9 @@ def test_long_spans_are_cut_around_the_token():
     long = " ".join(map(str, range(10_000)))
     shown = mark_span((long, " " + "x" * 9_000, long), width=50)
     assert shown == f"…{(long + ' ')[-50:]}<<{'x' * 50}…>>{long[:50]}…"
-    request = TOXICITY.ask(long, [(long, " a", long)] * 10, (long, " a", long), (long, " a", long))
+    request = ask(TOXICITY, long, [(long, " a", long)] * 10, (long, " a", long), (long, " a", long))
     assert len(request[0]["content"]) < 12_000
-    assert len(TOXICITY.begin(long, [(long, " a", long)] * 10)[1]["content"]) < 4_000
+    assert len(begin(TOXICITY, long, [(long, " a", long)] * 10)[1]) < 4_000
 
 
 TEXT = st.text(st.characters(exclude_characters="<>"))
@@ -513,5 +522,34 @@ def test_what_is_no_task_file_is_refused_by_name(content, tmp_path):
 
 def test_the_order_of_parts_is_the_order_of_the_type():
     turned = replace(HELPFULNESS, parts=dict(reversed(HELPFULNESS.parts.items())))
-    assert turned.ask("water", SPANS) == HELPFULNESS.ask("water", SPANS)
-    assert turned.carrier == "chosen"
+    assert ask(turned, "water", SPANS) == ask(HELPFULNESS, "water", SPANS)
+    assert turned.target_field == "chosen"
+
+
+def test_a_task_brings_its_own_wording_system_prompt_and_examples():
+    task = replace(
+        TOXICITY, system_prompt="Schreibe deutsch.", examples=("Guten Tag!",),
+        prompt="Muster: $pattern\n$spans\n$examples\n$parts\n$answer Es kostet 5 $$.",
+    )  # fmt: skip
+    system, user = ask(task, "water that flows", SPANS)
+    assert system == {"role": "system", "content": "Schreibe deutsch."}
+    assert user["content"].startswith("Muster: water that flows\nTexts that have it")
+    assert "Guten Tag!" in user["content"]
+    assert user["content"].endswith("Es kostet 5 $.")
+    assert "Training data is needed" not in user["content"]
+    assert begin(task, "water", SPANS)[0][0] == system
+    assert "Guten Tag!" in ask(replace(TOXICITY, examples=("Guten Tag!",)), None, SPANS)[0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "$pattern $spans $answer $colour"}, r"prompt uses \$colour; its fields are \$task"),
+        ({"prompt": "$pattern only"}, r"prompt must use \$answer, \$spans"),
+        ({"examples": "one text"}, "examples"),
+        ({"system_prompt": 3}, "system_prompt"),
+    ],
+)
+def test_wording_that_cannot_work_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TOXICITY, **change)

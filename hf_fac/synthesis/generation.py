@@ -1,0 +1,218 @@
+"""Texts written for features: the requests of one round, and the candidates in their answers.
+
+Step 1 asks with a feature's explanation and spans; step 2 also shows the contrastive pair of what was written before
+(arXiv 2602.10388, FAC Synthesis). Steering asks for a text of the task and switches the feature on in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..inputs.token_context import MarkedSpan
+from ..tasks.parsing import Answer, read_list
+from ..tasks.prompts import FeatureHints, list_prompt, sample_prompt
+from .candidates import Candidate, Rejection, Request, Status
+from .filters import whole_sentences
+from .settings import PROMPT_FORMATS, Round, SynthesisSettings
+from .text_source import TextSource
+
+if TYPE_CHECKING:
+    from ..chat.base import Completion
+    from ..dictionary.dictionary import FeatureDictionary
+    from ..steering.steered_chat import SteeredChat, UserTurn
+    from ..tasks.task import Task
+    from .verification import Verifier
+
+SHOWN_SPANS = 5
+PROBED_FEATURES, PROBES = 8, 2  # how a prompt format is chosen: texts of so many features, so many each
+# In units of the mean norm of hidden states. Measured on SmolLM2-135M: little comes below 0.4, word salad above 0.8.
+_FIRST_STRENGTH, _STRONGER, _WEAKER = 0.5, 1.25, 0.8
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Writes candidates.
+
+    delta: float64 [d_sae]. prompt_format: how words are asked for.
+    unconditional: what the steered model continues; None without steering.
+    """
+
+    settings: SynthesisSettings
+    dictionary: FeatureDictionary
+    delta: np.ndarray
+    prompt_format: str
+    source: TextSource
+    unconditional: UserTurn | None
+
+    def describes(self, feature: int) -> bool:
+        """Whether the dictionary has an explanation or a span of the feature."""
+        if feature not in self.dictionary:
+            return False
+        row = self.dictionary[feature]
+        return bool(row["spans"] or row["explanation"])
+
+    def write(
+        self,
+        round_: Round,
+        features: Sequence[int],
+        written: Mapping[int, Sequence[Candidate]],
+        *,
+        n: int | None = None,
+    ) -> list[Candidate]:
+        """Returns n new candidates for each feature that can be asked for; n is None for the settings' number.
+
+        Args:
+            written: by feature, the candidates of earlier rounds.
+        """
+        n = n or self.settings.candidates
+        if round_.method == "steering":
+            requests = [self._steering_request(feature, written[feature]) for feature in features]
+        else:
+            known = [feature for feature in features if self.describes(feature)]
+            requests = [self._request(round_, feature, written[feature]) for feature in known]
+        if not requests:
+            return []
+        stop = ("\n",) if self.prompt_format == "list" else ()
+        completions = self.source.complete(
+            requests,
+            n=n,
+            temperature=round_.temperature,
+            max_tokens=self.settings.most_tokens(self._format(round_.method)),
+            stop=self.unconditional.stop if round_.method == "steering" else stop,
+            seed=1000 * self.settings.seed + 100 * round_.number,
+        )
+        return [
+            self._candidate(round_, request, number, completion)
+            for request, answers in zip(requests, completions, strict=True)
+            for number, completion in enumerate(answers)
+            if self.source.was_asked(completion)
+        ]
+
+    def completions_each(self, round_: Round) -> int:
+        """Returns how many completions a feature may need in a round, those of a row's other parts included."""
+        others = 0 if self._format(round_.method) == "json" else len(self.settings.task.parts) - 1
+        return self.settings.candidates + others
+
+    def _format(self, method: str) -> str:
+        return "text" if method == "steering" else self.prompt_format
+
+    def _request(self, round_: Round, feature: int, written: Sequence[Candidate]) -> Request:
+        row, spans = self.dictionary[feature], self.dictionary.spans(feature)
+        provenance = {"prompt_format": self.prompt_format, "round": round_.number}
+        shown = spans[:SHOWN_SPANS]
+        if round_.number and len(spans) > SHOWN_SPANS:
+            rng = np.random.default_rng([self.settings.seed, round_.number, feature])
+            shown = [spans[i] for i in sorted(rng.choice(len(spans), SHOWN_SPANS, replace=False))]
+        hints = FeatureHints(row["explanation"], shown)
+        if round_.method == "two_step":
+            positive, negative, own = contrastive_pair(written, spans)
+            hints = hints._replace(positive=positive, negative=negative, threshold=float(self.delta[feature]))
+            provenance["positive"] = "own" if own else "span"
+        if self.prompt_format == "list":
+            conversation, prefill = list_prompt(self.settings.task, hints)
+            return Request(feature, conversation, prefill, None, provenance)
+        variant = round_.number if round_.method == "words" else round_.number - 1
+        conversation = sample_prompt(self.settings.task, hints, prompt_format=self.prompt_format, variant=variant)
+        return Request(feature, conversation, None, None, provenance)
+
+    def _steering_request(self, feature: int, written: Sequence[Candidate]) -> Request:
+        strength = next_strength([c for c in written if c.method == "steering"])
+        return Request(feature, self.unconditional.conversation, None, strength, {"strength": strength})
+
+    def _candidate(self, round_: Round, request: Request, number: int, completion: Completion) -> Candidate:
+        candidate = Candidate(request.feature, round_.method, "", {**request.provenance, "answer": number})
+        if completion.finish == "failed":
+            candidate.reject(Rejection.CHAT_FAILED, completion.error or "")
+            return candidate
+        answer = self._read(request, self._format(round_.method), completion)
+        if answer.value is None:
+            truncated = completion.finish == "length"
+            candidate.reject(Rejection.TRUNCATED if truncated else Rejection.UNREADABLE, answer.reason)
+        elif isinstance(answer.value, dict):
+            candidate.row, candidate.text = answer.value, self.settings.task.target_text(answer.value)
+        else:
+            candidate.text = answer.value
+        return candidate
+
+    def _read(self, request: Request, prompt_format: str, completion: Completion) -> Answer:
+        task, text, truncated = self.settings.task, completion.text, completion.finish == "length"
+        if prompt_format == "json":
+            return task.read(text)
+        if prompt_format == "list":
+            number = int(request.prefill.rpartition("\n")[2].removesuffix("."))
+            return read_list(text, number=number, ended=not truncated)[0]
+        # A truncated text ends with its last whole sentence.
+        return task.read_part(task.target_field, whole_sentences(text) if truncated else text)
+
+
+def contrastive_pair(
+    written: Sequence[Candidate], spans: Sequence[MarkedSpan]
+) -> tuple[MarkedSpan | None, MarkedSpan | None, bool]:
+    """Returns the positive, the negative, and whether the positive was written for the feature.
+
+    The positive is the text that activates the feature most, the negative the one that does least. Where no text
+    activates it, its strongest span is the positive (arXiv 2602.10388, FAC Synthesis, step 1).
+    """
+    texts = [c for c in written if c.score is not None and c.status is not Status.REJECTED]
+    texts.sort(key=lambda c: c.activation)
+    strongest = texts[-1] if texts and texts[-1].activation > 0 else None
+    weakest = texts[0] if texts and (strongest is None or texts[0].text != strongest.text) else None
+    negative = None if weakest is None else MarkedSpan("", weakest.text, "", weakest.activation)
+    if strongest is None:
+        return (spans[0] if spans else None), negative, False
+    return MarkedSpan(*strongest.score.span, strongest.activation), negative, True
+
+
+def next_strength(tried: Sequence[Candidate]) -> float:
+    """Returns the strength to steer with next: the last one, more after silent texts, less after broken ones."""
+    if not tried:
+        return _FIRST_STRENGTH
+    strength = tried[-1].provenance["strength"]
+    last = [c for c in tried if c.provenance["strength"] == strength]
+    if any(c.status in (Status.HIT, Status.ACCEPTED) for c in last):
+        return strength
+    broken = sum(c.status is Status.REJECTED for c in last)
+    return strength * (_WEAKER if 2 * broken > len(last) else _STRONGER)
+
+
+def choose_prompt_format(
+    settings: SynthesisSettings, verifier: Verifier, source: TextSource, features: Sequence[int]
+) -> str | None:
+    """Returns the prompt format whose first texts are hits most often, and else readable most often.
+
+    Each format is tried on the first few features that the dictionary describes. Returns None when the budget or the
+    chat ended the trial.
+    """
+    round_, shares = settings.schedule()[0]._replace(method="words", temperature=settings.temperature), {}
+    for prompt_format in PROMPT_FORMATS:
+        generator = Generator(settings, verifier.dictionary, verifier.scorer.delta, prompt_format, source, None)
+        probed = [feature for feature in features if generator.describes(feature)][:PROBED_FEATURES]
+        if not probed:
+            return "text"
+        if source.budget.affordable(PROBES) < len(probed):
+            source.budget.refused = f"max_requests {source.budget.max_requests:,}"
+            return None
+        candidates = generator.write(round_, probed, {feature: [] for feature in probed}, n=PROBES)
+        if len(candidates) < PROBES * len(probed):
+            return None
+        if 2 * sum(c.rejection is Rejection.CHAT_FAILED for c in candidates) > len(candidates):
+            source.gave_up = source.first_failure  # no format is chosen by what the chat happened to lose
+            return None
+        verifier.verify(candidates)
+        hits = sum(c.status is Status.HIT for c in candidates)
+        shares[prompt_format] = (hits, sum(bool(c.text) for c in candidates))
+    return max(reversed(PROMPT_FORMATS), key=lambda prompt_format: shares[prompt_format])
+
+
+def unconditional_prompt(task: Task, steered: SteeredChat) -> UserTurn:
+    """Returns what the steered model continues: it asks for a text of the task and names no feature."""
+    from ..steering.steered_chat import UserTurn
+
+    if not task.reads_answers:
+        return steered.user_turn()
+    request = f"Write {task.parts[task.target_field]}. Answer with that text alone."
+    return UserTurn(steered, [{"role": "user", "content": request}], ())

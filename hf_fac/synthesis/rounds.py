@@ -1,0 +1,156 @@
+"""The loop of FAC Synthesis: rounds of writing, verifying and completing, until every feature has its samples.
+
+The loop is deterministic: it depends on the settings, the answers and the measurements alone. With these in the cache,
+the same call goes through the same steps again and continues where an earlier one stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .budget import Budget
+from .candidates import Candidate, Rejection, Status
+from .completion import RowCompleter
+from .filters import NearDuplicates
+from .generation import Generator
+from .settings import Round, SynthesisSettings
+from .verification import Verifier
+
+_WAVE = 32  # features that are written for at the same time
+
+
+@dataclass
+class Progress:
+    """What was written so far.
+
+    written: by feature, all candidates in the order in which they were written.
+    tried: the pairs of a feature and a round's number for which texts were written.
+    samples: the accepted texts.
+    n_from_pool: samples that a pool gave.
+    tries, successes: how often a feature was tried, and how often that made a sample.
+    """
+
+    written: dict[int, list[Candidate]]
+    tried: set[tuple[int, int]] = field(default_factory=set)
+    samples: NearDuplicates = field(default_factory=NearDuplicates)
+    n_from_pool: int = 0
+    tries: int = 0
+    successes: int = 0
+
+    def accepted(self, feature: int) -> int:
+        return sum(c.status is Status.ACCEPTED for c in self.written[feature])
+
+    def n_samples(self) -> int:
+        return self.n_from_pool + sum(map(self.accepted, self.written))
+
+    def all(self) -> list[Candidate]:
+        return [candidate for candidates in self.written.values() for candidate in candidates]
+
+    def hits(self, feature: int) -> list[Candidate]:
+        """Hits of a feature, strongest first; of equal texts the first."""
+        found = {c.text: c for c in reversed(self.written[feature]) if c.status is Status.HIT}
+        return sorted(found.values(), key=lambda c: -c.activation)
+
+    def may_gain(self, feature: int, settings: SynthesisSettings) -> bool:
+        """Whether the feature lacks samples and something is left to try."""
+        if self.accepted(feature) >= settings.samples_per_feature:
+            return False
+        return bool(self.hits(feature)) or any((feature, r.number) not in self.tried for r in settings.schedule())
+
+    def exhausted(self, rounds: Sequence[Round]) -> list[int]:
+        """The features without a sample for which all rounds were tried, and none of whose texts the chat lost."""
+        return [
+            feature
+            for feature, candidates in self.written.items()
+            if candidates
+            and all((feature, round_.number) in self.tried for round_ in rounds)
+            and not any(c.status in (Status.HIT, Status.ACCEPTED) for c in candidates)
+            and not any(c.rejection is Rejection.CHAT_FAILED for c in candidates)
+        ]
+
+
+def run_rounds(progress: Progress, generator: Generator, verifier: Verifier, completer: RowCompleter) -> None:
+    """Write samples for the features of `progress`: all first samples before the second ones, round by round.
+
+    Returns when all features have their samples, all rounds were tried, or the budget ended the loop
+    (`budget.refused`). Where the chat gives up the loop goes on with what the cache knows.
+    """
+    budget, settings = generator.source.budget, generator.settings
+    for quota in range(1, settings.samples_per_feature + 1):
+        if not any(progress.may_gain(feature, settings) for feature in progress.written):
+            return
+        for round_ in settings.schedule():
+            waiting = [f for f in progress.written if progress.accepted(f) < quota]
+            waiting = [f for f in waiting if progress.hits(f) or (f, round_.number) not in progress.tried]
+            while waiting:
+                size = _wave_size(progress, generator, round_, budget)
+                if not size:
+                    return
+                _write_wave(waiting[:size], quota, round_, progress, generator, verifier, completer)
+                waiting = waiting[size:]
+
+
+def _wave_size(progress: Progress, generator: Generator, round_: Round, budget: Budget) -> int:
+    """How many features to write for next: no more than the samples still wanted need at the hit rate so far."""
+    source, samples = generator.source, progress.n_samples()
+    if not budget.wants_more(samples) or not budget.has_time(source.cache):
+        return 0
+    rate = (progress.successes + 1) / (progress.tries + 2)
+    needed = math.ceil(min(budget.samples_left(samples), _WAVE) / rate)
+    return min(_WAVE, needed, budget.affordable(generator.completions_each(round_)))
+
+
+def _write_wave(
+    features: Sequence[int],
+    quota: int,
+    round_: Round,
+    progress: Progress,
+    generator: Generator,
+    verifier: Verifier,
+    completer: RowCompleter,
+) -> None:
+    """Complete the hits that earlier rounds left, then write for the features that still lack a sample."""
+    _complete_hits(features, quota, progress, completer)
+    open_ = [f for f in features if progress.accepted(f) < quota and (f, round_.number) not in progress.tried]
+    candidates = generator.write(round_, open_, progress.written)
+    verifier.verify(candidates, for_pairs=round_.for_pairs)
+    for candidate in candidates:
+        progress.written[candidate.feature].append(candidate)
+    progress.tried.update((feature, round_.number) for feature in open_)
+    _complete_hits(open_, quota, progress, completer)
+    if not round_.for_pairs:
+        progress.tries += len(open_)
+        progress.successes += sum(progress.accepted(f) >= quota for f in open_)
+
+
+def _complete_hits(features: Sequence[int], quota: int, progress: Progress, completer: RowCompleter) -> None:
+    """Make samples of the strongest hits, one for each feature below its quota, until none is left to try."""
+    budget = completer.source.budget
+    while batch := _next_hits(features, quota, progress, budget.samples_left(progress.n_samples())):
+        completer.complete(batch)
+        for candidate in batch:
+            if candidate.status is Status.ACCEPTED:
+                progress.samples.add(candidate.text, "another sample")
+        if any(candidate.status is Status.HIT for candidate in batch):
+            return  # the budget left them without a row
+
+
+def _next_hits(features: Sequence[int], quota: int, progress: Progress, most: int) -> list[Candidate]:
+    """The next hit of each feature below its quota, no two of them nearly the same."""
+    batch: list[Candidate] = []
+    texts = NearDuplicates()
+    for feature in features:
+        if progress.accepted(feature) >= quota:
+            continue
+        for candidate in progress.hits(feature):
+            if len(batch) >= most:
+                return batch
+            if source := progress.samples.source_of(candidate.text):
+                candidate.reject(Rejection.NEAR_DUPLICATE, source)
+            elif texts.source_of(candidate.text) is None:  # it waits for what becomes of the other
+                texts.add(candidate.text, "")
+                batch.append(candidate)
+                break
+    return batch

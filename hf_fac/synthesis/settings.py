@@ -1,0 +1,94 @@
+"""The settings of a synthesis, checked once, and the schedule of rounds that follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from ..tasks.task import Task
+
+METHODS = ("one_step", "two_step", "contrastive", "steering")
+PROMPT_FORMATS = ("list", "text", "json")
+_STEERING_ROUNDS = 3
+_HOTTER, _HOTTEST = 0.15, 1.3  # what each further round in words adds to the temperature, and its upper bound
+
+
+class Round(NamedTuple):
+    """One pass over the features that still need samples.
+
+    number: its place in the schedule. method: "words", "two_step" or "steering".
+    step: how many rounds of the same method came before; for "two_step" the first round in words counts too.
+    for_pairs: its texts serve for contrastive pairs only.
+    """
+
+    number: int
+    method: str
+    step: int
+    temperature: float
+    for_pairs: bool
+
+
+@dataclass(frozen=True)
+class SynthesisSettings:
+    """How texts are asked for; the arguments are those of `FACSynthesizer`.
+
+    Raises: ValueError for a value out of range.
+    """
+
+    task: Task
+    methods: tuple[str, ...]
+    prompt_format: str | None
+    samples_per_feature: int
+    candidates: int
+    rounds: int
+    temperature: float
+    max_tokens: int
+    answer_tokens: int
+    max_copied_words: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        methods = self.methods
+        if not methods or any(method not in METHODS for method in methods) or len(set(methods)) < len(methods):
+            raise ValueError(f"methods is {methods!r}; give one or more of {', '.join(METHODS)}, each once.")
+        if self.prompt_format not in (*PROMPT_FORMATS, None):
+            raise ValueError(
+                f"prompt_format is {self.prompt_format!r}; it must be one of {', '.join(PROMPT_FORMATS)}, or None to "
+                "try them."
+            )
+        least = {
+            "samples_per_feature": 1, "candidates": 1, "rounds": 0, "max_tokens": 1, "answer_tokens": 1,
+            "max_copied_words": 0, "seed": 0,
+        }  # fmt: skip
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {minimum}.")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be above 0, or all candidates would be the same."
+            )
+
+    def schedule(self) -> list[Round]:
+        """Returns the rounds in the order in which they are tried."""
+        methods = {
+            "one_step": ["words"] * (self.rounds + 1),
+            "two_step": ["words"] + ["two_step"] * self.rounds,
+            "contrastive": ["words"] + ["two_step"] * max(1, self.rounds),
+            "steering": ["steering"] * _STEERING_ROUNDS,
+        }
+        rounds: list[Round] = []
+        for name in self.methods:
+            for step, method in enumerate(methods[name]):
+                hotter = 0.0 if method == "steering" else _HOTTER * step
+                temperature = min(self.temperature + hotter, max(_HOTTEST, self.temperature))
+                rounds.append(Round(len(rounds), method, step, temperature, name == "contrastive" and not step))
+        return rounds
+
+    def most_tokens(self, prompt_format: str) -> int:
+        """Returns the most tokens of one answer to a request for texts."""
+        return self.max_tokens + (self.answer_tokens if prompt_format == "json" else 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as JSON values."""
+        return asdict(self)

@@ -1,0 +1,174 @@
+"""Texts from a chat or from the steered model, asked for only when the cache does not know them.
+
+In: requests. Out: their completions. Every process asks for its share and reads the others' answers from the cache, so
+all go on with the same texts. What failed is not kept: another run asks for it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..chat.base import ChatError, Completion
+from ..chat.endpoint import EndpointChat
+from ..chat.identity import chat_identity
+from ..storage.cache import Cache, content_key
+from .budget import Budget
+from .candidates import Request
+
+if TYPE_CHECKING:
+    from ..chat.base import Chat
+    from ..steering.steered_chat import SteeredChat
+
+Place = tuple[int, int]  # of a text: its request and its number among the request's answers
+
+
+class TextSource:
+    """Completes requests through the cache and counts what they cost.
+
+    Args:
+        chat: writes requests in words. steered: writes requests with a strength, None without steering.
+        measured_by: identifies the model and SAE that steer.
+
+    gave_up: why the chat takes no more requests, None while it does.
+    failures, first_failure: texts that were asked for in vain, and why the first of them failed.
+    error: what the chat raised, None otherwise. answered: texts that were written, in earlier runs too.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        steered: SteeredChat | None,
+        measured_by: str,
+        cache: Cache,
+        budget: Budget,
+    ) -> None:
+        # An endpoint keeps each answer as it comes: a kill costs no more than the requests under way.
+        self.chat = chat.with_cache(cache) if isinstance(chat, EndpointChat) else chat
+        self.steered, self.cache, self.budget = steered, cache, budget
+        self._identity = {False: chat_identity(chat)}
+        if steered is not None:
+            self._identity[True] = content_key(chat_identity(steered.chat), measured_by, steered.mean_norm)
+        self.gave_up: str | None = None
+        self.failures, self.first_failure, self.answered = 0, "", 0
+        self.error: ChatError | None = None
+        self._counted: set[str] = set()
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        *,
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        stop: Sequence[str],
+        seed: int,
+    ) -> list[list[Completion]]:
+        """Returns n completions of each request, in order. All requests are in words, or all are steered."""
+        steered = bool(requests) and requests[0].strength is not None
+        settings = {"temperature": temperature, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
+        keys = {
+            (place, number): content_key(
+                "answer", self._identity[steered], request.conversation, request.prefill,
+                [request.feature, request.strength] if steered else None, settings, number,
+            )
+            for place, request in enumerate(requests)
+            for number in range(n)
+        }  # fmt: skip
+        found = self._known(keys)
+        own = self.cache.processes.share(range(len(requests)))  # static: whatever the others have put by now
+        whole = [place for place in own if not any((place, number) in found for number in range(n))]
+        self._ask(requests, whole, range(n), keys, found, settings, steered)
+        for number in range(n):
+            single = [place for place in own if (place, number) not in found]
+            self._ask(requests, single, range(number, number + 1), keys, found, settings, steered)
+        self._wait_for_others(keys, found)
+        self._count([completion for at, completion in found.items() if keys[at] not in self._counted])
+        self._counted.update(keys.values())
+        return [[found[place, number] for number in range(n)] for place in range(len(requests))]
+
+    @property
+    def ended(self) -> str | None:
+        """Why texts are missing: the chat gave up or failed, else None."""
+        if self.gave_up is not None:
+            return f"the chat: {self.gave_up}"
+        if self.failures:
+            return f"{self.failures:,} texts that the chat did not write (the first: {self.first_failure})"
+        return None
+
+    @staticmethod
+    def was_asked(completion: Completion) -> bool:
+        """Whether the chat took the request; else it is at its end."""
+        return completion.finish != "not_asked"
+
+    def _known(self, keys: dict[Place, str]) -> dict[Place, Completion]:
+        values = self.cache.get(keys.values())
+        return {place: Completion(*values[key]) for place, key in keys.items() if key in values}
+
+    def _ask(
+        self,
+        requests: Sequence[Request],
+        places: Sequence[int],
+        numbers: range,
+        keys: dict[Place, str],
+        found: dict[Place, Completion],
+        settings: dict[str, Any],
+        steered: bool,
+    ) -> None:
+        """Put into `found`, and into the cache, these numbers of the texts of these requests."""
+        if not places:
+            return
+        if self.gave_up is not None:
+            unasked = Completion("", "not_asked", self.gave_up, 0, 0)
+            answers = [[unasked] * len(numbers)] * len(places)
+        else:
+            asked = {**settings, "n": len(numbers), "seed": settings["seed"] + numbers.start}
+            answers = self._answers([requests[place] for place in places], asked, steered)
+        written: dict[str, Any] = {}
+        for place, completions in zip(places, answers, strict=True):
+            for number, completion in zip(numbers, completions, strict=True):
+                found[place, number] = completion
+                key = keys[place, number]
+                if completion.finish in ("stop", "length"):
+                    written[key] = list(completion)
+                elif self.cache.processes.world_size > 1:
+                    written[self._failed(key)] = list(completion)
+        self.cache.put(written)
+
+    def _wait_for_others(self, keys: dict[Place, str], found: dict[Place, Completion]) -> None:
+        """Put into `found` what the other processes ask for."""
+        pairs = {at: (key, self._failed(key)) for at, key in keys.items() if at not in found}
+        values = self.cache.wait(list(pairs.values()))
+        for at, (key, failed) in pairs.items():
+            found[at] = Completion(*values.get(key, values.get(failed)))
+
+    def _failed(self, key: str) -> str:
+        """Where the other processes of this run, and no other run, find why a text is missing."""
+        return content_key("failed", self.cache.processes.run, key)
+
+    def _answers(self, requests: list[Request], settings: dict[str, Any], steered: bool) -> list[list[Completion]]:
+        conversations, prefills = [r.conversation for r in requests], [r.prefill for r in requests]
+        try:
+            if steered:
+                return self.steered.complete(
+                    conversations, prefill=prefills, features=[r.feature for r in requests],
+                    strengths=[r.strength for r in requests], **settings,
+                )  # fmt: skip
+            return self.chat.complete(conversations, prefill=prefills, **settings)
+        except ChatError as error:
+            self.error = error
+            unasked = [Completion("", "not_asked", str(error), 0, 0)] * settings["n"]
+            answered = [[*group, *unasked][: settings["n"]] for group in error.completions[: len(requests)]]
+            return answered + [unasked] * (len(requests) - len(answered))
+
+    def _count(self, completions: list[Completion]) -> None:
+        asked = [c for c in completions if self.was_asked(c)]
+        failed = [c for c in asked if c.finish == "failed"]
+        if len(asked) < len(completions) and self.gave_up is None:
+            told = next(c.error for c in completions if not self.was_asked(c))
+            self.gave_up = str(self.error or told or "it takes no more requests").rstrip(".")
+        self.failures += len(failed)
+        self.answered += len(asked) - len(failed)
+        if failed and not self.first_failure:
+            self.first_failure = failed[0].error or "it does not say why"
+        self.budget.spend(len(asked), sum(c.prompt_tokens for c in asked), sum(c.completion_tokens for c in asked))
