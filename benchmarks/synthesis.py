@@ -1,6 +1,6 @@
 """What writing for missing features brings, beside chance, and how fast it is: on the embedded model.
 
-    python benchmarks/synthesis.py fill [--features 40] [--seed 0]       # each way of writing, and all together
+    python benchmarks/synthesis.py fill [--features 40] [--seed 0]       # each method, and all together
     python benchmarks/synthesis.py steps [--features 60] [--seeds 3]     # two steps against one, as many texts each
     python benchmarks/synthesis.py speed [--pairs 5]                     # tokens a second beside plain generate
 
@@ -19,10 +19,16 @@ import torch
 from hf_fac import FeatureCoverage
 from hf_fac.chat.local import LocalChat
 from hf_fac.embedded.loader import load_anchor, load_dictionary, load_featurizer, load_seed
-from hf_fac.storage.journal import Journal
-from hf_fac.synthesis.piecework import unbounded
-from hf_fac.synthesis.report import by_way
+from hf_fac.storage.cache import Cache
+from hf_fac.synthesis.budget import Budget
+from hf_fac.synthesis.candidates import Candidate, Status
+from hf_fac.synthesis.filters import NearDuplicates
+from hf_fac.synthesis.generation import Generator
+from hf_fac.synthesis.report import by_method
 from hf_fac.synthesis.synthesizer import FACSynthesizer
+from hf_fac.synthesis.text_source import TextSource
+from hf_fac.synthesis.verification import SampleScorer, Verifier
+from hf_fac.tasks.prompts import FeatureHints, list_prompt
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("what", choices=["fill", "steps", "speed"])
@@ -49,32 +55,40 @@ def draw(n: int, seed: int) -> np.ndarray:
 
 def synthesizer(**settings) -> FACSynthesizer:
     avoid = {"the seed set": seed_rows, "the anchor set": anchor_rows}
-    settings = {"task": "instruction_following", "form": "list", "avoid": avoid, **settings}
+    settings = {"task": "instruction_following", "prompt_format": "list", "avoid": avoid, **settings}
     return FACSynthesizer(chat, featurizer, dictionary, threshold=report.threshold, **settings)
 
 
 def fill() -> None:
     features = draw(options.features or 40, options.seed)
     print(f"{len(features)} of {len(supported)} missing features with three anchor rows; delta {report.threshold:.3f}")
-    for name, ways in (
+    for name, methods in (
         ("words", ["one_step"]),
         ("two-step words", ["two_step"]),
         ("steering", ["steering"]),
         ("all together", ["two_step", "steering"]),
     ):
-        made = synthesizer(ways=ways, samples_per_feature=1, answer_tokens=160, seed=options.seed)
-        result = made.synthesize(features)
-        print(f"\n{name}: {len(result.report.filled) / len(features):.2f} filled by a whole sample\n{result.report}")
+        made = synthesizer(methods=methods, samples_per_feature=1, answer_tokens=160, seed=options.seed)
+        told = made.synthesize(features).report
+        print(f"\n{name}: {len(told.activated) / len(features):.2f} activated by a whole sample\n{told}", flush=True)
 
 
-def searched(features: np.ndarray, way: str, seed: int, journal: Journal) -> list[dict]:
-    """All texts of a way, none left out because a feature was filled before. The first round is the same of both ways,
-    and written once."""
-    made = synthesizer(ways=[way], samples_per_feature=10**6, rounds=1, seed=seed)
-    with journal.claim("piece") as piece:
-        writer = made._writer(made._gauge(features), "list", piece, unbounded)
-        writer.search(features.tolist())
-    return [c.record() for own in writer.candidates.values() for c in own]
+def searched(features: np.ndarray, method: str, seed: int, cache: Cache) -> list[Candidate]:
+    """All texts of a method, none left out because a feature had a sample before. The first round is the same for both
+    methods, and written once."""
+    made = synthesizer(methods=[method], rounds=1, seed=seed)
+    delta = np.broadcast_to(report.threshold, featurizer.d_sae)
+    verifier = Verifier(
+        SampleScorer(featurizer, made.task, features, delta, cache), dictionary, NearDuplicates(), 3, None
+    )
+    generator = Generator(made.settings, dictionary, delta, "list", TextSource(chat, None, "", cache, Budget()), None)
+    written: dict[int, list[Candidate]] = {feature: [] for feature in features.tolist()}
+    for round_ in made.settings.schedule():
+        candidates = generator.write(round_, features.tolist(), written)
+        verifier.verify(candidates)
+        for candidate in candidates:
+            written[candidate.feature].append(candidate)
+    return [candidate for candidates in written.values() for candidate in candidates]
 
 
 def steps() -> None:
@@ -82,44 +96,44 @@ def steps() -> None:
     differences = []
     for seed in range(options.seeds):
         features = draw(n, seed)
-        filled, journal = {}, Journal(None, {})
-        for way in ("one_step", "two_step"):
-            written = searched(features, way, seed, journal)
-            later = [c for c in written if not c["request"].startswith("0:")]
-            everything = by_way([{**c, "way": way} for c in written])[way]
-            second = by_way([{**c, "way": way} for c in later])[way]
-            hits = {c["feature"] for c in written if not c["refused"] and c["feature"] in c["activates"]}
-            filled[way] = np.array([feature in hits for feature in features.tolist()])
+        activated, cache = {}, Cache(None)
+        for method in ("one_step", "two_step"):
+            written = searched(features, method, seed, cache)
+            later = [c for c in written if c.provenance["round"]]
+            everything, second = (
+                by_method(part).get("all") or next(iter(by_method(part).values())) for part in (written, later)
+            )
+            hits = {c.feature for c in written if c.status is Status.HIT}
+            activated[method] = np.array([feature in hits for feature in features.tolist()])
             print(
-                f"seed {seed}, {way}: {len(written)} texts fill {everything.filled:.3f} (chance "
-                f"{everything.filled_by_chance:.3f}); of the {len(later)} that follow the first round "
-                f"{second.hit_rate:.3f} hit (chance {second.hits_by_chance:.4f})",
+                f"seed {seed}, {method}: {len(written)} texts activate {everything.activated:.3f} (chance "
+                f"{everything.activated_by_chance:.3f}); of the {len(later)} that follow the first round "
+                f"{second.hit_rate:.3f} hit (chance {second.hit_rate_by_chance:.4f})",
                 flush=True,
             )
-        differences.extend((filled["two_step"].astype(float) - filled["one_step"]).tolist())
+        differences.extend((activated["two_step"].astype(float) - activated["one_step"]).tolist())
     rng = np.random.default_rng(0)
     means = [np.mean(rng.choice(differences, len(differences))) for _ in range(2000)]
     low, high = np.quantile(means, [0.025, 0.975])
-    print(f"two steps fill {np.mean(differences):+.3f} more than one ({low:+.3f} to {high:+.3f}, bootstrap)")
+    print(f"two steps activate {np.mean(differences):+.3f} more than one ({low:+.3f} to {high:+.3f}, bootstrap)")
 
 
 def speed() -> None:
     features = draw(options.features or 40, options.seed)
-    made = synthesizer(ways=["one_step"])
-    writer = made._writer(made._gauge(features), "list", None, unbounded)
-    requests = [writer._request(0, "words", feature) for feature in features.tolist()]
+    task = synthesizer().task
+    prompts = [list_prompt(task, FeatureHints(None, dictionary.spans(feature)[:5])) for feature in features.tolist()]
     settings = {"temperature": 0.8, "top_p": 0.9}
     model, tokenizer = featurizer.model, featurizer.tokenizer
-    prompts = [
-        tokenizer.apply_chat_template(r.conversation, tokenize=False, add_generation_prompt=True) + r.begun
-        for r in requests
+    texts = [
+        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) + prefill
+        for conversation, prefill in prompts
     ]
 
     def ours(seed: int) -> float:
         start = time.perf_counter()
         found = chat.complete(
-            [r.conversation for r in requests],
-            begun=[r.begun for r in requests],
+            [conversation for conversation, _ in prompts],
+            prefill=[prefill for _, prefill in prompts],
             n=4,
             max_tokens=64,
             seed=seed,
@@ -130,7 +144,7 @@ def speed() -> None:
     def plain(seed: int) -> float:
         torch.manual_seed(seed)
         start, written = time.perf_counter(), 0
-        each = sorted(prompts * 4, key=len)
+        each = sorted(texts * 4, key=len)
         for begin in range(0, len(each), chat.batch_size):
             batch = each[begin : begin + chat.batch_size]
             inputs = tokenizer(batch, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
