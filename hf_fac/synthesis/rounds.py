@@ -6,7 +6,9 @@ the same call goes through the same steps again and continues where an earlier o
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,23 +29,21 @@ class Progress:
 
     written: by feature, all candidates in the order in which they were written.
     tried: the pairs of a feature and a round's number for which texts were written.
-    samples: the accepted texts.
+    accepted: by feature, how many samples it has. samples: their texts.
     n_from_pool: samples that a pool gave.
     tries, successes: how often a feature was tried, and how often that made a sample.
     """
 
     written: dict[int, list[Candidate]]
     tried: set[tuple[int, int]] = field(default_factory=set)
+    accepted: Counter[int] = field(default_factory=Counter)
     samples: NearDuplicates = field(default_factory=NearDuplicates)
     n_from_pool: int = 0
     tries: int = 0
     successes: int = 0
 
-    def accepted(self, feature: int) -> int:
-        return sum(c.status is Status.ACCEPTED for c in self.written[feature])
-
     def n_samples(self) -> int:
-        return self.n_from_pool + sum(map(self.accepted, self.written))
+        return self.n_from_pool + self.accepted.total()
 
     def all(self) -> list[Candidate]:
         return [candidate for candidates in self.written.values() for candidate in candidates]
@@ -55,7 +55,7 @@ class Progress:
 
     def may_gain(self, feature: int, settings: SynthesisSettings) -> bool:
         """Whether the feature lacks samples and something is left to try."""
-        if self.accepted(feature) >= settings.samples_per_feature:
+        if self.accepted[feature] >= settings.samples_per_feature:
             return False
         return bool(self.hits(feature)) or any((feature, r.number) not in self.tried for r in settings.schedule())
 
@@ -77,12 +77,14 @@ def run_rounds(progress: Progress, generator: Generator, verifier: Verifier, com
     Returns when all features have their samples, all rounds were tried, or the budget ended the loop
     (`budget.refused`). Where the chat gives up the loop goes on with what the cache knows.
     """
+    from tqdm.auto import tqdm
+
     budget, settings = generator.source.budget, generator.settings
-    for quota in range(1, settings.samples_per_feature + 1):
-        if not any(progress.may_gain(feature, settings) for feature in progress.written):
-            return
-        for round_ in settings.schedule():
-            waiting = [f for f in progress.written if progress.accepted(f) < quota]
+    with tqdm(total=len(progress.written), desc="Features with samples", unit="feature", delay=2, leave=False) as bar:
+        for quota, round_ in itertools.product(range(1, settings.samples_per_feature + 1), settings.schedule()):
+            if not any(progress.may_gain(feature, settings) for feature in progress.written):
+                return
+            waiting = [f for f in progress.written if progress.accepted[f] < quota]
             waiting = [f for f in waiting if progress.hits(f) or (f, round_.number) not in progress.tried]
             while waiting:
                 size = _wave_size(progress, generator, round_, budget)
@@ -90,6 +92,7 @@ def run_rounds(progress: Progress, generator: Generator, verifier: Verifier, com
                     return
                 _write_wave(waiting[:size], quota, round_, progress, generator, verifier, completer)
                 waiting = waiting[size:]
+                bar.update(len(+progress.accepted) - bar.n)
 
 
 def _wave_size(progress: Progress, generator: Generator, round_: Round, budget: Budget) -> int:
@@ -113,7 +116,7 @@ def _write_wave(
 ) -> None:
     """Complete the hits that earlier rounds left, then write for the features that still lack a sample."""
     _complete_hits(features, quota, progress, completer)
-    open_ = [f for f in features if progress.accepted(f) < quota and (f, round_.number) not in progress.tried]
+    open_ = [f for f in features if progress.accepted[f] < quota and (f, round_.number) not in progress.tried]
     candidates = generator.write(round_, open_, progress.written)
     verifier.verify(candidates, for_pairs=round_.for_pairs)
     for candidate in candidates:
@@ -122,7 +125,7 @@ def _write_wave(
     _complete_hits(open_, quota, progress, completer)
     if not round_.for_pairs:
         progress.tries += len(open_)
-        progress.successes += sum(progress.accepted(f) >= quota for f in open_)
+        progress.successes += sum(progress.accepted[f] >= quota for f in open_)
 
 
 def _complete_hits(features: Sequence[int], quota: int, progress: Progress, completer: RowCompleter) -> None:
@@ -132,6 +135,7 @@ def _complete_hits(features: Sequence[int], quota: int, progress: Progress, comp
         completer.complete(batch)
         for candidate in batch:
             if candidate.status is Status.ACCEPTED:
+                progress.accepted[candidate.feature] += 1
                 progress.samples.add(candidate.text, "another sample")
         if any(candidate.status is Status.HIT for candidate in batch):
             return  # the budget left them without a row
@@ -142,7 +146,7 @@ def _next_hits(features: Sequence[int], quota: int, progress: Progress, most: in
     batch: list[Candidate] = []
     texts = NearDuplicates()
     for feature in features:
-        if progress.accepted(feature) >= quota:
+        if progress.accepted[feature] >= quota:
             continue
         for candidate in progress.hits(feature):
             if len(batch) >= most:
