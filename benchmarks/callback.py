@@ -14,11 +14,8 @@ from dataclasses import replace
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_fac.chat.local import LocalChat
+from hf_fac import FACSynthesisCallback, FACSynthesizer, get_task
 from hf_fac.embedded.loader import load_dictionary, load_featurizer, load_seed
-from hf_fac.synthesis.synthesizer import FACSynthesizer
-from hf_fac.tasks.task import get_task
-from hf_fac.training.callback import FACSynthesisCallback
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=20)
@@ -32,9 +29,10 @@ with tempfile.TemporaryDirectory() as folder:
         report_to=[], use_cpu=True, bf16=False, activation_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = SFTTrainer(featurizer.model, args=arguments, train_dataset=rows, processing_class=featurizer.tokenizer)
-    chat = LocalChat(featurizer.model, featurizer.tokenizer)
     task = replace(get_task("instruction_following"), name="requests", type="messages")
-    synthesizer = FACSynthesizer(chat, featurizer, load_dictionary(), task=task, threshold=5.657, ways=("two_step",))
+    synthesizer = FACSynthesizer(
+        featurizer=featurizer, dictionary=load_dictionary(), task=task, threshold=5.657, methods=("two_step",)
+    )
     callback = FACSynthesisCallback(trainer, synthesizer, anchor=rows)
     trainer.add_callback(callback)
     trainer.train()
@@ -45,18 +43,18 @@ with tempfile.TemporaryDirectory() as folder:
     def timed(method):
         def wrapper(*args, **kwargs):
             global spent, calls
-            begun = time.perf_counter()
+            start = time.perf_counter()
             method(*args, **kwargs)
-            spent, calls = spent + time.perf_counter() - begun, calls + 1
+            spent, calls = spent + time.perf_counter() - start, calls + 1
 
         return wrapper
 
     for name in dir(TrainerCallback):
         if name.startswith("on_"):
             setattr(callback, name, timed(getattr(callback, name)))
-    begun = time.perf_counter()
+    start = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
 print(
     f"{calls} calls in {options.steps} steps of {seconds / options.steps:.2f} s: {spent / seconds:.1e} of the run "
     f"({1e6 * spent / calls:.1f} µs a call)"

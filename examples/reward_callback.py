@@ -16,12 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from hf_fac import FeatureCoverage
-from hf_fac.chat.local import LocalChat
+from hf_fac import FACSynthesisCallback, FACSynthesizer, LocalChat
 from hf_fac.embedded.loader import load_anchor, load_dictionary, load_featurizer, load_seed, model_folder
-from hf_fac.synthesis.synthesizer import FACSynthesizer
-from hf_fac.tasks.task import get_task
-from hf_fac.training.callback import FACSynthesisCallback
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--samples", type=int, default=10, help="the most samples that are written")
@@ -37,13 +33,13 @@ def pairs(chat: LocalChat, prompts: list[list[dict]]) -> Dataset:
 
 def main() -> None:
     arguments = parser.parse_args()
-    begun = time.monotonic()
+    start = time.monotonic()
     featurizer = load_featurizer(pool_over="completion")
     chat = LocalChat(featurizer.model, featurizer.tokenizer)
     narrow = load_seed().shuffle(seed=arguments.seed)["messages"][:60]
     broad = load_anchor().shuffle(seed=arguments.seed)["messages"][:160]
     seed, anchor, held_out = pairs(chat, narrow), pairs(chat, broad[:110]), pairs(chat, broad[110:])
-    print(f"{len(seed) + len(anchor) + len(held_out)} pairs made in {time.monotonic() - begun:.0f} s")
+    print(f"{len(seed) + len(anchor) + len(held_out)} pairs made in {time.monotonic() - start:.0f} s")
 
     def trainer_of(name):
         set_seed(arguments.seed)
@@ -66,14 +62,12 @@ def main() -> None:
     without.train()
     accuracy = {"without the callback": without.evaluate()["eval_accuracy"]}
 
-    reference = FeatureCoverage.from_activations(featurizer(anchor), measurement=featurizer.measurement)
     synthesizer = FACSynthesizer(
-        chat, featurizer, load_dictionary(), task=get_task("helpfulness"), samples_per_feature=1, ways=("two_step",),
-        threshold=reference.compare(reference).threshold, form="list", rounds=1, answer_tokens=40,
-        avoid={"held out": held_out}, seed=arguments.seed,
+        chat, featurizer, load_dictionary(), task="helpfulness", samples_per_feature=1, methods=("two_step",),
+        prompt_format="list", rounds=1, answer_tokens=40, avoid={"held out": held_out}, seed=arguments.seed,
     )  # fmt: skip
     trainer = trainer_of("with")
-    callback = FACSynthesisCallback(trainer, synthesizer, anchor=reference, max_samples=arguments.samples)
+    callback = FACSynthesisCallback(trainer, synthesizer, anchor=anchor, max_samples=arguments.samples)
     trainer.add_callback(callback)
     trainer.train()
     accuracy["with the callback"] = trainer.evaluate()["eval_accuracy"]
@@ -83,7 +77,7 @@ def main() -> None:
     print(f"FAC {numbers['fac/before']:.3f} before, {numbers['fac/after']:.3f} after")
     for name, share in accuracy.items():
         print(f"accuracy on {len(held_out)} held-out broad pairs, {name}: {share:.3f}")
-    print(f"{time.monotonic() - begun:.0f} s in all; new rows and report: {callback.folder}")
+    print(f"{time.monotonic() - start:.0f} s in all; new rows and report: {callback.folder}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,8 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from hf_fac import FeatureCoverage
-from hf_fac.chat.local import LocalChat
+from hf_fac import FACSynthesisCallback, FACSynthesizer, get_task
 from hf_fac.embedded.loader import load_anchor, load_dictionary, load_featurizer, load_seed
-from hf_fac.synthesis.synthesizer import FACSynthesizer
-from hf_fac.tasks.task import get_task
-from hf_fac.training.callback import FACSynthesisCallback
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--samples", type=int, default=10, help="the most samples that are written")
@@ -50,20 +46,20 @@ def main() -> None:
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
         )  # fmt: skip
 
-    begun = time.monotonic()
+    start = time.monotonic()
     featurizer = load_featurizer(max_length=96)
     untrained = trainer_of(featurizer, "without")
     losses = {"before training": untrained.evaluate()["eval_loss"]}
     untrained.train()
     losses["without the callback"] = untrained.evaluate()["eval_loss"]
 
+    # The model in training writes, and delta is calibrated on the anchor set.
     featurizer = load_featurizer(max_length=96)
-    reference = FeatureCoverage.from_activations(featurizer(anchor), measurement=featurizer.measurement)
     synthesizer = FACSynthesizer(
-        LocalChat(featurizer.model, featurizer.tokenizer), featurizer, load_dictionary(),
-        task=replace(get_task("instruction_following"), name="requests", type="messages"),
-        threshold=reference.compare(reference).threshold, samples_per_feature=1, ways=("two_step",), form="list",
-        rounds=1, answer_tokens=32, avoid={"held out": held_out}, seed=arguments.seed,
+        featurizer=featurizer, dictionary=load_dictionary(),
+        task=replace(get_task("instruction_following"), name="requests", type="messages"), samples_per_feature=1,
+        methods=("two_step",), prompt_format="list", rounds=1, answer_tokens=32, avoid={"held out": held_out},
+        seed=arguments.seed,
     )  # fmt: skip
     trainer = trainer_of(featurizer, "with")
     callback = FACSynthesisCallback(trainer, synthesizer, anchor=anchor, max_samples=arguments.samples)
@@ -76,7 +72,7 @@ def main() -> None:
     print(f"FAC {numbers['fac/before']:.3f} before, {numbers['fac/after']:.3f} after")
     for name, loss in losses.items():
         print(f"loss on {len(held_out)} held-out broad requests, {name}: {loss:.3f}")
-    print(f"{time.monotonic() - begun:.0f} s in all; new rows and report: {callback.folder}")
+    print(f"{time.monotonic() - start:.0f} s in all; new rows and report: {callback.folder}")
 
 
 if __name__ == "__main__":

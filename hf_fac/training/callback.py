@@ -1,13 +1,12 @@
-"""`FACSynthesisCallback`: a trainer whose training set is measured, and filled with what it is missing, as it trains.
+"""`FACSynthesisCallback`: a trainer measures its training set and fills it with what it is missing, as it trains.
 
 In: a trainer of TRL or transformers, a synthesizer, an anchor set. Out: a run on the enlarged set, step for step the
-one that the trainer would have made had it been given that set; the new rows, the enlarged set and a report on disk.
+run that the trainer would have made with that set; the new rows, the enlarged set and a report on disk.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import time
@@ -22,24 +21,35 @@ from numpy.typing import ArrayLike
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..chat.endpoint import ChatError
 from ..coverage.coverage import FeatureCoverage
+from ..features.fingerprint import TensorHash
 from ..hub.cards import merge_card
+from ..storage.cache import content_key
 from ..storage.files import write_whole
-from ..storage.parquet import read_parquet, rows_digest, write_parquet
-from .checks import check_arguments, check_can_grow, is_in_training, warn_of_cut_rows
-from .coverage_round import Refill
-from .processes import Ranks, never_a_smaller_batch, preserved
-from .summary import log_table, paragraph, summed_up, write_enlarged, write_report
-from .trainers import trainer_data
-from .training_set import PlannedRows, Prepare
+from ..storage.parquet import rows_digest
+from . import checks
+from .checks import CallbackSettings
+from .coverage_round import SAME_BOUNDS, Bounds, CoverageRound, RoundReport, empty_rows
+from .processes import ProcessGroup, preserved, reraise_oom
+from .run_folder import (
+    FOLDER,
+    RECORD,
+    CheckpointRecord,
+    check_same_run,
+    find_rows,
+    next_record,
+    read_record,
+    save_rows,
+)
+from .summary import log_table, model_card_section, write_enlarged, write_report
+from .trainers import training_set_of
+from .training_set import FixedLengthDataset, Prepare, PreparedRows
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from ..synthesis.synthesizer import FACSynthesizer
-
-RECORD = "fac_synthesis.json"  # in every checkpoint: which new rows the run trains on
-_FOLDER = "_fac_synthesis"  # what begins so is not pushed to the Hub with the model: it holds the training set
 
 
 class FACSynthesisCallback(TrainerCallback):
@@ -50,29 +60,30 @@ class FACSynthesisCallback(TrainerCallback):
         trainer.train()
 
     The run equals that of a trainer which was given the enlarged set: order, steps, schedule, losses and weights. The
-    seed set comes first, the new rows after it. It works for SFTTrainer, RewardTrainer, DPOTrainer and the plain
-    Trainer (through `prepare`); what it cannot do exactly it refuses when it is made.
+    trainer's own rows come first, the new rows after them. It works for SFTTrainer, RewardTrainer, DPOTrainer and the
+    plain Trainer (through `prepare`); what it cannot do exactly it refuses when it is made.
 
     Under `output_dir`/_fac_synthesis it keeps `rows-<hash>.parquet` (new rows with provenance), `enlarged.parquet`,
-    `report.json` (a list, an entry each time that the set was filled), and `work`, from which a run that died goes on;
-    `work` can be deleted once training has ended. None of it is pushed to the Hub with the model.
-    Checkpoints name the rows by their hash: resuming from one restores them, nothing is written again. Nor is it by a
-    second `train()`. With several processes that folder must lie on a file system that all of them share.
+    `report.json` (a list with one entry for each round), and `work`, from which a killed run goes on; `work` can be
+    deleted after training. None of it is pushed to the Hub with the model.
+    Checkpoints name the rows by their hash: a run resumed from one trains on the same rows and writes nothing again. A
+    second `train()` reuses the rows too. With several processes the folder must lie on a file system that all share.
 
     Args:
         trainer: whose training set it is; the callback has to be added to it as well.
-        synthesizer: what measures (`synthesizer.featurizer`, which may read the model in training) and writes. Under
-            ZeRO-3 and FSDP both need a model of their own. Its max_length should be the trainer's: what is cut off for
-            training is measured else (a UserWarning says so).
-        anchor: rows (Dataset), or their FeatureCoverage as this featurizer measures them.
+        synthesizer: measures (`synthesizer.featurizer`, which may read the model in training) and writes. Under ZeRO-3
+            and FSDP both need a model of their own. Its max_length should be the trainer's (a UserWarning says so),
+            otherwise truncated tokens would count as covered.
+        anchor: rows (Dataset), or their FeatureCoverage as this featurizer measures them. Where the synthesizer has no
+            threshold it is calibrated on them, where it has no dictionary one is built from the rows.
         train_dataset: the raw rows that the trainer was given; needed where its own set no longer holds them (packing,
             shuffle_dataset, a formatting_func, rows tokenized by you).
         features: the ids that count, F_task; None for all.
         refresh: "start" fills the set once, before the first step. "epoch" measures and fills again before each epoch,
-            with the model as it then is if that is what the featurizer reads. The set has room for max_samples from
-            the first step on, of which each time gets an equal share; open places repeat seed rows in turn, so that
-            steps and schedule never change. What resisted is not written for again, but where the model that measures
-            or writes is the one in training.
+            with the model as it is then if the featurizer reads that one. The set has room for max_samples from the
+            first step on, of which each round gets an equal share; free places repeat the trainer's own rows in turn,
+            so that steps and schedule never change. Exhausted features are written for again only where the model that
+            measures or writes is the one in training.
         every: with "epoch", before every so many epochs.
         max_samples, max_seconds: bounds of all synthesis in the run. max_samples is needed with "epoch".
         on_error: "raise", or "warn" when measuring or writing fails, and train on what was written by then.
@@ -82,12 +93,12 @@ class FACSynthesisCallback(TrainerCallback):
             tokenized yourself.
 
     Attributes:
-        new_rows: the rows written, with their provenance, before the trainer's filters; None until then.
-        summary: the numbers that were logged, by name. "fac/before" and "fac/missing" are of the first measurement,
-            all others of the run up to now; "fac/after" counts the rows that the trainer keeps, a feature is filled
-            when one of its own is among them, "fac/dropped" are the others.
+        new_rows: the rows written, with their provenance, before the trainer's filters; None before the first round.
+        summary: the numbers that were logged, by name. "fac/before" and "fac/missing" are of the first round, all
+            others of the run so far; "fac/after" counts the rows that the trainer keeps, "fac/dropped" are the others;
+            a feature is "fac/activated" when a row of its own is kept.
 
-    Raises: ValueError for whatever is not supported, with the reason and the remedy.
+    Raises: ValueError, TypeError for whatever is not supported, with the reason and the remedy.
     """
 
     def __init__(
@@ -107,268 +118,244 @@ class FACSynthesisCallback(TrainerCallback):
         log_rows: bool = False,
         prepare: Prepare | None = None,
     ) -> None:
-        for name, value in (("trainer", trainer), ("synthesizer", synthesizer), ("anchor", anchor)):
-            if value is None:
-                raise TypeError(f"{name} is None: FACSynthesisCallback needs trainer, synthesizer and anchor.")
-        self.trainer, self.synthesizer, self.anchor = trainer, synthesizer, anchor
-        self._refill = Refill(synthesizer, anchor, features)
-        self.refresh, self.every, self.on_error = refresh, every, on_error
-        self.max_samples, self.max_seconds, self.log_rows = max_samples, max_seconds, log_rows
-        self.folder = Path(output_dir or trainer.args.output_dir) / _FOLDER
+        self.settings = CallbackSettings(
+            refresh=refresh, every=every, features=features, max_samples=max_samples, max_seconds=max_seconds,
+            on_error=on_error, log_rows=log_rows,
+        )  # fmt: skip
+        checks.check_types(trainer, synthesizer, anchor)
+        if any(isinstance(callback, FACSynthesisCallback) for callback in trainer.callback_handler.callbacks):
+            raise ValueError("The trainer has a FACSynthesisCallback already: one is all it takes.")
+        self.trainer, self.synthesizer, self._anchor = trainer, synthesizer, anchor
+        self.folder = Path(output_dir or trainer.args.output_dir) / FOLDER
+        checks.check_output_folder(self.folder.parent, Path(trainer.args.output_dir))
+        checks.check_features(features, synthesizer)
+        checks.check_models(trainer, synthesizer, anchor, refresh=refresh)
         self.new_rows: Dataset | None = None
-        self.summary: dict[str, float] = {}
-        self._record: dict[str, Any] = {}  # what checkpoints carry; empty until there are new rows
-        self._set: Dataset | PlannedRows | None = None  # the training set, once it is the callback's
-        self._checkpoint: str | None = None
+        self._kept: list[Dataset] = []  # of each round, the new rows that the trainer keeps
+        self._set: Dataset | FixedLengthDataset | None = None  # the trainer's, once the callback has replaced it
+        self._checkpoint: Path | None = None  # that train() resumes from
         self._unlogged = False
-        check_arguments(self, FACSynthesisCallback)
         with self._preserved():
-            self._data = trainer_data(trainer, synthesizer.task, train_dataset=train_dataset, prepare=prepare)
-            self._refill.check(self._data.readable)
+            self._training_set = training_set_of(
+                trainer, synthesizer.task, train_dataset=train_dataset, prepare=prepare
+            )
+            checks.check_readable(synthesizer, training=self._training_set.content, anchor=anchor)
+            self._record = CheckpointRecord.before_first_round(
+                self._training_set.digest, self._featurizer_digest(), refresh, max_samples
+            )
         if refresh == "epoch":
-            check_can_grow(trainer, self._data)
-        warn_of_cut_rows(trainer, self._data, synthesizer.featurizer)
-        # The Trainer fixes steps, schedule and the resumed position by its loader, before any callback is called.
+            checks.check_can_grow(trainer, self._training_set)
+        checks.warn_of_cut_rows(trainer, self._training_set, synthesizer.featurizer)
+        # The Trainer computes steps, schedule and resumed position from its loader, before any callback is called.
         self._wrap("train", self._train)
         self._wrap("get_train_dataloader", self._get_train_dataloader)
         self._wrap("save_model", self._save_model)
         self._wrap("create_model_card", self._create_model_card)
 
+    @property
+    def summary(self) -> dict[str, float]:
+        return self._record.summary
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._log()  # earlier not every logger would take it
+        if args is not self.trainer.args:
+            warnings.warn(
+                "This FACSynthesisCallback was made for another trainer and does nothing here: make it with the "
+                "trainer that it is added to.",
+                stacklevel=2,
+            )
+        else:
+            self._log()  # not all loggers are ready before
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        epoch = int(state.epoch or 0)
-        if self.refresh == "start" or epoch % self.every or epoch <= self._record.get("epoch", -1):
+        if args is not self.trainer.args or self.settings.refresh == "start":
             return
-        with self._preserved():
-            rows, report = self._filled(epoch)
-            prepared = self._fill_places(rows)
-        self._keep(rows, report, dropped=len(rows) - prepared, epoch=epoch)
-        self._log()
+        epoch = int(state.epoch or 0)
+        if epoch % self.settings.every == 0 and epoch > self._record.epoch:
+            with self._preserved():
+                self.trainer.train_dataset.add(self._run_round(epoch).tokenized)
+            self._log()
 
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
         original = getattr(self.trainer, name)
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            # A callback that was not added, or was removed, does nothing.
-            if self not in self.trainer.callback_handler.callbacks:
-                return original(*args, **kwargs)
-            return wrapper(original, *args, **kwargs)
+            if self in self.trainer.callback_handler.callbacks:
+                return wrapper(original, *args, **kwargs)
+            if name == "train":
+                warnings.warn(
+                    "A FACSynthesisCallback was made for this trainer and is not among its callbacks: the training set "
+                    "is not enlarged. Add it with trainer.add_callback(callback).",
+                    stacklevel=2,
+                )
+            return original(*args, **kwargs)
 
         setattr(self.trainer, name, wrapped)
 
     def _train(
         self, original: Callable[..., Any], resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        self._checkpoint = resume_from_checkpoint or None
+        checkpoint = resume_from_checkpoint or None
         if resume_from_checkpoint is True:
-            self._checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
+            checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
         return original(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_dataloader(self, original: Callable[[], Any]) -> Any:
         if self.trainer.is_in_train:
-            if self.trainer.train_dataset is not (self._data.base if self._set is None else self._set):
-                raise ValueError(
-                    "The trainer got another training set after the callback was made: make trainer and callback anew, "
-                    "the callback last."
-                )
-            record = None if self._checkpoint is None else self._read_record(Path(self._checkpoint))
+            self._check_own_set()
             with self._preserved():
-                if self.refresh == "epoch":
-                    self._plan(record)
+                if self._checkpoint is not None:
+                    self._resume(self._checkpoint)
                 elif self._set is None:
-                    self._enlarge(record)
-            if record is not None and record["rows"] != self._record["rows"]:
-                raise ValueError(
-                    f"{self._checkpoint} was trained on other new rows than this trainer has already: resume with a "
-                    "new trainer."
-                )
+                    self._start()
         return original()
 
-    def _enlarge(self, record: dict[str, Any] | None) -> None:
-        rows, report = self._filled(0) if record is None else (self._restored(record), {})
-        enlarged, dropped = self._data.enlarged(rows)
-        self._replace_set(enlarged)
-        if record is None:
-            self._keep(rows, report, dropped=dropped, epoch=0)
+    def _check_own_set(self) -> None:
+        if self.trainer.train_dataset is not (self._training_set.tokenized if self._set is None else self._set):
+            raise ValueError(
+                "The trainer got another training set after the callback was made: make trainer and callback again, "
+                "the callback last."
+            )
+
+    def _start(self) -> None:
+        """Fill the set before the first step, or make room in it for the rounds to come."""
+        if self.settings.refresh == "start":
+            self._replace_set(self._run_round(0))
         else:
-            self._remember(rows, record)
+            self._replace_set(self._training_set.prepare(empty_rows(self.synthesizer)))
 
-    def _plan(self, record: dict[str, Any] | None) -> None:
-        if self._set is None:
-            seed = self.trainer.train_dataset.select_columns(list(self._data.columns))
-            self._replace_set(PlannedRows(seed, self.max_samples))
-        if record is not None:
-            rows = self._restored(record)
-            self._fill_places(rows)
-            self._remember(rows, record)
+    def _resume(self, checkpoint: Path) -> None:
+        """Fill the set with the rows of a checkpoint."""
+        record = read_record(checkpoint)
+        check_same_run(record, self._record, checkpoint)
+        if self._set is not None and self.settings.refresh == "start":
+            if record.rows != self._record.rows:
+                raise ValueError(
+                    f"{checkpoint} was trained on other new rows than this trainer has already: resume with a new "
+                    "trainer."
+                )
+            return
+        rows = find_rows(record, checkpoint, self.folder)
+        prepared = self._training_set.prepare(rows)
+        if self.trainer.args.process_index == 0:
+            save_rows(rows, self.folder)  # beside the checkpoints to come
+        self._replace_set(prepared)
+        self.new_rows, self._kept, self._record = rows, [prepared.kept], record
 
-    def _replace_set(self, rows: Dataset | PlannedRows) -> None:
+    def _replace_set(self, new: PreparedRows) -> None:
+        """Give the trainer its set with new rows in it and, where it grows, with room for more."""
+        if self.settings.refresh == "start":
+            rows = self._training_set.enlarged(new)
+        else:
+            own = self._training_set.tokenized.select_columns(list(self._training_set.columns))
+            rows = FixedLengthDataset(own, self.settings.max_samples)
+            rows.add(new.tokenized)
         self.trainer.train_dataset = self._set = rows
 
-    def _fill_places(self, rows: Dataset) -> int:
-        """How many rows are left to train on."""
-        prepared = self._data.prepared(rows) if len(rows) else None
-        self._set.fill(prepared)
-        return 0 if prepared is None else len(prepared)
-
-    def _trained_on(self, rows: Dataset) -> Dataset:
-        """The rows that the trainer's filters leave."""
-        if self._data.arranged and self.trainer.args.packing:
-            return rows  # packing drops none, and what it makes of them is not to be counted
-
-        def left(start: int, stop: int) -> list[int]:
-            n = len(self._data.prepared(rows.select(range(start, stop))))
-            if n == 0 or n >= stop - start:
-                return list(range(start, stop)) if n else []
-            middle = (start + stop) // 2
-            return left(start, middle) + left(middle, stop)
-
-        return rows.select(left(0, len(rows)) if len(rows) else [])
-
-    def _filled(self, epoch: int) -> tuple[Dataset, dict[str, Any]]:
-        """All new rows, those of before first, the same in every process, and a report; the rows are on disk then."""
-        before = self._refill.none() if self.new_rows is None else self.new_rows
-        start = time.monotonic()
+    def _run_round(self, epoch: int) -> PreparedRows:
+        """Returns the new rows of one coverage round, prepared, the same in every process. By then they are on disk."""
+        group, start = ProcessGroup.join(self.folder / "work", self.trainer.args), time.monotonic()
         try:
-            return self._turn(before, epoch, start)
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            problem = error
-        try:
-            # Of one request the synthesizer makes nothing: this is what was written, and paid for, until it failed.
-            rows, report = self._turn(before, epoch, start, max_requests=1)
-            report["resisted"] = []  # not all of the ways were tried
-        except Exception:
-            rows, report = before, {"seconds": 0.0}
-            self._save_rows(rows)
-        warnings.warn(f"FAC synthesis failed; the run has {len(rows):,} new rows: {problem}", stacklevel=2)
-        return rows, report | {"error": f"{type(problem).__name__}: {problem}"}
-
-    def _turn(
-        self, before: Dataset, epoch: int, start: float, *, max_requests: int | None = None
-    ) -> tuple[Dataset, dict[str, Any]]:
-        """What `_filled` returns, or an error in all processes."""
-        ranks = Ranks.meet(self.folder / "work", self.trainer.args)
-        models, spent = (self.synthesizer.featurizer.model, self.synthesizer.chat), self._record.get("seconds", 0.0)
-        # Nothing has changed for what resisted, unless the model that reads or writes is being trained.
-        changes = any(is_in_training(self.trainer, model) for model in models)
-        try:
-            with never_a_smaller_batch():
-                added, report = self._refill.run(
-                    self._data.readable,
-                    self._trained_on(before),
-                    ranks,
-                    turn=epoch,
-                    trained_on=self._trained_on,
-                    leave_out=() if changes else self._record.get("resisted", ()),
-                    max_samples=self._budget(len(before), epoch),
-                    max_requests=max_requests,
-                    max_seconds=None if self.max_seconds is None else max(1.0, self.max_seconds - spent),
-                )
-                rows = concatenate_datasets([before, added]) if len(before) else added
-                self._save_rows(rows)
-            report["seconds"] = ranks.agree(rows_digest(rows), time.monotonic() - start)
+            with reraise_oom():
+                result = self._coverage_round(group).run(self._kept, number=epoch, bounds=self._bounds(epoch))
+            if result.report.failure and self.settings.on_error == "raise":
+                raise ChatError(f"Synthesis ended by {result.report.failure}. The same run asks for the rest.")
+            rows = concatenate_datasets([self.new_rows, result.rows]) if self._n_new else result.rows
+            if group.rank == 0:
+                save_rows(rows, self.folder)
+            seconds = group.barrier({"new rows": rows_digest(rows)}, remedy=SAME_BOUNDS, note=time.monotonic() - start)
         except BaseException as error:
-            ranks.fail(error)
-            if self.on_error == "warn" and isinstance(error, Exception):
-                ranks.wait_for_all()
-            raise
-        return rows, report
+            group.leave(error)
+            if self.settings.on_error == "raise" or not isinstance(error, Exception):
+                raise
+            group.wait_for_all()
+            return self._go_on_without_rows(epoch, error)
+        group.leave()
+        self._kept.append(result.prepared.kept)
+        self._end_round(epoch, rows, seconds, result.report, result.report.failure)
+        return result.prepared
 
-    def _budget(self, n: int, epoch: int) -> int | None:
-        """How many samples may be written now: an equal share for each time that is left."""
-        if self.max_samples is None or self.refresh == "start":
-            return self.max_samples
-        times = len(range(epoch, math.ceil(self.trainer.args.num_train_epochs), self.every))
-        return math.ceil((self.max_samples - n) / times)
-
-    def _save_rows(self, rows: Dataset) -> None:
+    def _go_on_without_rows(self, epoch: int, error: Exception) -> PreparedRows:
+        none = empty_rows(self.synthesizer)
+        rows = self.new_rows if self._n_new else none
         if self.trainer.args.process_index == 0:
-            write_parquet(rows, self.folder / f"rows-{rows_digest(rows)}.parquet")
+            save_rows(rows, self.folder)
+        self._end_round(epoch, rows, 0.0, None, f"{type(error).__name__}: {error}")
+        return self._training_set.prepare(none)
 
-    def _keep(self, rows: Dataset, report: dict[str, Any], *, dropped: int, epoch: int) -> None:
-        """What the rows are called in checkpoints, what is logged of them, and both with the whole set on disk."""
-        numbers, seconds = report.pop("numbers", {}), report["seconds"] + self._record.get("seconds", 0.0)
-        filled = {*self._record.get("filled", ()), *report.get("filled", ())}
-        resisted = {*self._record.get("resisted", ()), *report.get("resisted", ())} - filled
-        summary = summed_up(self.summary, numbers) | {
-            "fac/filled": len(filled), "fac/resisted": len(resisted), "fac/new_rows": len(rows),
-            "fac/dropped": dropped, "fac/seconds": seconds,
-        }  # fmt: skip
-        record = {
-            "rows": rows_digest(rows), "epoch": epoch, "refresh": self.refresh, "max_samples": self.max_samples,
-            "seconds": seconds, "summary": summary, "filled": sorted(filled), "resisted": sorted(resisted),
-        }  # fmt: skip
-        self._remember(rows, record)
+    def _end_round(
+        self, epoch: int, rows: Dataset, seconds: float, report: RoundReport | None, failure: str | None
+    ) -> None:
+        """Keep what the round came to, and write what a person reads."""
+        if failure:
+            warnings.warn(f"FAC synthesis failed; the run has {len(rows):,} new rows: {failure}", stacklevel=2)
+        self.new_rows = rows
+        self._record = next_record(self._record, report, rows=rows, epoch=epoch, seconds=seconds)
         self._unlogged = True
         if self.trainer.args.process_index == 0:
+            entry = {"epoch": epoch, "rows": self._record.rows, "seconds": seconds, "failure": failure}
             try:
-                turn = {"epoch": epoch, "rows": record["rows"], "dropped": dropped, **report}
-                write_report(turn, self.folder / "report.json")
-                write_enlarged(self._data.seed, rows, self.folder / "enlarged.parquet")
+                write_report(entry | ({} if report is None else report.to_dict()), self.folder / "report.json")
+                write_enlarged(self._training_set.raw, rows, self.folder / "enlarged.parquet")
             except Exception as error:
                 # Other processes are in the run already, which has all that it needs.
                 warnings.warn(f"{self.folder} has no whole report.json and enlarged.parquet: {error!r}", stacklevel=2)
 
-    def _remember(self, rows: Dataset, record: dict[str, Any]) -> None:
-        self.new_rows, self._record, self.summary = rows, record, record["summary"]
+    def _coverage_round(self, group: ProcessGroup) -> CoverageRound:
+        # delta stays that of the first round, so that all rounds can be compared.
+        given, calibrated = self.synthesizer.threshold, self._record.threshold
+        return CoverageRound(
+            synthesizer=self.synthesizer, anchor=self._anchor, features=self.settings.features,
+            threshold=calibrated if given is None else given, training_set=self._training_set, group=group,
+        )  # fmt: skip
 
-    def _read_record(self, checkpoint: Path) -> dict[str, Any]:
-        path = checkpoint / RECORD
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{checkpoint} does not say which new rows it was trained on ({RECORD} is not there): resume without "
-                "the callback, or from a checkpoint that was saved with it."
-            )
-        record = json.loads(path.read_text())
-        for name in ("refresh", "max_samples")[: 1 + (self.refresh == "epoch")]:
-            if record[name] != getattr(self, name):
-                raise ValueError(
-                    f"{checkpoint} was saved with {name}={record[name]!r}, the callback has {getattr(self, name)!r}: "
-                    "the run could not go on as it was."
-                )
-        return record
+    def _bounds(self, epoch: int) -> Bounds:
+        settings, last = self.settings, self._record
+        samples, seconds = settings.max_samples, settings.max_seconds
+        if settings.refresh == "epoch":  # an equal share for each round that is left
+            rounds = len(range(epoch, math.ceil(self.trainer.args.num_train_epochs), settings.every))
+            samples = math.ceil((samples - self._n_new) / rounds)
+        if seconds is not None:
+            seconds = max(1.0, seconds - last.seconds)
+        # Nothing has changed for exhausted features, unless the model that measures or writes is in training.
+        changes = checks.is_measuring(self.trainer, self.synthesizer) or checks.is_writing(
+            self.trainer, self.synthesizer
+        )
+        return Bounds(max_samples=samples, max_seconds=seconds, skip=() if changes else last.exhausted)
 
-    def _restored(self, record: dict[str, Any]) -> Dataset:
-        name = f"rows-{record['rows']}.parquet"
-        folders = [self.folder, Path(self._checkpoint).parent / _FOLDER]
-        path = next((folder / name for folder in folders if (folder / name).exists()), None)
-        if path is None:
-            raise FileNotFoundError(
-                f"{self._checkpoint} was trained on new rows that are not there: {name} is neither in {folders[0]} nor "
-                f"in {folders[1]}. Copy it there, or start again without resuming."
-            )
-        rows = read_parquet(path)
-        if rows_digest(rows) != record["rows"]:
-            raise ValueError(f"{path} does not hold the rows that {self._checkpoint} was trained on: it was changed.")
-        if path.parent != self.folder:  # the checkpoints to come are beside this one
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._save_rows(rows)
-        return rows
+    @property
+    def _n_new(self) -> int:
+        return 0 if self.new_rows is None else len(self.new_rows)
+
+    def _featurizer_digest(self) -> str:
+        """What measures; of the model in training, whose weights change, only the settings and the SAE."""
+        featurizer = self.synthesizer.featurizer
+        if not checks.is_measuring(self.trainer, self.synthesizer):
+            return featurizer.fingerprint()
+        names = sorted({*featurizer.measurement} - {"model", "fingerprint"})
+        settings = [featurizer.measurement[name] for name in names]
+        return content_key(settings, TensorHash()(featurizer.sae.state_dict().items()))
 
     def _save_model(
         self, original: Callable[..., None], output_dir: str | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        # on_save comes later, when a checkpoint is whole, and may be on its way to the Hub.
+        # on_save comes later, when a checkpoint is whole and may be on its way to the Hub.
         original(output_dir, *args, **kwargs)
         in_checkpoint = output_dir is not None and Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        if in_checkpoint and self._record and self.trainer.args.should_save:
+        if in_checkpoint and self.new_rows is not None and self.trainer.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            write_whole(Path(output_dir) / RECORD, json.dumps(self._record))
+            write_whole(Path(output_dir) / RECORD, self._record.model_dump_json())
 
     def _log(self) -> None:
         if self._unlogged:
-            # Not the trainer's own: TRL's would close its running averages with it.
+            # Not TRL's log, which would average the running metrics with it.
             Trainer.log(self.trainer, dict(self.summary))
-            if self.log_rows and self.trainer.is_world_process_zero():
+            if self.settings.log_rows and self.trainer.is_world_process_zero():
                 log_table(self.new_rows, self.trainer.args.report_to)
             self._unlogged = False
 
@@ -376,8 +363,10 @@ class FACSynthesisCallback(TrainerCallback):
         original(*args, **kwargs)
         path = Path(self.trainer.args.output_dir) / "README.md"
         if self.summary and self.trainer.is_world_process_zero() and path.exists():
-            card = merge_card(path.read_text(encoding="utf-8"), metadata={"tags": ["hf_fac"]}, section="synthesis",
-                              body=paragraph(self.summary))  # fmt: skip
+            section = model_card_section(self.summary)
+            card = merge_card(
+                path.read_text(encoding="utf-8"), metadata={"tags": ["hf_fac"]}, section="synthesis", body=section
+            )
             write_whole(path, card)
 
     def _preserved(self) -> AbstractContextManager[None]:

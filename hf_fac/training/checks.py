@@ -1,88 +1,160 @@
-"""What `FACSynthesisCallback` refuses, or warns of, when it is made, and not in the third hour."""
+"""What `FACSynthesisCallback` refuses or warns of when it is made, before anything is measured or written."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from datasets import Dataset
+from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FeatureCoverage
+from ..inputs.rows import RowError
+from ..storage.feature_ids import check_feature_ids
 from ..storage.validation import check_counts
+from .coverage_round import featurizer_row
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
     from ..features.featurizer import SAEFeaturizer
-    from .training_set import TrainerData
+    from ..synthesis.synthesizer import FACSynthesizer
+    from .training_set import TrainingSet
 
 
-def check_arguments(callback: Any, kind: type[TrainerCallback]) -> None:
-    """Raises: ValueError, TypeError for arguments that do not fit each other or the trainer.
+@dataclass(frozen=True, kw_only=True)
+class CallbackSettings:
+    """When the callback fills the training set, for which features, within which bounds, and what an error does.
 
-    Args:
-        kind: of which a trainer takes one.
+    Raises: ValueError for values out of range or that do not fit each other.
     """
-    trainer, anchor, featurizer = callback.trainer, callback.anchor, callback.synthesizer.featurizer
 
-    def need(condition: bool, problem: str) -> None:
-        if not condition:
-            raise ValueError(problem)
+    refresh: Literal["start", "epoch"]
+    every: int
+    features: ArrayLike | None
+    max_samples: int | None
+    max_seconds: float | None
+    on_error: Literal["raise", "warn"]
+    log_rows: bool
 
-    refresh, every = callback.refresh, callback.every
-    need(refresh in ("start", "epoch"), f'refresh is {refresh!r}; it must be "start" or "epoch".')
-    check_counts(every=every, max_samples=callback.max_samples)
-    need(every == 1 or refresh == "epoch", f'every is {every}, which counts epochs: it goes with refresh="epoch".')
-    need(callback.on_error in ("raise", "warn"), f'on_error is {callback.on_error!r}; it must be "raise" or "warn".')
-    seconds = callback.max_seconds
-    need(seconds is None or seconds > 0, f"max_seconds is {seconds}; it must be positive, or None for no bound.")
-    need(
-        refresh == "start" or callback.max_samples is not None,
-        'refresh="epoch" fixes the length of the training set before the first step: pass max_samples=.',
+    def __post_init__(self) -> None:
+        _need(self.refresh in ("start", "epoch"), f'refresh is {self.refresh!r}; it must be "start" or "epoch".')
+        check_counts(every=self.every, max_samples=self.max_samples)
+        _need(
+            self.every == 1 or self.refresh == "epoch",
+            f'every is {self.every}, which counts epochs: it goes with refresh="epoch".',
+        )
+        _need(self.on_error in ("raise", "warn"), f'on_error is {self.on_error!r}; it must be "raise" or "warn".')
+        seconds = self.max_seconds
+        _need(
+            seconds is None or (isinstance(seconds, int | float) and seconds > 0),
+            f"max_seconds is {seconds!r}; it must be a positive number, or None for no bound.",
+        )
+        _need(
+            self.refresh == "start" or self.max_samples is not None,
+            'refresh="epoch" fixes the length of the training set before the first step: pass max_samples=.',
+        )
+
+
+def check_types(trainer: Trainer, synthesizer: FACSynthesizer, anchor: Dataset | FeatureCoverage) -> None:
+    """Raises: TypeError for a trainer, synthesizer or anchor set of another type; ValueError for an empty anchor set,
+    and for a coverage where a dictionary is to be built from rows."""
+    from transformers import Trainer
+
+    from ..synthesis.synthesizer import FACSynthesizer
+
+    for name, value, kinds in (
+        ("trainer", trainer, (Trainer,)),
+        ("synthesizer", synthesizer, (FACSynthesizer,)),
+        ("anchor", anchor, (Dataset, FeatureCoverage)),
+    ):
+        if not isinstance(value, kinds):
+            wanted = " or a ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} is {_article(value)}; it must be a {wanted}.")
+    _need(not isinstance(anchor, Dataset) or len(anchor) > 0, "The anchor set has no rows.")
+    _need(
+        isinstance(anchor, Dataset) or synthesizer.dictionary is not None,
+        "Without a dictionary the synthesizer builds one from the anchor set: pass rows as anchor=, or make the "
+        "FACSynthesizer with dictionary=.",
     )
-    others = [c for c in trainer.callback_handler.callbacks if isinstance(c, kind)]
-    need(not others, "The trainer has a FACSynthesisCallback already: one is all it takes.")
-    if not isinstance(anchor, Dataset | FeatureCoverage):
-        raise TypeError(f"anchor is a {type(anchor).__name__}; it must be a datasets.Dataset or a FeatureCoverage.")
-    need(not isinstance(anchor, Dataset) or len(anchor) > 0, "The anchor set has no rows.")
-    _check_folders(Path(trainer.args.output_dir).resolve(), callback.folder.parent.resolve(), need)
-    reads, writes = (is_in_training(trainer, part) for part in (featurizer.model, callback.synthesizer.chat))
+
+
+def check_features(features: ArrayLike | None, synthesizer: FACSynthesizer) -> None:
+    """Raises: ValueError for features or a threshold that the featurizer does not have."""
+    featurizer = synthesizer.featurizer
+    if features is not None:
+        check_feature_ids(features, featurizer.d_sae, may_repeat=True)
+    if synthesizer.threshold is not None:
+        least = np.min(synthesizer.threshold)
+        _need(
+            least >= featurizer.keep_above,
+            f"The synthesizer's threshold {least:g} is below the featurizer's keep_above {featurizer.keep_above:g}: "
+            "raise it, or make the featurizer with a lower floor.",
+        )
+
+
+def check_readable(synthesizer: FACSynthesizer, **sets: Dataset | FeatureCoverage) -> None:
+    """Raises: RowError where the featurizer cannot read the first row of a set."""
+    for name, rows in sets.items():
+        if isinstance(rows, Dataset):
+            try:
+                synthesizer.featurizer.reader([featurizer_row(synthesizer, rows[0])])
+            except RowError as error:
+                raise RowError(f"The {name} set: {error}") from error
+
+
+def check_models(
+    trainer: Trainer, synthesizer: FACSynthesizer, anchor: Dataset | FeatureCoverage, *, refresh: str
+) -> None:
+    """Raises: ValueError where the model in training can neither measure nor write, or no longer match the anchor."""
+    measures, writes = is_measuring(trainer, synthesizer), is_writing(trainer, synthesizer)
     plugin = trainer.accelerator.state.deepspeed_plugin
-    in_parts = (
+    in_shards = (
         trainer.is_fsdp_enabled
         or (plugin is not None and plugin.zero_stage == 3)
         # Of transformers 5.23 and later.
         or getattr(trainer, "is_distributed_loading_by_transformers", False)
     )
-    need(
-        not (in_parts and (reads or writes)),
+    _need(
+        not (in_shards and (measures or writes)),
         "Under ZeRO-3, FSDP and where a model is loaded in shards each process holds a part of the model in training: "
         "measure and write with a model of its own (SAEFeaturizer.from_pretrained, LocalChat.from_pretrained).",
     )
-    need(
-        refresh == "start" or trainer.model_init is None or not (reads or writes),
+    _need(
+        refresh == "start" or trainer.model_init is None or not (measures or writes),
         'refresh="epoch": with model_init each train() makes a new model, which is not the one that the synthesizer '
         "has: pass the trainer a model, or let a model of its own measure and write.",
     )
     if isinstance(anchor, FeatureCoverage):
-        need(
-            refresh == "start" or not reads,
+        _need(
+            refresh == "start" or not measures,
             "The model in training measures again each time, so the anchor set has to be measured again too: pass its "
             "rows as anchor=.",
         )
-        # Now, and not when all else has been computed.
-        FeatureCoverage(featurizer.measurement) | anchor
+        FeatureCoverage(synthesizer.featurizer.measurement) | anchor  # raises where they were measured differently
 
 
-def check_can_grow(trainer: Trainer, data: TrainerData) -> None:
+def check_output_folder(folder: Path, trainer_folder: Path) -> None:
+    """Raises: ValueError for a folder whose content the trainer pushes to the Hub: all but what starts with "_"."""
+    folder, trainer_folder = folder.resolve(), trainer_folder.resolve()
+    inside = folder.relative_to(trainer_folder).parts if folder.is_relative_to(trainer_folder) else ()
+    _need(
+        not inside or inside[0].startswith("_"),
+        f"output_dir is {folder}, inside the trainer's: with push_to_hub the training set would be pushed with the "
+        f"model. Take a folder outside {trainer_folder}, or one in it that starts with '_'.",
+    )
+
+
+def check_can_grow(trainer: Trainer, training_set: TrainingSet) -> None:
     """Raises: ValueError where steps would change with the set, or new rows not be seen."""
     args = trainer.args
     problems = {
         "a run of one epoch has no second one: train longer": args.max_steps <= 0 and args.num_train_epochs <= 1,
         "max_steps leaves open how many epochs there are: set num_train_epochs": args.max_steps > 0,
-        "packing and shuffle_dataset arrange all rows anew: leave them out": data.arranged,
+        "packing and shuffle_dataset rearrange all rows: leave them out": training_set.is_reordered,
         f"train_sampling_strategy={args.train_sampling_strategy!r} sorts by lengths that change": (
             args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         ),
@@ -91,48 +163,53 @@ def check_can_grow(trainer: Trainer, data: TrainerData) -> None:
         ),
     }
     for problem, found in problems.items():
-        if found:
-            raise ValueError(f'refresh="epoch": {problem}, or take refresh="start".')
+        _need(not found, f'refresh="epoch": {problem}, or take refresh="start".')
 
 
-def warn_of_cut_rows(trainer: Trainer, data: TrainerData, featurizer: SAEFeaturizer) -> None:
-    """Warn (UserWarning) where the trainer cuts a row of its set that is measured further."""
+def warn_of_cut_rows(trainer: Trainer, training_set: TrainingSet, featurizer: SAEFeaturizer) -> None:
+    """Warn (UserWarning) where the trainer truncates rows that the featurizer reads further."""
     import pyarrow.compute as pc
 
     reader, limit = featurizer.reader, getattr(trainer.args, "max_length", None)
     measured = reader.max_length if reader.stride is None else None
-    ids = [name for name in ("input_ids", "prompt_ids", "chosen_ids") if name in data.columns]
-    drops = ids == ["chosen_ids"]  # RewardTrainer
-    splits = data.arranged and trainer.args.packing and trainer.args.packing_strategy != "bfd"
+    ids = [name for name in ("input_ids", "prompt_ids", "chosen_ids") if name in training_set.columns]
+    drops = ids == ["chosen_ids"]  # RewardTrainer drops long pairs whole
+    splits = training_set.is_reordered and trainer.args.packing and trainer.args.packing_strategy != "bfd"
     if limit is None or drops or splits or (measured is not None and measured <= limit):
         return
-    # SFTTrainer cuts them when it prepares them, so that only the limit is left; DPOTrainer later.
-    for table in data.base.select_columns(ids).with_format("arrow").iter(batch_size=1000):
+    # SFTTrainer truncates when it prepares rows, so that none is longer than the limit; DPOTrainer in its collator.
+    for table in training_set.tokenized.select_columns(ids).with_format("arrow").iter(batch_size=1000):
         if (sum(pc.list_value_length(column).to_numpy() for column in table.columns) >= limit).any():
             warnings.warn(
                 f"The trainer cuts rows at max_length={limit:,} tokens, the featurizer measures "
-                f"{'all' if measured is None else f'{measured:,}'}: what is not trained on counts as covered. Make "
+                f"{'all' if measured is None else f'{measured:,}'}: truncated tokens would count as covered. Make "
                 f"the featurizer with max_length={limit}.",
                 stacklevel=3,
             )
             return
 
 
-def is_in_training(trainer: Trainer, model: Any) -> bool:
-    """Whether a model, or that of a chat (an endpoint has none), shares parameters with the trainer's."""
+def is_measuring(trainer: Trainer, synthesizer: FACSynthesizer) -> bool:
+    """Whether the featurizer reads the model in training."""
+    return _is_in_training(trainer, synthesizer.featurizer.model)
+
+
+def is_writing(trainer: Trainer, synthesizer: FACSynthesizer) -> bool:
+    """Whether the model in training writes the samples."""
+    return _is_in_training(trainer, getattr(synthesizer.chat, "model", None))  # an endpoint has a name there
+
+
+def _is_in_training(trainer: Trainer, model: Any) -> bool:
     from torch import nn
 
-    if not isinstance(model, nn.Module):
-        model = getattr(model, "model", None)
     trained = {id(parameter) for parameter in trainer.model.parameters()}
     return isinstance(model, nn.Module) and any(id(parameter) in trained for parameter in model.parameters())
 
 
-def _check_folders(trainers: Path, ours: Path, need: Callable[[bool, str], None]) -> None:
-    """Of the trainer's folder all goes to the Hub but what begins with "_" at its top."""
-    inside = ours.relative_to(trainers).parts if ours.is_relative_to(trainers) else ()
-    need(
-        not inside or inside[0].startswith("_"),
-        f"output_dir is {ours}, inside the trainer's: with push_to_hub the training set would be pushed with the "
-        f"model. Take a folder outside {trainers}, or one in it that begins with '_'.",
-    )
+def _need(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
+
+
+def _article(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,7 +1,7 @@
-"""What a training run must not notice, and what its processes agree on without a collective.
+"""What keeps a training run as it was, and what its processes tell one another.
 
-`preserved` gives back random state, modes and settings as they were. `Ranks` lets the processes of a run exchange files
-in a folder that they share, and stop together when one fails: none waits in a collective while another writes.
+`preserved` restores random state, modes and settings. `ProcessGroup` lets the processes of a run exchange small files
+in a folder that they share, and stop together when one fails: none waits in a collective while another one writes.
 """
 
 from __future__ import annotations
@@ -59,9 +59,13 @@ def preserved(models: list[nn.Module], tokenizers: list[PreTrainedTokenizerBase]
 
 
 @contextmanager
-def never_a_smaller_batch() -> Iterator[None]:
-    """Errors by which accelerate's `find_executable_batch_size` would shrink the training batch, and begin again,
-    become others: here it is not training that ran out of memory."""
+def reraise_oom() -> Iterator[None]:
+    """Raise another error where measuring or writing runs out of memory.
+
+    accelerate's `find_executable_batch_size` would take the original error for one of training, shrink the training
+    batch and start again.
+    Raises: RuntimeError with the remedy.
+    """
     from accelerate.utils.memory import should_reduce_batch_size
 
     try:
@@ -77,25 +81,25 @@ def never_a_smaller_batch() -> Iterator[None]:
 
 
 class OtherProcessFailed(RuntimeError):
-    """Another process of the run failed; its error is in the text."""
+    """Another process of the run failed; the message has its error."""
 
 
-class Ranks:
-    """The processes of a run, at one piece of work, in a folder that all of them see.
+class ProcessGroup:
+    """The processes of a run during one coverage round, and the folder in which they exchange files.
 
     Args:
-        token: the same in every process, another for every piece of work.
+        token: the same in every process, a new one for every round.
     """
 
     def __init__(self, folder: Path, *, rank: int, world_size: int, token: str) -> None:
         self.folder, self.rank, self.world_size, self.token = folder, rank, world_size, token
-        self._compared = 0
+        self._barriers = 0
 
     @classmethod
-    def meet(cls, folder: Path, args: TrainingArguments) -> Ranks:
-        """Returns the processes of a trainer, all of which must call this at about the same time.
+    def join(cls, folder: Path, args: TrainingArguments) -> ProcessGroup:
+        """Returns the group of a trainer's processes. All of them must call this at about the same time.
 
-        Raises: RuntimeError when the folder is not the same one everywhere.
+        Raises: RuntimeError when they do not see the same folder.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -105,84 +109,64 @@ class Ranks:
             if args.process_index == 0:
                 (folder / f"run-{token[0]}").touch()
             broadcast_object_list(token)
-        ranks = cls(folder, rank=args.process_index, world_size=args.world_size, token=token[0])
+        group = cls(folder, rank=args.process_index, world_size=args.world_size, token=token[0])
         end = time.monotonic() + _VISIBLE_SECONDS
-        while args.world_size > 1 and not (folder / f"run-{ranks.token}").exists():
+        while args.world_size > 1 and not (folder / f"run-{group.token}").exists():
             if time.monotonic() > end:
                 raise RuntimeError(
-                    f"Process {ranks.rank} does not see what process 0 writes to {folder}: the output folder must lie "
+                    f"Process {group.rank} does not see what process 0 writes to {folder}: the output folder must lie "
                     "on a file system that all nodes share."
                 )
             time.sleep(_POLL_SECONDS)
-        return ranks
+        return group
 
     def share(self, n: int) -> range:
-        """Returns which of n things are this process's."""
+        """Returns which of n things this process works on."""
         return range(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
     def check(self) -> None:
-        """Raise OtherProcessFailed when another process has failed."""
+        """Raises: OtherProcessFailed when another process has failed."""
         for rank in range(self.world_size):
-            if rank != self.rank and (found := self._read(rank)) is not None and "error" in found:
-                raise OtherProcessFailed(f"Process {rank} failed: {found['error']}")
+            ending = self._ending(rank)
+            if rank != self.rank and ending.exists() and (error := json.loads(ending.read_text(encoding="utf-8"))):
+                raise OtherProcessFailed(f"Process {rank} failed: {error}")
 
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Return when it is done. Raises: OtherProcessFailed when it will not be, as another process has failed."""
-        while not done():
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds. Raises: OtherProcessFailed when another process has failed meanwhile."""
+        while not condition():
             self.check()
             time.sleep(_POLL_SECONDS)
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the others, unless it is they who failed."""
-        stopped = isinstance(error, OtherProcessFailed)
-        self._write({"stopped": True} if stopped else {"error": f"{type(error).__name__}: {error}"})
+    def barrier(self, values: dict[str, Any], *, remedy: str, note: Any = None) -> Any:
+        """Wait until every process has come here with the same values, by name, and return the note of process 0.
 
-    def wait_for_all(self) -> None:
-        """Return when every process has failed, was stopped, or has agreed."""
-        while self.world_size > 1 and any(self._read(rank) is None for rank in range(self.world_size)):
-            time.sleep(_POLL_SECONDS)
-
-    def compare(self, values: dict[str, Any], remedy: str) -> None:
-        """Return when every process has come here with the same values, JSON by name.
-
-        Raises: RuntimeError, in all, that names what differs; OtherProcessFailed when one failed instead.
+        Values and note are JSON.
+        Raises: RuntimeError, in all processes, that names what differs; OtherProcessFailed.
         """
         if self.world_size == 1:
-            return
-        self._compared += 1
-        files = [self.folder / f"run-{self.token}-{self._compared}-{rank}" for rank in range(self.world_size)]
-        write_whole(files[self.rank], json.dumps(values))
+            return note
+        self._barriers += 1
+        files = [self.folder / f"run-{self.token}-{self._barriers}-{rank}" for rank in range(self.world_size)]
+        write_whole(files[self.rank], json.dumps({"values": values, "note": note}))
         self.wait(lambda: all(file.exists() for file in files))
         found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        told = {name: [f"{other.get(name)}" for other in found] for name in values}
+        told = {name: [f"{other['values'].get(name)}" for other in found] for name in values}
         different = [f"{name}: {', '.join(texts)}" for name, texts in told.items() if len(set(texts)) > 1]
         if different:
             raise RuntimeError(f"The processes differ in their {'; '.join(different)}. {remedy}")
-
-    def agree(self, value: Any, note: float) -> float:
-        """Returns the first process's note when every process has come here with the same value.
-
-        Raises: OtherProcessFailed when one failed instead; RuntimeError, in all, when the values differ.
-        """
-        self._write({"value": value, "note": note})
-        if self.world_size == 1:
-            return note
-        self.wait_for_all()
-        self.check()
-        found = [self._read(rank) for rank in range(self.world_size)]
-        if any(other["value"] != value for other in found):
-            raise RuntimeError(f"The processes differ in their new rows: {[other['value'] for other in found]}.")
         return found[0]["note"]
 
-    def _file(self, rank: int) -> Path:
-        return self.folder / f"run-{self.token}-{rank}.json"
-
-    def _read(self, rank: int) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._file(rank).read_text())
-        except FileNotFoundError:
-            return None
-
-    def _write(self, value: dict[str, Any]) -> None:
+    def leave(self, error: BaseException | None = None) -> None:
+        """Tell the others that this process is done with the round, or which error ended it here."""
         if self.world_size > 1:
-            write_whole(self._file(self.rank), json.dumps(value))
+            # What another process's error ended is no error of this one.
+            own = error is not None and not isinstance(error, OtherProcessFailed)
+            write_whole(self._ending(self.rank), json.dumps(f"{type(error).__name__}: {error}" if own else None))
+
+    def wait_for_all(self) -> None:
+        """Wait until every process has left."""
+        while self.world_size > 1 and not all(self._ending(rank).exists() for rank in range(self.world_size)):
+            time.sleep(_POLL_SECONDS)
+
+    def _ending(self, rank: int) -> Path:
+        return self.folder / f"run-{self.token}-ended-{rank}.json"

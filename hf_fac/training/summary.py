@@ -1,11 +1,13 @@
-"""What `FACSynthesisCallback` tells of a run: a paragraph for the model card, a table for trackers, the report of each
-turn, and the whole set in one file. By-products all: none of them may end a run that is paid for.
+"""What the callback tells of a run: a section of the model card, a table for trackers, a report of each round, and the
+enlarged set in one file. None of it may end a run that was paid for.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,21 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..storage.files import write_whole
 from ..storage.parquet import write_parquet
+from ..storage.validation import Strict, checked
 
-_FIRST = ("fac/before", "fac/missing")  # of the first turn; later ones find what is there by then
-_SUMMED = ("fac/synthesized", "fac/requests", "fac/completion_tokens")
+_FIRST = ("fac/before", "fac/missing")  # of the first round; later ones find less
+_SUMMED = ("fac/synthesized", "fac/dropped", "fac/requests", "fac/completion_tokens")
 
 
-def summed_up(earlier: dict[str, float], turn: dict[str, float]) -> dict[str, float]:
-    """Returns the numbers of a run, by name, after one more turn."""
-    both = earlier | turn
+def summed_up(earlier: dict[str, float], new: dict[str, float]) -> dict[str, float]:
+    """Returns the numbers of a run, by name, after one more round."""
+    both = earlier | new
     both |= {name: earlier[name] for name in _FIRST if name in earlier}
-    return both | {name: earlier.get(name, 0) + turn.get(name, 0) for name in _SUMMED if name in both}
+    return both | {name: earlier.get(name, 0) + new.get(name, 0) for name in _SUMMED}
 
 
-def paragraph(summary: dict[str, float]) -> str:
-    """Returns a section of the model card."""
+def model_card_section(summary: dict[str, float]) -> str:
+    """Returns a section of the model card, in Markdown."""
     numbers = {name.removeprefix("fac/"): value for name, value in summary.items()}
     trained_on = numbers["new_rows"] - numbers["dropped"]
     text = f"{trained_on:,} rows of the training set were synthesized for features that it did not activate"
@@ -34,8 +37,9 @@ def paragraph(summary: dict[str, float]) -> str:
         text += f" ({numbers['dropped']:,} more were dropped by the trainer's own filters)"
     if "before" in numbers:
         text += (
-            f". Against an anchor set it was missing {numbers['missing']:,} features, {numbers['filled']:,} were "
-            f"filled. Feature Activation Coverage (FAC) went from {numbers['before']:.3f} to {numbers['after']:.3f}"
+            f". Against an anchor set it was missing {numbers['missing']:,} features, {numbers['activated']:,} of them "
+            "are activated by rows written for them. Feature Activation Coverage (FAC) went from "
+            f"{numbers['before']:.3f} to {numbers['after']:.3f}"
         )
     return f"## FAC Synthesis\n\n{text} ([arXiv 2602.10388](https://arxiv.org/abs/2602.10388), hf-fac)."
 
@@ -52,23 +56,37 @@ def log_table(rows: Dataset, report_to: list[str]) -> None:
             tracker.log({"fac/rows": tracker.Table(dataframe=table)})
 
 
-def write_report(turn: dict[str, Any], path: Path) -> None:
-    """Put a turn behind those of earlier epochs; later ones are of a run that was begun anew."""
-    turns = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    earlier = [other for other in turns if other["epoch"] < turn["epoch"]]
-    write_whole(path, json.dumps([*earlier, turn], indent=1))
+class _Round(Strict):
+    epoch: int
+
+
+def write_report(new: dict[str, Any], path: Path) -> None:
+    """Append a round to those of earlier epochs; rounds of later epochs belong to an earlier run and go.
+
+    A file that holds anything else is renamed, with a UserWarning.
+    """
+    rounds: list[_Round] = []
+    if path.exists():
+        try:
+            rounds = checked(list[_Round], path.read_bytes(), str(path), "it holds no list of rounds")
+        except ValueError as error:
+            aside = path.with_name(f"{path.stem}-unreadable{path.suffix}")
+            os.replace(path, aside)
+            warnings.warn(f"{error} It was renamed to {aside.name}.", stacklevel=2)
+    earlier = [found.model_dump() for found in rounds if found.epoch < new["epoch"]]
+    write_whole(path, json.dumps([*earlier, new], indent=1))
 
 
 def write_enlarged(seed: Dataset, new: Dataset, path: Path) -> None:
-    """Write seed and new rows; where the two say a column differently (more keys in messages), in the seed's way."""
+    """Write the trainer's own rows and the new ones, in the types of the former (messages may have more keys there)."""
     if "chosen" in new.column_names and ("prompt" in seed.column_names) != ("prompt" in new.column_names):
-        # DPOTrainer split its pairs, which the task does not, or the other way round.
+        # DPOTrainer splits pairs that have no prompt of their own.
         seed, new = _with_whole_pairs(seed), _with_whole_pairs(new)
     # A key that is null in all rows has a type that nothing can be cast to.
-    theirs, ours = _without_nulls(seed.features), _without_nulls(new.features)
-    if theirs != seed.features:
-        seed = seed.cast(theirs)
-    new = new.cast(Features({name: theirs.get(name, kind) for name, kind in ours.items()}))
+    seed_types, new_types = _without_nulls(seed.features), _without_nulls(new.features)
+    if seed_types != seed.features:
+        seed = seed.cast(seed_types)
+    new = new.cast(Features({name: seed_types.get(name, kind) for name, kind in new_types.items()}))
     write_parquet(concatenate_datasets([seed, new]), path)
 
 
@@ -77,7 +95,7 @@ def _with_whole_pairs(rows: Dataset) -> Dataset:
         return rows
     return rows.map(
         lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")},
-        remove_columns="prompt", desc="Putting prompts before the completions", keep_in_memory=True,
+        remove_columns="prompt", desc="Adding prompts to completions", keep_in_memory=True,
         load_from_cache_file=False,
     )  # fmt: skip
 

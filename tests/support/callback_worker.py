@@ -47,6 +47,7 @@ def main(folder: Path, what: str, seconds: float) -> None:
     synthesizer = TinySynthesizer(
         featurizer_of(trainer.model, trainer.processing_class), kind,
         seconds=seconds * rank, words=8 + rank * ("differs" in what), fails_in=1 if "fails" in what else None,
+        raises_in=1 if "raises" in what else None,
     )  # fmt: skip
     if "real" in what:
         synthesizer = real_synthesizer(trainer, kind)
@@ -54,11 +55,11 @@ def main(folder: Path, what: str, seconds: float) -> None:
     callback = callback_for(
         trainer, kind, synthesizer=synthesizer, on_error="warn" if "warn" in what else "raise", **extra
     )
-    begun = time.monotonic()
+    started = time.monotonic()
     try:
         trained(trainer)
     except Exception as error:
-        (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}\n{time.monotonic() - begun}")
+        (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}\n{time.monotonic() - started}")
         # torchrun would stop the other one; each is to stop by itself.
         time.sleep(6)
         raise
@@ -94,7 +95,7 @@ def alone(folder: Path) -> None:
     trainer.training_step = slow_step
     whole = [path.parent for path in (folder / "run").glob("checkpoint-*/trainer_state.json")]
     last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    (folder / "begun").touch()
+    (folder / "started").touch()
     trained(trainer, resume_from_checkpoint=last and str(last))
     (folder / "rows.json").write_text(json.dumps(callback.new_rows.to_list()))
     torch.save(weights(trainer), folder / "weights.partial")

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
-from filelock import FileLock, Timeout
 from tiny import CHATML, CORPUS, byte_level_tokenizer
 from tiny_models import D_IN, VOCAB, tiny_model, tiny_sae
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback, set_seed
 
-from hf_fac import SAEFeaturizer
+from hf_fac import ChatError, FACSynthesizer, SAEFeaturizer
 from hf_fac.tasks.task import Task
 
 WORDS = [word for text in CORPUS for word in text.split()]
@@ -61,7 +60,9 @@ def task_of(kind: str):
     """A task that writes rows of this type; the plain types, which no built-in task has, by hand."""
     if kind.startswith("plain") or kind == "text":
         features = Features(dict.fromkeys(example(kind, 0), Value("string")))
-        return SimpleNamespace(name=kind, type=kind, features=lambda: features, as_read=lambda row, pool_over=None: row)
+        return SimpleNamespace(
+            name=kind, type=kind, features=lambda: features, featurizer_row=lambda row, pool_over=None: row
+        )
     parts = {
         "labelled": ("text", "label"), "messages": ("prompt", "completion"),
         "prompt_completion": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected"),
@@ -71,79 +72,97 @@ def task_of(kind: str):
                 labels=("no", "yes") if kind == "labelled" else ())  # fmt: skip
 
 
-class TinySynthesizer:
-    """Writes one row for each missing feature, in pieces that processes claim from the journal; and is a bad guest: it
-    draws random numbers and leaves modes and settings as it pleases."""
+class TinySynthesizer(FACSynthesizer):
+    """Writes one row for each missing feature, each process its share, and leaves the answers in a folder; and is a
+    bad guest: it draws random numbers and leaves modes and settings as it pleases.
+
+    Args:
+        fails_in: the process whose chat fails after `fails_after` answers. raises_in: the one whose disk fails.
+        pause, seconds: before each row, before all.
+    """
 
     def __init__(
         self, featurizer, kind, *, threshold=THRESHOLD, chat=None, words=8, seconds=0.0, fails_in=None, fails_after=0,
-        pause=0.0,
+        raises_in=None, pause=0.0,
     ):  # fmt: skip
-        self.featurizer, self.kind, self.threshold = featurizer, kind, threshold
+        self.featurizer, self.kind, self.threshold, self.dictionary = featurizer, kind, threshold, object()
         self.task, self.chat, self.words, self.seconds, self.fails_in = task_of(kind), chat, words, seconds, fails_in
-        self.fails_after, self.pause = fails_after, pause
+        self.fails_after, self.raises_in, self.pause = fails_after, raises_in, pause
         self.calls, self.written, self.budgets, self.asked = 0, [], [], []
 
     def fingerprint(self) -> str:
         return f"{self.kind} {self.words}"
 
     def synthesize(
-        self, missing, *, features=None, journal=None, max_samples=None, max_requests=None, max_seconds=None, stop=None
+        self, missing, *, features=None, anchor=None, cache_dir=None, max_samples=None, max_seconds=None,
+        processes=None,
     ):  # fmt: skip
         self.calls += 1
         self.budgets.append(max_samples)
         self.asked.append(np.asarray(missing.missing if features is None else features).tolist())
         self._misbehave()
-        wanted = [(feature, Path(journal) / f"{feature}.json") for feature in self.asked[-1][:max_samples]]
-        if max_requests is None:
-            self._write_all(wanted, stop)
-        wanted = [feature for feature, path in wanted if path.exists()]
-        rows = [json.loads((Path(journal) / f"{feature}.json").read_text()) for feature in wanted]
-        kinds = {"fac_feature": Value("int32"), "fac_activation": Value("float32"), "fac_way": Value("string")}
-        dataset = Dataset.from_list(rows, features=Features({**self.task.features(), **kinds}))
-        above = np.array([row["fac_activation"] > self.threshold for row in rows], bool)
-        report = SimpleNamespace(
-            filled=np.array(wanted, int)[above], resisted=np.array(wanted, int)[~above],
-            requests=len(rows),
-            completion_tokens=10 * len(rows), seconds=1.0, to_dict=lambda: {"requests": len(rows)},
-        )  # fmt: skip
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        wanted = [(feature, Path(cache_dir) / f"{feature}.json") for feature in self.asked[-1][:max_samples]]
+        failed = self._write_all(wanted, Path(cache_dir), processes)
+        rows = [json.loads(path.read_text()) for _, path in wanted if path.exists()]
+        if failed and not rows:
+            raise ChatError("the endpoint is gone")
+        kinds = {"fac_feature": Value("int32"), "fac_activation": Value("float32"), "fac_method": Value("string")}
+        types = Features({**self.task.features(), **kinds})
+        dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in types}, features=types)
+        report = self._report(missing, rows, failed)
         return SimpleNamespace(dataset=dataset, report=report)
 
-    def _write_all(self, wanted: list[tuple[int, Path]], stop) -> None:
+    def _report(self, missing, rows, failed):
+        delta = self.threshold if self.threshold is not None else missing.threshold
+        features = np.array([row["fac_feature"] for row in rows], int)
+        above = np.array([row["fac_activation"] > delta for row in rows], bool)
+        covered, fac = missing.table["covered"], missing.fac
+        if rows:
+            maximum = self.featurizer([self.task.featurizer_row(row) for row in rows]).max(axis=0).toarray().reshape(-1)
+            fac = float((covered | (maximum[missing.table["feature"]] > delta)).mean())
+        return SimpleNamespace(
+            activated=features[above], exhausted=features[~above & (not failed)], requests=len(rows),
+            completion_tokens=10 * len(rows), fac_after=fac, chat_failed=failed,
+            ended="the endpoint is gone" if failed else None, to_dict=lambda: {"requests": len(rows)},
+        )  # fmt: skip
+
+    def _write_all(self, wanted: list[tuple[int, Path]], folder: Path, processes) -> bool:
+        """Whether the chat of a process failed."""
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
-            stop()
+            processes.check()
             time.sleep(0.1)
-        for feature, path in wanted:
-            stop()
-            if self.fails_in == int(os.environ.get("RANK", 0)) and len(self.written) >= self.fails_after:
-                raise OSError("the endpoint is gone")
-            self._write(path.parent, feature)
-        while not all(path.exists() for _, path in wanted):
-            stop()
+        done = [folder / f"done-{processes.run}-{rank}" for rank in range(processes.world_size)]
+        failed = False
+        for feature, path in processes.share(wanted):
+            processes.check()
+            if path.exists():
+                continue
+            if self.raises_in == processes.rank:
+                raise OSError("the disk is gone")
+            if failed := self.fails_in == processes.rank and len(self.written) >= self.fails_after:
+                break
+            self._write_now(folder, feature)
+        partial = done[processes.rank].with_suffix(".partial")
+        partial.write_text(json.dumps(failed))
+        partial.rename(done[processes.rank])
+        while not all(path.exists() for path in done):
+            processes.check()
             time.sleep(0.05)
+        return any(json.loads(path.read_text()) for path in done)
 
-    def _write(self, journal: Path, feature: int) -> None:
-        lock = FileLock(journal / f"{feature}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return
-        with lock:
-            if not (journal / f"{feature}.json").exists():
-                self._write_now(journal, feature)
-
-    def _write_now(self, journal: Path, feature: int) -> None:
+    def _write_now(self, folder: Path, feature: int) -> None:
         self.written.append(feature)
         time.sleep(self.pause)
         row = example(self.kind, ("new", feature), self.words)
         if self.chat is not None:
             text = self.chat.complete([turn("user", sentence(feature))], max_tokens=6, seed=feature)[0][0].text
             row = {**row, "messages": [*row["messages"][:1], *turn("assistant", text + "!")]}
-        found = self.featurizer([self.task.as_read(row)])[:, [feature]].toarray()
-        row |= {"fac_feature": feature, "fac_activation": float(found[0, 0]), "fac_way": "drawn"}
-        (journal / f"{feature}.partial").write_text(json.dumps(row))
-        os.replace(journal / f"{feature}.partial", journal / f"{feature}.json")
+        found = self.featurizer([self.task.featurizer_row(row)])[:, [feature]].toarray()
+        row |= {"fac_feature": feature, "fac_activation": float(found[0, 0]), "fac_method": "drawn"}
+        (folder / f"{feature}.partial").write_text(json.dumps(row))
+        os.replace(folder / f"{feature}.partial", folder / f"{feature}.json")
 
     def _misbehave(self) -> None:
         torch.manual_seed(99)
@@ -159,19 +178,15 @@ def featurizer_of(model, tokenizer, **settings) -> SAEFeaturizer:
 
 
 def real_synthesizer(trainer, kind):
-    """The package's own, which writes for the model in training with random sentences."""
+    """The package's own, which writes for the model in training with random sentences. What it can know is not said:
+    threshold and dictionary come from the anchor set."""
     from writing_chat import WritingChat
-
-    from hf_fac.dictionary.build import build_dictionary
-    from hf_fac.synthesis.synthesizer import FACSynthesizer
 
     task = {"prompt_completion": "instruction_following", "preference": "helpfulness"}[kind]
     pool = {"prompt_completion": "user", "preference": "completion"}[kind]
     featurizer = featurizer_of(trainer.model, trainer.processing_class, pool_over=pool)
-    anchor = examples(kind, 40, start=1000)
-    dictionary = build_dictionary(featurizer, anchor, before=3, after=2, rank=0, world_size=1)
-    return FACSynthesizer(WritingChat(), featurizer, dictionary, task=task, threshold=THRESHOLD, samples_per_feature=1,
-                          ways=("two_step",), form="list")  # fmt: skip
+    return FACSynthesizer(WritingChat(), featurizer, task=task, samples_per_feature=1, methods=("two_step",),
+                          prompt_format="list")  # fmt: skip
 
 
 def classifier(*, num_labels: int = 1):

@@ -1,7 +1,8 @@
-"""What a run was paid for is kept and told as it was: rows that count, turns that add up, failures on the way."""
+"""What a run was paid for is kept and told as it was: rows that count, rounds that add up, failures on the way."""
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 
@@ -31,11 +32,13 @@ from trainer_runs import (
 )
 
 from hf_fac import FeatureCoverage
-from hf_fac.training.coverage_round import Refill
-from hf_fac.training.processes import Ranks
-from hf_fac.training.summary import write_enlarged
+from hf_fac.training.coverage_round import Bounds, CoverageRound
+from hf_fac.training.processes import ProcessGroup
+from hf_fac.training.summary import write_enlarged, write_report
+from hf_fac.training.trainers import training_set_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def frozen(kind, **settings):
@@ -47,7 +50,7 @@ def enlarged(folder) -> list[dict]:
     return pq.read_table(folder / "_fac_synthesis" / "enlarged.parquet").to_pylist()
 
 
-def turns(folder) -> list[dict]:
+def rounds(folder) -> list[dict]:
     return json.loads((folder / "_fac_synthesis" / "report.json").read_text())
 
 
@@ -100,12 +103,12 @@ def test_pairs_that_the_trainer_split_are_whole_in_the_whole_set(kind, tmp_path)
 
 
 def both(folder, runs):
-    """The errors of two processes, each of which runs with its `Ranks`."""
+    """The errors of two processes, each of which runs with its `ProcessGroup`."""
     errors = [None, None]
 
     def process(rank):
         try:
-            runs[rank](Ranks(folder, rank=rank, world_size=2, token="t"))
+            runs[rank](ProcessGroup(folder, rank=rank, world_size=2, token="t"))
         except Exception as error:
             errors[rank] = error
 
@@ -131,12 +134,12 @@ def test_processes_with_other_rows_or_models_stop_before_they_measure(what, tmp_
             anchor = anchor.shuffle(seed=rank)
         if what == "featurizer's model":
             synthesizer.featurizer.model.config._name_or_path = f"/scratch/node-{rank}/model"
-        refill = Refill(synthesizer, anchor, None)
-        runs.append(
-            lambda ranks, refill=refill, rows=rows: refill.run(
-                rows, refill.none(), ranks, turn=0, trained_on=lambda new: new
-            )
-        )
+        training_set = training_set_of(sft(rows, tmp_path), synthesizer.task)
+
+        def run(group, synthesizer=synthesizer, anchor=anchor, training_set=training_set):
+            CoverageRound(synthesizer, anchor, None, THRESHOLD, training_set, group).run([], number=0, bounds=Bounds())
+
+        runs.append(run)
     for error in both(tmp_path, runs):
         assert isinstance(error, RuntimeError)
         assert f"The processes differ in their {what}: " in str(error)
@@ -145,7 +148,7 @@ def test_processes_with_other_rows_or_models_stop_before_they_measure(what, tmp_
     assert not read
 
 
-@pytest.mark.parametrize("refresh", ["start", "epoch"])
+@pytest.mark.parametrize("refresh", [SLOW("start"), "epoch"])
 def test_a_resumed_run_that_fails_once_does_not_go_on_without_its_rows(refresh, tmp_path):
     rows, extra = examples("messages", 7), {"refresh": refresh, "max_samples": 8}
     settings = {"save_strategy": "epoch", "num_train_epochs": 3}
@@ -154,14 +157,14 @@ def test_a_resumed_run_that_fails_once_does_not_go_on_without_its_rows(refresh, 
     trained(whole)
     trainer = sft(rows, tmp_path, **settings)
     callback = callback_for(trainer, "messages", **extra)
-    prepared, failures = callback._data.prepared, [OSError("no space left")]
+    prepare, failures = callback._training_set.prepare, [OSError("no space left")]
 
     def fails_once(rows):
         if failures:
             raise failures.pop()
-        return prepared(rows)
+        return prepare(rows)
 
-    callback._data.prepared = fails_once
+    callback._training_set.prepare = fails_once
     checkpoint = str(min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
     with pytest.raises(OSError, match="no space left"):
         trained(trainer, resume_from_checkpoint=checkpoint)
@@ -197,7 +200,7 @@ def test_only_rows_that_the_trainer_keeps_count(tmp_path):
     assert (numbers["fac/before"], numbers["fac/after"]) == (fac[0], fac[len(kept)])
     assert fac[len(kept)] < fac[len(new)]
     assert numbers["fac/dropped"] == len(new) - len(kept)
-    assert numbers["fac/filled"] <= len(kept)
+    assert numbers["fac/activated"] <= len(kept)
     trainer.create_model_card()
     card = (tmp_path / "one" / "README.md").read_text()
     assert f"{len(kept)} rows of the training set were synthesized" in card
@@ -234,8 +237,8 @@ def test_a_warning_says_that_more_is_measured_than_trained_on(case, tmp_path, re
     assert all(f"max_length={settings['max_length']}" in text for text in told)
 
 
-@pytest.mark.parametrize("at", [None, 4])
-def test_the_numbers_of_a_growing_run_are_those_of_all_its_turns(at, tmp_path):
+@pytest.mark.parametrize("at", [4, SLOW(None)])
+def test_the_numbers_of_a_growing_run_are_those_of_all_its_rounds(at, tmp_path):
     rows, settings, extra = examples("messages", 7), {"num_train_epochs": 3}, {"refresh": "epoch", "max_samples": 9}
     if at is None:
         trainer = sft(rows, tmp_path, **settings)
@@ -243,25 +246,24 @@ def test_the_numbers_of_a_growing_run_are_those_of_all_its_turns(at, tmp_path):
         trained(trainer)
     else:
         trainer, callback, _ = interrupted(sft, rows, tmp_path, "messages", at=at, settings=settings, **extra)
-    found, numbers = turns(tmp_path), callback.summary
-    assert [turn["epoch"] for turn in found] == [0, 1, 2]
+    found, numbers = rounds(tmp_path), callback.summary
+    assert [entry["epoch"] for entry in found] == [0, 1, 2]
     assert numbers["fac/before"] == found[0]["before"]["fac"] < found[1]["before"]["fac"]
     assert numbers["fac/missing"] == len(found[0]["before"]["missing"])
     assert numbers["fac/after"] == found[-1]["after"]["fac"]
     assert numbers["fac/synthesized"] == numbers["fac/new_rows"] == len(callback.new_rows) == 9
-    assert numbers["fac/requests"] == sum(turn["synthesis"]["requests"] for turn in found) == 9
+    assert numbers["fac/requests"] == sum(entry["synthesis"]["requests"] for entry in found) == 9
     assert numbers["fac/completion_tokens"] == 90
-    assert numbers["fac/filled"] == len({feature for turn in found for feature in turn["filled"]})
-    assert numbers["fac/seconds"] == pytest.approx(sum(turn["seconds"] for turn in found))
+    assert numbers["fac/activated"] == len({feature for entry in found for feature in entry["activated"]})
+    assert numbers["fac/seconds"] == pytest.approx(sum(entry["seconds"] for entry in found))
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "9 rows of the training set were synthesized for" in card
     assert f"went from {numbers['fac/before']:.3f} to {numbers['fac/after']:.3f}" in card
 
 
-@pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("at", [None, 4])
-def test_what_resisted_is_written_for_again_only_where_a_model_has_changed(at, trains, tmp_path):
+@pytest.mark.parametrize(("at", "trains"), [(None, True), (4, False), SLOW(None, False), SLOW(4, True)])
+def test_exhausted_features_are_written_for_again_only_where_a_model_has_changed(at, trains, tmp_path):
     rows, settings, extra = examples("messages", 7), {"num_train_epochs": 3}, {"refresh": "epoch", "max_samples": 18}
     synthesizers = []
 
@@ -281,8 +283,8 @@ def test_what_resisted_is_written_for_again_only_where_a_model_has_changed(at, t
     else:
         interrupted(make, rows, tmp_path, "messages", at=at, settings=settings, with_callback=with_callback)
     asked = [set(features) for synthesizer in synthesizers for features in synthesizer.asked]
-    first, *_ = resisted = [set(turn["resisted"]) for turn in turns(tmp_path)]
-    assert len(resisted) == 3
+    first, *_ = exhausted = [set(entry["exhausted"]) for entry in rounds(tmp_path)]
+    assert len(exhausted) == 3
     assert first
     assert any(first & features for features in asked[1:]) == trains
 
@@ -306,14 +308,14 @@ def test_what_was_written_before_a_failure_is_kept(tmp_path):
         trained(trainer)
     assert list(callback.new_rows["fac_feature"]) == synthesizer.written
     assert callback.summary["fac/synthesized"] == callback.summary["fac/requests"] == 3
-    assert callback.summary["fac/resisted"] == 0
-    [turn] = turns(tmp_path / "one")
-    assert turn["error"] == "OSError: the endpoint is gone"
-    assert turn["synthesis"]["requests"] == 3
+    assert callback.summary["fac/exhausted"] == 0
+    [entry] = rounds(tmp_path / "one")
+    assert entry["failure"] == "the endpoint is gone"
+    assert entry["synthesis"]["requests"] == 3
     assert_same_run(trainer, trained(sft(with_new(rows, callback.new_rows), tmp_path / "other")))
 
 
-def test_nothing_is_kept_where_that_fails_too(tmp_path):
+def test_a_round_that_raises_adds_no_rows(tmp_path):
     class Broken(TinySynthesizer):
         def synthesize(self, *args, **kwargs):
             self.calls += 1
@@ -324,7 +326,7 @@ def test_nothing_is_kept_where_that_fails_too(tmp_path):
     callback = callback_for(trainer, "messages", synthesizer=synthesizer, on_error="warn")
     with pytest.warns(UserWarning, match="gone 1"):
         trained(trainer)
-    assert synthesizer.calls == 2
+    assert synthesizer.calls == 1
     assert len(callback.new_rows) == 0
 
 
@@ -352,8 +354,9 @@ def test_measuring_or_writing_that_takes_all_memory_makes_no_batch_smaller(where
     assert trainer._train_batch_size == 4
 
 
-@pytest.mark.parametrize("refresh", ["start", "epoch"])
-@pytest.mark.parametrize("trains_first", [False, True])
+@pytest.mark.parametrize(
+    ("refresh", "trains_first"), [("start", False), ("epoch", True), SLOW("start", True), SLOW("epoch", False)]
+)
 def test_another_training_set_than_the_one_that_was_seen_is_refused(refresh, trains_first, tmp_path):
     trainer = sft(examples("messages", 7), tmp_path)
     callback = callback_for(trainer, "messages", refresh=refresh, max_samples=4)
@@ -392,10 +395,49 @@ def test_a_model_in_parts_neither_measures_nor_writes(flag, tmp_path):
     callback_for(trainer, "messages", synthesizer=frozen("messages", chat=other))
 
 
-def test_a_model_that_each_run_makes_anew_cannot_measure_again(tmp_path):
+def test_a_model_that_each_run_makes_again_cannot_measure_again(tmp_path):
     rows, extra = examples("labelled", 7), {"refresh": "epoch", "max_samples": 4, "prepare": tokenized}
     trainer = plain(rows, tmp_path)
     trainer.model_init = lambda: classifier(num_labels=2)
     with pytest.raises(ValueError, match="model_init"):
         callback_for(trainer, "labelled", train_dataset=rows, **extra)
     callback_for(trainer, "labelled", train_dataset=rows, synthesizer=frozen("labelled"), **extra)
+
+
+@pytest.mark.parametrize("content", ["garbage", "{}", "[1]", '[{"epoch": "last"}]', "[" * 10_000])
+def test_a_report_that_holds_something_else_is_set_aside(content, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    with pytest.warns(UserWarning, match=r"report.json: .*renamed to report-unreadable.json"):
+        write_report({"epoch": 1}, path)
+    assert (tmp_path / "report-unreadable.json").read_text() == content
+    write_report({"epoch": 2, "rows": "a"}, path)
+    assert json.loads(path.read_text()) == [{"epoch": 1}, {"epoch": 2, "rows": "a"}]
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_new_row_is_prepared_once_and_read_only_where_a_number_needs_it(drops, tmp_path):
+    trainer = reward(examples("preference", 7), tmp_path, max_length=60 if drops else None)
+    synthesizer = TinySynthesizer(featurizer_of(classifier().eval(), trainer.processing_class), "preference")
+    callback = callback_for(trainer, "preference", synthesizer=synthesizer)
+    seed, prepare, read = len(trainer.train_dataset), trainer._prepare_dataset, synthesizer.featurizer.read
+    prepared, measured = [], []
+    trainer._prepare_dataset = lambda rows, *args: (prepared.append(len(rows)), prepare(rows, *args))[1]
+    synthesizer.featurizer.read = lambda rows, **given: (measured.append(len(rows)), read(rows, **given))[1]
+    trained(trainer)
+    new, kept = len(callback.new_rows), len(trainer.train_dataset) - seed
+    assert prepared == [new]
+    assert kept < new if drops else kept == new
+    # The anchor set, the seed set, each row as it is written, and all of them for the report of the synthesis.
+    assert measured == [40, seed, *[1] * new, new, *[kept] * drops]
+
+
+def test_a_calibrated_delta_stays_that_of_the_first_round(tmp_path):
+    trainer = sft(examples("messages", 7), tmp_path, num_train_epochs=3)
+    featurizer = featurizer_of(trainer.model, trainer.processing_class)
+    synthesizer = TinySynthesizer(featurizer, "messages", threshold=None)
+    callback_for(trainer, "messages", synthesizer=synthesizer, refresh="epoch", max_samples=6)
+    trained(trainer)
+    first, *later = [entry["before"] for entry in rounds(tmp_path)]
+    assert "calibrated on the anchor" in first["threshold_source"]
+    assert {found["threshold"] for found in later} == {first["threshold"]}

@@ -1,0 +1,143 @@
+"""What a run with the callback keeps on disk, so that a resumed run trains on the same rows.
+
+New rows lie in `rows-<hash>.parquet` in the run's folder. Every checkpoint holds `fac_synthesis.json`, a
+`CheckpointRecord`, which names them by their hash and says which training set and featurizer they were written for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import pyarrow as pa
+from datasets import Dataset
+from pydantic import ConfigDict
+
+from ..storage.parquet import read_parquet, rows_digest, write_parquet
+from ..storage.validation import Strict, checked
+from .summary import summed_up
+
+if TYPE_CHECKING:
+    from .coverage_round import RoundReport
+
+RECORD = "fac_synthesis.json"
+FOLDER = "_fac_synthesis"  # a name that starts with "_" is not pushed to the Hub with the model
+
+
+class CheckpointRecord(Strict):
+    """What a checkpoint says of the new rows that the run trains on.
+
+    rows: hash of the new rows, in order. training_set, featurizer: hashes of what the rows were written for.
+    epoch: of the last coverage round, -1 before it. seconds: spent on all rounds.
+    threshold: delta; None before the first round and where each feature has its own.
+    activated, exhausted: features with a row of their own that the trainer kept, and those tried to the end in vain.
+    summary: the numbers that were logged, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+    rows: str
+    training_set: str
+    featurizer: str
+    refresh: Literal["start", "epoch"]
+    max_samples: int | None
+    epoch: int
+    seconds: float
+    threshold: float | None
+    activated: list[int]
+    exhausted: list[int]
+    summary: dict[str, int | float]
+
+    @classmethod
+    def before_first_round(
+        cls, training_set: str, featurizer: str, refresh: Literal["start", "epoch"], max_samples: int | None
+    ) -> Self:
+        return cls(
+            rows="", training_set=training_set, featurizer=featurizer, refresh=refresh, max_samples=max_samples,
+            epoch=-1, seconds=0.0, threshold=None, activated=[], exhausted=[], summary={},
+        )  # fmt: skip
+
+
+def read_record(checkpoint: Path) -> CheckpointRecord:
+    """Returns the record of a checkpoint.
+
+    Raises: FileNotFoundError when it has none; ValueError, naming file and field, for other content.
+    """
+    path = checkpoint / RECORD
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{checkpoint} does not say which new rows it was trained on ({RECORD} is not there): resume without the "
+            "callback, or from a checkpoint that was saved with it."
+        )
+    remedy = "the file is damaged or of another version: resume from another checkpoint, or start again"
+    return checked(CheckpointRecord, path.read_bytes(), str(path), remedy)
+
+
+def check_same_run(record: CheckpointRecord, own: CheckpointRecord, checkpoint: Path) -> None:
+    """Raises: ValueError when a checkpoint was saved by a run on other data, or with other settings, than this one."""
+    remedies = {
+        "training_set": "give the trainer the rows that it had then, in the same order",
+        "featurizer": "make the featurizer with the model, SAE and settings that it had then",
+        "refresh": f"pass refresh={record.refresh!r}",
+    }
+    if own.refresh == "epoch":
+        remedies["max_samples"] = f"pass max_samples={record.max_samples}"
+    for name, remedy in remedies.items():
+        saved, now = getattr(record, name), getattr(own, name)
+        if saved != now:
+            raise ValueError(
+                f"{checkpoint} was saved with another {name} ({saved!r}; now {now!r}), so the run could not go on "
+                f"as it was: {remedy}, or start again without resuming."
+            )
+
+
+def next_record(
+    last: CheckpointRecord, report: RoundReport | None, *, rows: Dataset, epoch: int, seconds: float
+) -> CheckpointRecord:
+    """Returns the record after one more round, of which there is no report when it failed."""
+    changes = {"rows": rows_digest(rows), "epoch": epoch, "seconds": last.seconds + seconds}
+    if report is not None:
+        activated = {*last.activated, *report.activated}
+        changes["activated"] = sorted(activated)
+        changes["exhausted"] = sorted({*last.exhausted, *report.exhausted} - activated)
+        delta = report.before.threshold
+        changes["threshold"] = delta if isinstance(delta, float) else None
+    record = last.model_copy(update=changes)
+    summary = summed_up(last.summary, {} if report is None else report.numbers()) | {
+        "fac/activated": len(record.activated), "fac/exhausted": len(record.exhausted), "fac/new_rows": len(rows),
+        "fac/seconds": record.seconds,
+    }  # fmt: skip
+    return record.model_copy(update={"summary": summary})
+
+
+def save_rows(rows: Dataset, folder: Path) -> None:
+    """Write new rows under the name of their hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_parquet(rows, folder / _rows_name(rows_digest(rows)))
+
+
+def find_rows(record: CheckpointRecord, checkpoint: Path, folder: Path) -> Dataset:
+    """Returns the new rows of a checkpoint, from the run's folder or from the one beside the checkpoint.
+
+    Raises: FileNotFoundError when they are in neither; ValueError when the file has other content.
+    """
+    name = _rows_name(record.rows)
+    folders = [folder, checkpoint.parent / FOLDER]
+    path = next((place / name for place in folders if (place / name).exists()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{checkpoint} was trained on new rows that are not there: {name} is neither in {folders[0]} nor in "
+            f"{folders[1]}. Copy it there, or start again without resuming."
+        )
+    remedy = f"copy the file that the run wrote to {path.parent}, or start again without resuming"
+    try:
+        rows = read_parquet(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({error}): {remedy}.") from error
+    if rows_digest(rows) != record.rows:
+        raise ValueError(f"{path} does not hold the rows that {checkpoint} was trained on, it was changed: {remedy}.")
+    return rows
+
+
+def _rows_name(digest: str) -> str:
+    return f"rows-{digest}.parquet"
