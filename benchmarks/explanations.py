@@ -96,11 +96,10 @@ def run(base_url: str, model: str, options: argparse.Namespace) -> None:
     print(f"{chat}: {len(features)} of {len(pool):,} features with ten spans, seed {options.seed}")
     start = time.monotonic()
     how = {"features": features, "seed": options.seed, "batch_size": 8, "attempts": 2}
-    journals = {name: options.output / f"{name}.jsonl" for name in ("explain", "shuffled")}
-    found = explain(whole, chat, form=options.form, journal=journals["explain"], **how)
-    other = detect(found, chat, shuffled=True, journal=journals["shuffled"], **how)
+    found = explain(whole, chat, prompt_format=options.form, cache_dir=options.output, **how)
+    other = detect(found, chat, shuffled=True, cache_dir=options.output, **how)
     lexical = whole.updated({i: by_tokens(whole[i]) for i in features})
-    control = detect(lexical, chat, journal=options.output / "tokens.jsonl", **how)
+    control = detect(lexical, chat, cache_dir=options.output, **how)
     rows = [found[i] for i in features]
     found.select(features).save(options.output / "dictionary")
     print(f"explanations: {dict(Counter(row['explanation_state'] for row in rows))}")

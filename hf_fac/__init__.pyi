@@ -2,7 +2,8 @@ from .chat.base import ChatError
 from .chat.endpoint import EndpointChat
 from .chat.local import LocalChat
 from .coverage.card import push_coverage_to_hub
-from .coverage.coverage import FACReport, FeatureCoverage
+from .coverage.coverage import FeatureCoverage
+from .coverage.report import FACReport
 from .coverage.selection import select
 from .dictionary.build import build_dictionary
 from .dictionary.dictionary import FeatureDictionary

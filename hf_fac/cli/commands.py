@@ -31,7 +31,7 @@ from .options import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..coverage.coverage import FACReport
+    from ..coverage.report import FACReport
     from ..features.featurizer import SAEFeaturizer
 
 _RESUMES = ("score", "train-sae", "interpret", "rate", "synthesize")

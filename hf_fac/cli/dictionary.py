@@ -3,7 +3,6 @@ features, and the way to and from the Hub."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,7 +24,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..coverage.coverage import SavedReport
+    from ..coverage.report import SavedReport
     from ..features.featurizer import SAEFeaturizer
     from .dictionary import FeatureDictionary
 
@@ -94,13 +93,13 @@ def interpret(
     from ..dictionary.explanation import detect, explain
 
     try_output(output, folder=True)
-    writer = make_chat(chat, base_url, key_env, timeout, max_tokens, form, output / "journal", device)
+    writer = make_chat(chat, base_url, key_env, timeout, max_tokens, form, output / "answers", device)
     how = {"features": _sampled(dictionary, sample, seed), "seed": seed}
-    dictionary = explain(dictionary, writer, form=form, journal=output / "journal" / "explain.jsonl", **how)
+    dictionary = explain(dictionary, writer, prompt_format=form, cache_dir=output / "answers", **how)
     dictionary.save(output)
     _print_summary(dictionary, output)
     if shuffled:
-        found = detect(dictionary, writer, shuffled=True, journal=output / "journal" / "shuffled.jsonl", **how)
+        found = detect(dictionary, writer, shuffled=True, cache_dir=output / "answers", **how)
         scores = [one.score for one in found.values() if one.score is not None]
         console.print(f"Detection by another feature's explanation: {_mean(scores)}.")
 
@@ -125,11 +124,10 @@ def rate(
 
     dictionary, wanted = FeatureDictionary.load(folder), get_task(task)
     try_output(folder, folder=True)
-    writer = make_chat(chat, base_url, key_env, timeout, max_tokens, form, folder / "journal", device)
-    file_name = re.sub(r"[^\w.-]+", "-", wanted.name)
+    writer = make_chat(chat, base_url, key_env, timeout, max_tokens, form, folder / "answers", device)
     dictionary = rate_features(
-        dictionary, task=wanted, chat=writer, features=_sampled(dictionary, sample, seed), form=form, seed=seed,
-        journal=folder / "journal" / f"rate-{file_name}.jsonl",
+        dictionary, task=wanted, chat=writer, features=_sampled(dictionary, sample, seed),
+        prompt_format=form, seed=seed, cache_dir=folder / "answers",
     )  # fmt: skip
     dictionary.save(folder)
     ratings = Counter(r["rating"] for row in dictionary for r in row["ratings"] if r["task"] == wanted.name)
@@ -262,7 +260,7 @@ def _collected(featurizer: SAEFeaturizer, data: str, split: str, spans: int, out
 
 
 def _read_report(file: Path) -> SavedReport:
-    from ..coverage.coverage import SavedReport
+    from ..coverage.report import SavedReport
 
     return checked(
         SavedReport, file.read_bytes(), f"{file} is no report of hf_fac", "give what `hf-fac missing --output` wrote"

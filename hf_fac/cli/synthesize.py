@@ -15,7 +15,7 @@ from . import options as opt
 from .options import check_measured, console, load_data, make_chat, make_featurizer, marked_text, scored
 
 if TYPE_CHECKING:
-    from ..coverage.coverage import FACReport
+    from ..coverage.report import FACReport
     from ..features.featurizer import SAEFeaturizer
     from ..synthesis.report import SynthesisResult
 

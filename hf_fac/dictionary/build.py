@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,15 @@ import numpy as np
 
 from ..storage.files import try_output
 from ..storage.parquet import digest_of_hashes, row_hash
+from .dictionary import FeatureDictionary
+from .merging import strongest
+from .schema import schema
 from .top_spans import TopSpans, window_hashes
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
     from ..features.featurizer import SAEFeaturizer
-    from .dictionary import FeatureDictionary
 
 _CELLS = 1 << 25  # rows x features read at once: where nearly all are active, activations are what takes memory
 _MOST_ROWS = 1000
@@ -45,7 +47,7 @@ def build_dictionary(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> FeatureDictionary:
-    """The dictionary of a data set: a row for each feature that the featurizer computes, dead ones too.
+    """Returns the dictionary of a data set: a row for each feature that the featurizer computes, dead ones too.
 
     A span is the activating token (the first that reaches the row's maximum), `before` tokens before it and `after`
     after it; the same tokens around the same token count once among the spans, but each row counts in the statistics,
@@ -65,58 +67,61 @@ def build_dictionary(
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    if not 0 <= rank < world_size or min(shard_rows, spans) < 1 or min(before, after) < 0:
-        raise ValueError(
-            f"rank {rank} of {world_size} processes, shard_rows {shard_rows}, spans {spans}, before {before} and after "
-            f"{after} make no spans."
-        )
-    from datasets import Dataset
-
-    if not isinstance(dataset, Dataset | list):
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__}: pass a datasets.Dataset (one split) or a list of rows."
-        )
-    top, rows = TopSpans(featurizer.d_sae, spans), _Rows(dataset)
+    _check_arguments(rank, world_size, shard_rows=shard_rows, spans=spans, before=before, after=after)
+    reader, top = _SpanReader(featurizer, _Rows(dataset), before, after), TopSpans(featurizer.d_sae, spans)
+    shards = _parts(range(len(dataset)), shard_rows)[rank::world_size]
     measurement = featurizer.measurement | {"feature_fingerprint": featurizer.feature_fingerprint()}
     settings = {
         "measurement": measurement, "spans": spans, "before": before, "after": after, "rank": rank,
         "world_size": world_size, "shard_rows": shard_rows, "dataset_rows": len(dataset),
     }  # fmt: skip
-    state = None
-    if output_dir is not None:
-        state = Path(output_dir) / f"spans-{rank:05d}-of-{world_size:05d}.safetensors"
-        try_output(state.parent, folder=True)
-        if state.exists():
-            top.load(state, settings)
-    shards = range(rank * shard_rows, len(dataset), world_size * shard_rows)
-    content = ""
-    for start in shards[: top.shards_done]:
-        content = digest_of_hashes(rows.hashes(start, min(start + shard_rows, len(dataset))), after=content)
-    if content != top.content:
-        raise ValueError(f"{state} is of a pass over other rows, or in another order: choose another output_dir.")
-    batch = max(1, min(_MOST_ROWS, _CELLS // featurizer.d_sae))
-    with _progress(sum(min(shard_rows, len(dataset) - start) for start in shards), top.total_rows) as bar:
-        for start in shards[top.shards_done :]:
-            stop = min(start + shard_rows, len(dataset))
-            hashes = rows.hashes(start, stop)
-            for first in range(start, stop, batch):
-                _read(featurizer, rows, first, min(first + batch, stop), top, before, after)
-                bar.update(min(batch, stop - first))
-            top.data = (top.data + sum(hashes)) % 2**64
-            top.content = digest_of_hashes(hashes, after=top.content)
-            top.shards_done += 1
+    state = None if output_dir is None else Path(output_dir) / f"spans-{rank:05d}-of-{world_size:05d}.safetensors"
+    if state is not None:
+        _resume(state, settings, top, reader.rows, shards)
+    with _progress(sum(map(len, shards)), top.total_rows) as bar:
+        for shard in shards[top.shards_done :]:
+            hashes = reader.rows.hashes(shard)
+            for part in _parts(shard, max(1, min(_MOST_ROWS, _CELLS // featurizer.d_sae))):
+                reader.add(part, top)
+                bar.update(len(part))
+            top.end_shard(hashes)
             if state is not None:
                 top.save(state, settings)
     if top.skipped:
-        warnings.warn(
-            f"{top.skipped:,} of {top.total_rows:,} rows were skipped, without text or unreadable", stacklevel=2
-        )
-    return _dictionary(featurizer, rows, top, before, after, source or rows.name, measurement)
+        skipped = f"{top.skipped:,} of {top.total_rows:,} rows were skipped, without text or unreadable"
+        warnings.warn(skipped, stacklevel=2)
+    return _dictionary(reader, top, measurement, source or reader.rows.name)
+
+
+def _check_arguments(rank: int, world_size: int, **sizes: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"Expected 0 <= rank < world_size; got rank={rank}, world_size={world_size}.")
+    for name, size in sizes.items():
+        least = 0 if name in ("before", "after") else 1
+        if size < least:
+            raise ValueError(f"{name} is {size}; it must be at least {least}.")
+
+
+def _resume(state: Path, settings: dict[str, Any], top: TopSpans, rows: _Rows, shards: list[range]) -> None:
+    """Load the state of a stopped pass, if there is one. Raises: ValueError when it read other rows."""
+    try_output(state.parent, folder=True)
+    if not state.exists():
+        return
+    top.load(state, settings)
+    content = ""
+    for shard in shards[: top.shards_done]:
+        content = digest_of_hashes(rows.hashes(shard), after=content)
+    if content != top.content:
+        raise ValueError(f"{state} is of a pass over other rows, or in another order: choose another output_dir.")
+
+
+def _parts(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def content_hash(dataset: Dataset | list[Any]) -> str:
     """Returns what a dictionary of these rows, in any order, has in its column `data`."""
-    return f"{sum(_Rows(dataset).hashes(0, len(dataset))) % 2**64:016x}"
+    return f"{sum(_Rows(dataset).hashes(range(len(dataset)))) % 2**64:016x}"
 
 
 def remove_states(output_dir: str | os.PathLike[str]) -> None:
@@ -131,120 +136,110 @@ class _Rows:
     """Rows of a data set or list, without the columns that a scorer added."""
 
     def __init__(self, dataset: Any) -> None:
+        from datasets import Dataset
+
         from ..storage.scored_rows import COLUMNS
 
-        if not isinstance(dataset, list):
+        if not isinstance(dataset, Dataset | list):
+            raise TypeError(
+                f"dataset is a {type(dataset).__name__}: pass a datasets.Dataset (one split) or a list of rows."
+            )
+        if isinstance(dataset, Dataset):
             dataset = dataset.remove_columns([name for name in COLUMNS if name in dataset.column_names])
-        self.dataset, self.name = dataset, None if isinstance(dataset, list) else dataset.info.dataset_name
+        self.dataset = dataset
+        self.name = dataset.info.dataset_name if isinstance(dataset, Dataset) else None
 
-    def __getitem__(self, part: slice) -> list[Any]:
+    def __getitem__(self, part: range) -> list[Any]:
         from ..inputs.rows import as_rows
 
-        return list(as_rows(self.dataset[part]))
+        return list(as_rows(self.dataset[part.start : part.stop]))
 
-    def hashes(self, start: int, stop: int) -> list[int]:
-        return [row_hash(row) for i in range(start, stop, _MOST_ROWS) for row in self[i : min(i + _MOST_ROWS, stop)]]
+    def hashes(self, rows: range) -> list[int]:
+        return [row_hash(row) for part in _parts(rows, _MOST_ROWS) for row in self[part]]
 
 
-def _read(
-    featurizer: SAEFeaturizer, rows: _Rows, start: int, stop: int, top: TopSpans, before: int, after: int
-) -> None:
-    part = rows[start:stop]
-    reading = featurizer.read(part, positions=True, first_row=start)
+@dataclass(frozen=True)
+class _SpanReader:
+    """Reads rows for their activations, and cuts spans out of them: so many tokens before and after."""
 
-    def windows(owner: np.ndarray, position: np.ndarray) -> np.ndarray:
-        wanted, place = np.unique(owner, return_inverse=True)
-        pieces = featurizer.reader([part[i] for i in wanted.tolist()])
-        return window_hashes(pieces, place, position, before=before, after=after)
+    featurizer: SAEFeaturizer
+    rows: _Rows
+    before: int
+    after: int
 
-    top.add(start, reading, windows)
+    def add(self, part: range, top: TopSpans) -> None:
+        rows = self.rows[part]
+
+        def windows(row: np.ndarray, position: np.ndarray) -> np.ndarray:
+            wanted, place = np.unique(row, return_inverse=True)
+            pieces = self.featurizer.reader([rows[i] for i in wanted.tolist()])
+            return window_hashes(pieces, place, position, before=self.before, after=self.after)
+
+        top.add(part.start, self.featurizer.read(rows, positions=True, first_row=part.start), windows)
+
+    def cut(self, top: TopSpans, ids: np.ndarray, source: str | None) -> list[list[dict[str, Any]]]:
+        """Returns the texts of each feature's spans, as `SAEFeaturizer.span` cuts them; each row is tokenized once."""
+        from ..inputs.token_context import cut_span
+
+        found: list[list[dict[str, Any]]] = [[] for _ in ids]
+        line, place = np.nonzero(top.activation[ids] > 0)
+        row, position, activation = (
+            getattr(top, name)[ids[line], place].tolist() for name in ("row", "position", "activation")
+        )
+        last_row, text_of_row = -1, ()
+        for i in np.argsort(row, kind="stable").tolist():
+            if row[i] != last_row:
+                last_row, text_of_row = row[i], self._text(row[i])
+            cut = cut_span(*text_of_row, position[i], self.before, self.after)
+            span = {
+                "before": cut.before[-_MOST_CHARACTERS:], "token": cut.token[:_MOST_CHARACTERS],
+                "after": cut.after[:_MOST_CHARACTERS], "activation": activation[i], "row": row[i], "source": source,
+            }  # fmt: skip
+            found[line[i]].append(span)
+        # Other tokens can be the same text.
+        return [strongest(spans, None) for spans in found]
+
+    def _text(self, row: int) -> tuple[Any, ...]:
+        """A row's text, the offsets of its tokens, and where its contents are."""
+        [found] = self.rows[range(row, row + 1)]
+        return *self.featurizer.reader.offsets(found), self.featurizer.reader.render(found)[1]
 
 
 def _dictionary(
-    featurizer: SAEFeaturizer,
-    rows: _Rows,
-    top: TopSpans,
-    before: int,
-    after: int,
-    source: str | None,
-    measurement: dict[str, Any],
+    reader: _SpanReader, top: TopSpans, measurement: dict[str, Any], source: str | None
 ) -> FeatureDictionary:
+    import pyarrow as pa
     from datasets import Dataset
 
-    from .dictionary import FeatureDictionary
-
+    featurizer = reader.featurizer
     columns = featurizer.encoder.columns
     ids = np.arange(featurizer.d_sae) if columns is None else np.asarray(columns, dtype=np.int64)
-    names = featurizer.source() or {}
-    loaded = {key: value for key, value in names.items() if key not in ("loader", "fingerprint", "device")}
-    settings = {"hf_fac": version("hf-fac"), "spans": top.activation.shape[1], "before": before, "after": after}
-    settings |= {"loaded_from": loaded} if loaded else {}
-    table = _table(ids, top, _cut(featurizer, rows, top, ids, before, after, source))
-    for name, value in (
-        ("data", f"{top.data:016x}"),
-        ("measurement", json.dumps(measurement, sort_keys=True)),
-        ("settings", json.dumps(settings, sort_keys=True, default=str)),
-    ):
-        table[name] = [value] * len(ids)
-    return FeatureDictionary(Dataset(_arrow(table)), measurement=measurement)
+    loaded = featurizer.source() or {}
+    loaded = {key: value for key, value in loaded.items() if key not in ("loader", "fingerprint", "device")}
+    settings = {"hf_fac": version("hf-fac"), "spans": top.activation.shape[1]}
+    settings |= {"before": reader.before, "after": reader.after} | ({"loaded_from": loaded} if loaded else {})
+    shared = {
+        "data": f"{top.data:016x}",
+        "measurement": json.dumps(measurement, sort_keys=True),
+        "settings": json.dumps(settings, sort_keys=True, default=str),
+    }
+    table = _columns(ids, top, reader.cut(top, ids, source)) | {
+        name: [text] * len(ids) for name, text in shared.items()
+    }
+    arrow = pa.table([pa.array(table[field.name], field.type) for field in schema()], schema=schema())
+    return FeatureDictionary(Dataset(arrow), measurement=measurement)
 
 
-def _cut(
-    featurizer: SAEFeaturizer, rows: _Rows, top: TopSpans, ids: np.ndarray, before: int, after: int, source: str | None
-) -> list[list[dict[str, Any]]]:
-    """The spans of each feature as texts: as `SAEFeaturizer.span` cuts them, but each row is tokenized once."""
-    from ..inputs.token_context import cut_span
-    from .merging import strongest
-
-    found: list[list[dict[str, Any]]] = [[] for _ in ids]
-    line, place = np.nonzero(top.activation[ids] > 0)
-    feature = ids[line]
-    row, position, activation = (
-        getattr(top, name)[feature, place].tolist() for name in ("row", "position", "activation")
-    )
-    last_row, place_in_row = -1, ()
-    for i in np.argsort(row, kind="stable").tolist():
-        if row[i] != last_row:
-            source_row, last_row = rows[row[i] : row[i] + 1][0], row[i]
-            text, offsets = featurizer.reader.offsets(source_row)
-            place_in_row = text, offsets, featurizer.reader.render(source_row)[1]
-        cut = cut_span(*place_in_row, position[i], before, after)
-        span = {
-            "before": cut.before[-_MOST_CHARACTERS:],
-            "token": cut.token[:_MOST_CHARACTERS],
-            "after": cut.after[:_MOST_CHARACTERS],
-            "activation": activation[i],
-            "row": row[i],
-            "source": source,
-        }
-        found[line[i]].append(span)
-    # Other tokens can be the same text.
-    return [strongest(spans, None) for spans in found]
-
-
-def _table(ids: np.ndarray, top: TopSpans, spans: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    from decimal import Decimal
-
-    rows, whole, parts = (getattr(top, name)[ids].tolist() for name in ("rows", "whole", "trillionths"))
-    sums = [Decimal(f"{w}.{p:012d}") for w, p in zip(whole, parts, strict=True)]
+def _columns(ids: np.ndarray, top: TopSpans, spans: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    rows, sums = top.rows[ids], top.activation_sum[ids]
     nothing = [None] * len(ids)
     return {
         "feature": ids.astype(np.int32), "explanation": nothing, "explanation_state": ["none"] * len(ids),
         "verification": nothing, "verification_reason": nothing, "detection": nothing, "detection_answers": nothing,
         "ratings": [[]] * len(ids), "rows": rows, "total_rows": [top.total_rows] * len(ids),
-        "frequency": [count / top.total_rows if top.total_rows else 0.0 for count in rows],
-        "activation_sum": sums,
-        "mean_activation": [float(total) / count if count else 0.0 for total, count in zip(sums, rows, strict=True)],
-        "max_activation": top.activation[ids, 0], "spans": spans,
+        "frequency": rows / max(top.total_rows, 1), "activation_sum": sums,
+        "mean_activation": sums / np.maximum(rows, 1), "max_activation": top.activation[ids, 0], "spans": spans,
     }  # fmt: skip
-
-
-def _arrow(columns: dict[str, Any]) -> pa.Table:
-    import pyarrow as pa
-
-    from .schema import schema
-
-    return pa.table([pa.array(columns[field.name], field.type) for field in schema()], schema=schema())
 
 
 def _progress(total: int, done: int) -> Any:

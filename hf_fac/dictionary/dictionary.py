@@ -1,6 +1,8 @@
-"""What each feature means: `FeatureDictionary`, a row a feature, with its strongest spans, how often it is active, its
-explanation, and which tasks it matters for. A `datasets.Dataset` lies underneath, kept as one Parquet file, so that
-`load_dataset` opens it and the Hub shows it; `spans.build_dictionary` makes one, `interpret` and `relevance` fill it.
+"""What each feature means: `FeatureDictionary`, with a row for each feature: its strongest spans, how often it is
+active, its explanation, and which tasks it matters for.
+
+In: the rows that `build.build_dictionary` makes and `explanation` and `rating` complete. Out: the same rows to look up,
+merge, save and push. They are a `datasets.Dataset` in one Parquet file, which `load_dataset` opens and the Hub shows.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class FeatureDictionary:
     """
 
     def __init__(self, dataset: Dataset, *, measurement: Mapping[str, Any] | None = None) -> None:
-        """A dictionary of the rows of a data set, in any order; other columns are left out. `measurement` is needed
-        only where there are no rows.
+        """Make a dictionary of the rows of a data set, in any order; other columns are left out. `measurement` is
+        needed only where there are no rows.
 
         Raises: ValueError for anything but a dictionary's rows, measured alike.
         """
@@ -72,7 +74,7 @@ class FeatureDictionary:
 
     @classmethod
     def from_rows(cls, rows: list[dict[str, Any]], *, measurement: Mapping[str, Any]) -> Self:
-        """The dictionary of rows as `dictionary[feature]` gives them."""
+        """Returns the dictionary of rows as `dictionary[feature]` gives them."""
         import pyarrow as pa
         from datasets import Dataset
 
@@ -82,14 +84,14 @@ class FeatureDictionary:
         return len(self.features)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Rows, by rising id."""
+        """Yields rows, by rising id."""
         return iter(self.dataset)
 
     def __contains__(self, feature: int) -> bool:
         return bool((self.features == feature).any())
 
     def __getitem__(self, feature: int) -> dict[str, Any]:
-        """The row of a feature. Raises: KeyError where there is none."""
+        """Returns the row of a feature. Raises: KeyError where there is none."""
         return self.dataset[self._places([feature])[0]]
 
     def __eq__(self, other: object) -> bool:
@@ -111,12 +113,12 @@ class FeatureDictionary:
         return self.dataset.with_format("arrow")[:]
 
     def spans(self, feature: int) -> list[MarkedSpan]:
-        """The spans of a feature, strongest first, as prompts show them. Raises: KeyError."""
+        """Returns the spans of a feature, strongest first, as prompts show them. Raises: KeyError."""
         return [MarkedSpan(s["before"], s["token"], s["after"], s["activation"]) for s in self[feature]["spans"]]
 
     def summary(self) -> dict[str, int]:
-        """How many features there are, are live (active in some row), explained, cannot be told, failed, and are
-        verified (not rated no)."""
+        """Returns numbers of features: all, live (active in some row), explained, "cannot tell", failed, and verified
+        (yes, probably or maybe)."""
         states = Counter(self.dataset["explanation_state"])
         live = sum(rows > 0 for rows in self.dataset["rows"])
         verified = sum(verdict in RATINGS[:-1] for verdict in self.dataset["verification"])
@@ -124,9 +126,9 @@ class FeatureDictionary:
         return counts | {"verified": verified}
 
     def search(self, words: str) -> FeatureDictionary:
-        """The features whose explanation or spans hold all of the words, in any case and order.
+        """Returns the features whose explanation or spans hold all of the words, in any case and order.
 
-        A word stands alone where its script has upper and lower case; one of another script is found inside others.
+        A word is found as a whole word where its script has upper and lower case, else also inside others.
         """
         patterns = [_word(word) for word in words.casefold().split()]
 
@@ -138,16 +140,16 @@ class FeatureDictionary:
         return self.filter(found)
 
     def filter(self, keep: Callable[[dict[str, Any]], bool]) -> FeatureDictionary:
-        """The features whose row, as `dictionary[feature]` gives it, is to be kept."""
+        """Returns the features whose row, as `dictionary[feature]` gives it, `keep` accepts."""
         return self.select([row["feature"] for row in self if keep(row)])
 
     def select(self, features: ArrayLike) -> FeatureDictionary:
-        """These features only. Raises: KeyError for one that is not there."""
+        """Returns these features only. Raises: KeyError for one that is not there."""
         places = self._places(np.unique(np.asarray(features, dtype=np.int64)))
         return FeatureDictionary(self.dataset.select(places), measurement=self.measurement)
 
     def updated(self, changes: Mapping[int, Mapping[str, Any]]) -> FeatureDictionary:
-        """With other values in some columns of some features: `{feature: {column: value}}`. Raises: KeyError."""
+        """Returns the dictionary with the changes made, `{feature: {column: value}}`. Raises: KeyError."""
         import pyarrow as pa
         from datasets import Dataset
 
@@ -163,7 +165,7 @@ class FeatureDictionary:
         return FeatureDictionary(Dataset(table), measurement=self.measurement)
 
     def __or__(self, other: FeatureDictionary) -> FeatureDictionary:
-        """Both dictionaries as one, the same in whatever order many are joined; see `merging.merge_rows`.
+        """Returns both dictionaries as one, the same in any order of merging; see `merging.merge_rows`.
 
         Raises: ValueError for parts measured differently.
         """
@@ -175,7 +177,7 @@ class FeatureDictionary:
         return FeatureDictionary.from_rows([*rows, *theirs.values()], measurement=self.measurement)
 
     def task_features(self, task: str, *, at_least: str = "maybe", verified: bool = True) -> np.ndarray:
-        """int64 ids, rising, of the features rated `at_least` so for the task: F_task, for `coverage.compare`.
+        """Returns F_task, for `coverage.compare`: int64 ids, rising, of the features rated `at_least` so for the task.
 
         Args:
             task: the name that they were rated under.
@@ -197,10 +199,10 @@ class FeatureDictionary:
         return np.array(ids, dtype=np.int64)
 
     def check(self, featurizer: SAEFeaturizer) -> None:
-        """Nothing, when the featurizer's features are those of this dictionary: one model up to the layer, one SAE.
-        Under which settings each measured (whose tokens count, the floor) is no matter.
+        """Check that the featurizer has the features of this dictionary.
 
-        Raises: ValueError, with what differs.
+        Raises: ValueError, with what differs, when the model up to the layer or the SAE differs; other settings may
+            (whose tokens count, the floor).
         """
         theirs = featurizer.measurement | {"feature_fingerprint": featurizer.feature_fingerprint()}
         if self.measurement.get("feature_fingerprint") == theirs["feature_fingerprint"]:
@@ -232,10 +234,10 @@ class FeatureDictionary:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """The dictionary that `save_pretrained` wrote into a folder. Without `dictionary.parquet`, it is read from all
-        Parquet files in the folder, as `load_dataset(...).to_parquet` writes them.
+        """Returns the dictionary that `save_pretrained` wrote into a folder. Without `dictionary.parquet` it is read
+        from all Parquet files in the folder, as `load_dataset(...).to_parquet` writes them.
 
-        Raises: FileNotFoundError without the folder; ValueError where it holds something else.
+        Raises: FileNotFoundError without the folder; ValueError where it holds no dictionary.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -268,8 +270,9 @@ class FeatureDictionary:
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """The URL of the commit that puts the dictionary and its card into a data-set repo, whose other files stay. The
-        arguments are those of `hub.push_folder`.
+        """Put the dictionary and its card into a data-set repo, whose other files stay. Returns the commit's URL.
+
+        The arguments are those of `hub.repo.push_folder`.
 
         Raises: HubError when the push was refused or failed; ValueError when there are no features.
         """
@@ -293,9 +296,9 @@ class FeatureDictionary:
     def from_pretrained(
         cls, name: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
     ) -> Self:
-        """The dictionary in a folder, or in a data-set repo of the Hub at `revision`.
+        """Returns the dictionary in a folder, or in a data-set repo of the Hub at `revision`.
 
-        Raises: HubError when the repo cannot be read or is too large; ValueError when it holds something else.
+        Raises: HubError when the repo cannot be read or is too large; ValueError when it holds no dictionary.
         """
         if Path(name).is_dir():
             return cls.load(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,17 +17,18 @@ import numpy as np
 from ..chat.identity import chat_name
 from ..inputs.token_context import MarkedSpan
 from ..storage.terminal import visible
-from .asking import Journal, Question, ask
+from .asking import CachedChat, Question
 from .questions import (
     CANNOT_TELL,
     PROMPT_VERSION,
-    Form,
+    PromptFormat,
     ask_detection,
     ask_explanation,
     ask_verification,
     read_detection,
     read_explanation,
     read_rating,
+    stop_strings,
 )
 from .schema import FAILED
 
@@ -37,13 +38,16 @@ if TYPE_CHECKING:
     from .dictionary import FeatureDictionary
 
 _FEWEST = 2  # answers about each kind of span, below which there is no detection score
-_TRIES = 100  # draws for each span of another feature
+_DRAWS = 100  # for each span of another feature
 _TOKENS, _DETECTION_TOKENS = 200, 8
 
 
 class Detection(NamedTuple):
-    """score: balanced accuracy, 0.5 is chance; None with fewer than 2 answers on either kind of span. answers: how many
-    could be read."""
+    """How well spans are told by an explanation.
+
+    score: balanced accuracy, 0.5 is chance; None with fewer than 2 answers on either kind of span.
+    answers: how many could be read.
+    """
 
     score: float | None
     answers: int
@@ -56,81 +60,47 @@ def explain(
     features: Iterable[int] | None = None,
     spans: int = 10,
     held_out: int = 5,
-    form: Form = "json",
+    prompt_format: PromptFormat = "json",
     seed: int = 0,
-    journal: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     attempts: int = 3,
     batch_size: int = 64,
 ) -> FeatureDictionary:
-    """The dictionary with new explanations of the features asked for; ratings for the old ones are gone.
+    """Returns the dictionary with new explanations of the features; ratings for the old explanations are removed.
 
-    The explanation is drawn from every other span, the strongest first, at most `spans` of them; the second question
+    The explanation is drawn from every other span, the strongest first, at most `spans` of them; the verification
     shows all of these and those between, which are also what detection is measured on. So a dictionary with 20 spans is
-    explained from 10, as in the paper, and one with 10 from 5. See `detect` for the detection score.
+    explained from 10, as in arXiv 2602.10388, and one with 10 from 5. See `detect` for the detection score.
 
     Args:
         features: ids; None is all that have spans.
         held_out: the most spans kept for the detection score; 0 keeps none, measures none, and explains from the top.
-        form: "json", or "text" for a chat model too small to write JSON.
-        journal: a JSONL file for every answer. The same call goes on from it and asks nothing that it holds; other
-            features may be asked for, other settings are refused.
+        prompt_format: "json", or "text" for a chat model too small to write JSON.
+        cache_dir: a folder for the chat's answers. What it holds is not asked again; other questions are added to it.
         attempts: how often an answer that cannot be read is asked for; then explanation or verification is "failed".
         batch_size: questions put to the chat at once, and what a kill can cost.
 
-    Raises: KeyError for a feature that is not there; ValueError for a journal of another job; ChatError when the chat
-        cannot answer anything. Warns (UserWarning) of how many failed, and why first.
+    Raises: KeyError for a feature that is not there; ChatError when the chat cannot answer anything. Warns
+        (UserWarning) of how many failed, and why the first did.
     """
-    ids = asked_features(dictionary, features)
-    settings = {"job": "explain", **_settings(dictionary, chat, form, seed), "spans": spans, "held_out": held_out}
-    how = {"journal": Journal(journal, settings), "seed": seed, "attempts": attempts, "batch_size": batch_size}
-    stop = ("\n",) if form == "text" else ()
-    all_spans = {i: dictionary.spans(i)[: 2 * spans if held_out else spans] for i in ids}
-    shown = {i: part[::2] if held_out else part for i, part in all_spans.items() if part}
-    first = ask(
-        chat,
-        [
-            Question(f"explain {i}", ask_explanation(part, form), lambda t: read_explanation(t, form))
-            for i, part in shown.items()
-        ],
-        max_tokens=_TOKENS,
-        stop=stop,
-        **how,
-    )
-    explanations = {i: first[f"explain {i}"].value for i in shown}
-    explained = {i: text for i, text in explanations.items() if text not in (None, CANNOT_TELL)}
-    second = ask(
-        chat,
-        [
-            Question(
-                f"verify {i}", ask_verification(text, all_spans[i], form), lambda answer: read_rating(answer, form)
-            )
-            for i, text in explained.items()
-        ],
-        max_tokens=_TOKENS,
-        stop=stop,
-        **how,
-    )
-    kept = {i: dictionary.spans(i)[1::2][:held_out] for i in explained} if held_out else {}
-    found = _detect(dictionary, chat, {i: explained[i] for i in kept}, kept, **how)
-    _warn("explanations", first)
-    _warn("verifications", second)
-    recorded = {key: value for key, value in settings.items() if key not in ("job", "fingerprint")}
-    changes: dict[int, dict[str, Any]] = {}
-    for i in shown:
-        verdict, why = (None, None) if i not in explained else _verdict(second[f"verify {i}"])
-        changes[i] = {
-            "explanation": explained.get(i),
-            "explanation_state": (
-                "explained" if i in explained else CANNOT_TELL if explanations[i] == CANNOT_TELL else FAILED
-            ),
-            "verification": verdict,
-            "verification_reason": why,
-            "detection": found[i].score if i in found else None,
-            "detection_answers": found[i].answers if i in found else None,
-            "ratings": [],
-            "settings": with_settings(dictionary[i]["settings"], explain=recorded, rate=None),
+    asked = CachedChat(chat, cache_dir, seed=seed, attempts=attempts, batch_size=batch_size)
+    most = 2 * spans if held_out else spans
+    seen = {i: part[:most] for i in features_to_ask(dictionary, features) if (part := dictionary.spans(i))}
+    shown = {i: part[::2] if held_out else part for i, part in seen.items()}
+    explanations = _explanations(asked, shown, prompt_format)
+    texts = {i: answer.value for i, answer in explanations.items() if answer.value not in (None, CANNOT_TELL)}
+    verifications = _verifications(asked, texts, seen, prompt_format)
+    kept = {i: dictionary.spans(i)[1::2][:held_out] for i in texts} if held_out else {}
+    detections = _detections(asked, dictionary, texts, kept)
+    how = {"chat": chat_name(chat), "prompt_version": PROMPT_VERSION, "prompt_format": prompt_format, "seed": seed}
+    how |= {"spans": spans, "held_out": held_out}
+    return dictionary.updated(
+        {
+            i: _columns(explanations[i], verifications.get(i), detections.get(i))
+            | {"settings": with_settings(dictionary[i]["settings"], explain=how, rate=None)}
+            for i in seen
         }
-    return dictionary.updated(changes)
+    )
 
 
 def detect(
@@ -141,11 +111,11 @@ def detect(
     held_out: int = 5,
     shuffled: bool = False,
     seed: int = 0,
-    journal: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     attempts: int = 3,
     batch_size: int = 64,
 ) -> dict[int, Detection]:
-    """How well the chat model tells spans by the explanation alone, for each explained feature asked for.
+    """Returns how well the chat model tells spans by the explanation alone, for each explained feature asked for.
 
     It sees one span at a time, without marks: up to `held_out` spans that the explanation was not drawn from (the 2nd,
     4th ... strongest), and as many spans of other features, drawn at random from rows that are not among the feature's
@@ -153,60 +123,75 @@ def detect(
     that share of them may activate it, so the score errs on the low side by up to p / 2.
 
     Args:
-        shuffled: give each feature the explanation of another: what the score is worth when explanations say nothing.
+        shuffled: give each feature the explanation of another, as a baseline: the score of explanations that say
+            nothing about their feature.
         others: as in `explain`.
 
     Raises: as `explain`; ValueError when there are no two explanations to shuffle.
     """
-    ids = asked_features(dictionary, features)
-    texts = {i: dictionary[i]["explanation"] for i in ids}
-    texts = {i: text for i, text in texts.items() if text is not None}
-    settings = {"job": "detect", **_settings(dictionary, chat, "text", seed), "held_out": held_out}
-    opened = Journal(journal, settings | {"shuffled": ids if shuffled else None})
+    rows = {i: dictionary[i] for i in features_to_ask(dictionary, features)}
+    texts = {i: row["explanation"] for i, row in rows.items() if row["explanation"] is not None}
     if shuffled:
         if len(texts) < 2:
             raise ValueError(f"{len(texts)} of the features are explained: to shuffle explanations takes two or more.")
         order = np.random.default_rng(seed).permutation(list(texts)).tolist()
         texts = {i: texts[other] for i, other in zip(order, [*order[1:], *order[:1]], strict=True)}
-    how = {"journal": opened, "seed": seed, "attempts": attempts, "batch_size": batch_size}
-    kept = {i: _not_shown(dictionary[i], dictionary.spans(i))[:held_out] for i in texts}
-    return _detect(dictionary, chat, texts, kept, **how)
+    kept = {i: _not_shown(rows[i], dictionary.spans(i))[:held_out] for i in texts}
+    asked = CachedChat(chat, cache_dir, seed=seed, attempts=attempts, batch_size=batch_size)
+    return _detections(asked, dictionary, texts, kept)
 
 
-def _detect(
-    dictionary: FeatureDictionary,
-    chat: Chat,
-    texts: dict[int, str],
-    kept: dict[int, list[MarkedSpan]],
-    *,
-    seed: int,
-    **how: Any,
+def _explanations(
+    chat: CachedChat, shown: Mapping[int, list[MarkedSpan]], prompt_format: PromptFormat
+) -> dict[int, Answer]:
+    questions = [
+        Question(ask_explanation(spans, prompt_format), lambda text: read_explanation(text, prompt_format))
+        for spans in shown.values()
+    ]
+    answers = chat.ask(questions, max_tokens=_TOKENS, stop=stop_strings(prompt_format))
+    _warn_of_failed("explanations", shown, answers)
+    return dict(zip(shown, answers, strict=True))
+
+
+def _verifications(
+    chat: CachedChat, texts: Mapping[int, str], seen: Mapping[int, list[MarkedSpan]], prompt_format: PromptFormat
+) -> dict[int, Answer]:
+    questions = [
+        Question(ask_verification(text, seen[i], prompt_format), lambda answer: read_rating(answer, prompt_format))
+        for i, text in texts.items()
+    ]
+    answers = chat.ask(questions, max_tokens=_TOKENS, stop=stop_strings(prompt_format))
+    _warn_of_failed("verifications", texts, answers)
+    return dict(zip(texts, answers, strict=True))
+
+
+def _detections(
+    chat: CachedChat, dictionary: FeatureDictionary, texts: Mapping[int, str], kept: Mapping[int, list[MarkedSpan]]
 ) -> dict[int, Detection]:
-    others = _Others(dictionary, seed)
-    questions, is_positive = [], {}
-    for i, text in texts.items():
-        negative = others.draw(i, len(kept[i]))
-        for number, (span, active) in enumerate([*((s, True) for s in kept[i]), *((s, False) for s in negative)]):
-            key = f"detect {i} {number}"
-            questions.append(Question(key, ask_detection(text, span), read_detection))
-            is_positive[key] = i, active
-    read = ask(chat, questions, seed=seed, max_tokens=_DETECTION_TOKENS, may_be_cut=True, **how)
-    _warn("answers about spans", read)
-    right: dict[int, tuple[list[bool], list[bool]]] = {i: ([], []) for i in texts}
-    for key, answer in read.items():
-        i, active = is_positive[key]
+    """`kept`: by feature the spans that activate it."""
+    others = _OtherSpans(dictionary, chat.seed)
+    asked = [
+        (i, is_active, span)
+        for i, spans in kept.items()
+        for is_active, part in ((True, spans), (False, others.draw(i, len(spans))))
+        for span in part
+    ]
+    questions = [Question(ask_detection(texts[i], span), read_detection) for i, _, span in asked]
+    answers = chat.ask(questions, max_tokens=_DETECTION_TOKENS, accept_truncated=True)
+    _warn_of_failed("answers about spans", [i for i, _, _ in asked], answers)
+    right: dict[int, tuple[list[bool], list[bool]]] = {i: ([], []) for i in kept}
+    for (i, is_active, _), answer in zip(asked, answers, strict=True):
         if answer.reason is None:
-            right[i][active].append(answer.value == active)
-    return {
-        i: Detection(
-            float(np.mean([np.mean(kind) for kind in kinds])) if min(map(len, kinds)) >= _FEWEST else None,
-            sum(map(len, kinds)),
-        )
-        for i, kinds in right.items()
-    }
+            right[i][is_active].append(answer.value == is_active)
+    return {i: _balanced_accuracy(kinds) for i, kinds in right.items()}
 
 
-class _Others:
+def _balanced_accuracy(kinds: tuple[list[bool], list[bool]]) -> Detection:
+    score = float(np.mean([np.mean(kind) for kind in kinds])) if min(map(len, kinds)) >= _FEWEST else None
+    return Detection(score, sum(map(len, kinds)))
+
+
+class _OtherSpans:
     """Spans of features at random, by feature the same whatever else is drawn."""
 
     def __init__(self, dictionary: FeatureDictionary, seed: int) -> None:
@@ -220,7 +205,7 @@ class _Others:
         taken = {(s["source"], s["row"]) for s in own} | {s["before"] + s["token"] + s["after"] for s in own}
         drawn: list[MarkedSpan] = []
         random = np.random.default_rng([self.seed, feature])
-        for place in random.integers(len(self.pool), size=_TRIES * n).tolist():
+        for place in random.integers(len(self.pool), size=_DRAWS * n).tolist():
             other, number = self.pool[place]
             span = self.spans[other][number]
             text, row = span["before"] + span["token"] + span["after"], (span["source"], span["row"])
@@ -232,27 +217,35 @@ class _Others:
         return drawn
 
 
-def asked_features(dictionary: FeatureDictionary, features: Iterable[int] | None) -> list[int]:
-    """The ids, rising; None is all that have spans. Raises: KeyError for one that is not in the dictionary."""
+def features_to_ask(dictionary: FeatureDictionary, features: Iterable[int] | None) -> list[int]:
+    """Returns the ids, rising; None is all that have spans. Raises: KeyError for one that is not in the dictionary."""
     if features is not None:
         return dictionary.select(list(features)).features.tolist()
     return [row["feature"] for row in dictionary.dataset.select_columns(["feature", "spans"]) if row["spans"]]
 
 
 def with_settings(settings: str, **changes: Any) -> str:
-    """The JSON of a row's settings with these values; None takes one away."""
+    """Returns the JSON of a row's settings with these values; None removes one."""
     merged = json.loads(settings) | changes
     return json.dumps({key: value for key, value in merged.items() if value is not None}, sort_keys=True)
 
 
-def _settings(dictionary: FeatureDictionary, chat: Chat, form: Form, seed: int) -> dict[str, Any]:
+def rating_of(answer: Answer) -> tuple[str, str]:
+    """Returns a rating and its reason; "failed" and why where none could be read."""
+    return answer.value if answer.reason is None else (FAILED, answer.reason)
+
+
+def _columns(explanation: Answer, verification: Answer | None, detection: Detection | None) -> dict[str, Any]:
+    state = FAILED if explanation.value is None else "explained"
+    if explanation.value == CANNOT_TELL:
+        state = CANNOT_TELL
+    verdict, why = (None, None) if verification is None else rating_of(verification)
     return {
-        "chat": chat_name(chat),
-        "prompt_version": PROMPT_VERSION,
-        "form": form,
-        "seed": seed,
-        "fingerprint": dictionary.measurement.get("fingerprint"),
-    }
+        "explanation": explanation.value if state == "explained" else None, "explanation_state": state,
+        "verification": verdict, "verification_reason": why,
+        "detection": detection and detection.score, "detection_answers": detection and detection.answers,
+        "ratings": [],
+    }  # fmt: skip
 
 
 def _not_shown(row: dict[str, Any], spans: list[MarkedSpan]) -> list[MarkedSpan]:
@@ -261,12 +254,8 @@ def _not_shown(row: dict[str, Any], spans: list[MarkedSpan]) -> list[MarkedSpan]
     return spans[1::2] if how["held_out"] else spans[how["spans"] :]
 
 
-def _verdict(answer: Answer) -> tuple[str, str]:
-    return answer.value if answer.reason is None else (FAILED, answer.reason)
-
-
-def _warn(what: str, read: dict[str, Answer]) -> None:
-    failed = [(key, answer.reason) for key, answer in read.items() if answer.reason is not None]
+def _warn_of_failed(what: str, features: Iterable[int], answers: list[Answer]) -> None:
+    failed = [(i, answer.reason) for i, answer in zip(features, answers, strict=True) if answer.reason is not None]
     if failed:
-        first = visible(f"the first ({failed[0][0]}): {failed[0][1]}")
-        warnings.warn(f"{len(failed):,} of {len(read):,} {what} failed; {first}", stacklevel=3)
+        first = visible(f"the first, of feature {failed[0][0]}: {failed[0][1]}")
+        warnings.warn(f"{len(failed):,} of {len(answers):,} {what} failed; {first}", stacklevel=4)

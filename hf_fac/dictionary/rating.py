@@ -1,7 +1,7 @@
 """Which features matter for a task: a chat model rates each explained and verified feature by the task's guideline.
 
 In: a `FeatureDictionary` with explanations, a task, a `Chat`. Out: the dictionary with a rating and its reason for
-each; `dictionary.task_features(task)` are then F_task (PAPER.md).
+each; `dictionary.task_features(task)` are then F_task (arXiv 2602.10388).
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..chat.identity import chat_name
+from ..storage.terminal import visible
 from ..tasks.task import Task, get_task
-from .asking import Journal, Question, ask
-from .explanation import asked_features, with_settings
-from .questions import PROMPT_VERSION, Form, ask_rating, read_rating
+from .asking import CachedChat, Question
+from .explanation import features_to_ask, rating_of, with_settings
+from .questions import PROMPT_VERSION, PromptFormat, ask_rating, read_rating, stop_strings
 from .schema import FAILED, RATINGS
 
 if TYPE_CHECKING:
     from ..chat.base import Chat
+    from ..tasks.parsing import Answer
     from .dictionary import FeatureDictionary
 
 _SPANS = 5  # shown beside the explanation
@@ -35,75 +37,78 @@ def rate(
     task: Task | str | os.PathLike[str],
     chat: Chat,
     features: Iterable[int] | None = None,
-    form: Form = "json",
+    prompt_format: PromptFormat = "json",
     seed: int = 0,
-    journal: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     attempts: int = 3,
     batch_size: int = 64,
 ) -> FeatureDictionary:
-    """The dictionary with a rating for the task, yes, probably, maybe or no, and the reason, of each feature that can
-    be rated: its explanation is there, and was verified (not with no).
+    """Returns the dictionary with a rating for the task and its reason, of each feature that can be rated.
+
+    The rating is yes, probably, maybe or no. A feature can be rated when it has an explanation whose verification is
+    not no.
 
     Args:
         task: a `Task`, the name of a built-in one, or the path of a YAML file.
         features: ids; None is all that have spans. Those that cannot be rated are skipped, and counted in a warning.
-        form: "json", or "text" for a chat model too small to write JSON.
-        journal: a JSONL file for every answer. The same call goes on from it and asks nothing that it holds; other
-            features may be asked for, other settings are refused.
+        prompt_format: "json", or "text" for a chat model too small to write JSON.
+        cache_dir: a folder for the chat's answers. What it holds is not asked again; other questions are added to it.
         attempts: how often an answer that cannot be read is asked for; then the rating is "failed".
         batch_size: questions put to the chat at once, and what a kill can cost.
 
-    Raises: KeyError for a feature that is not there; ValueError for a journal of another job, or no such task;
-        ChatError when the chat cannot answer anything. Warns (UserWarning) of how many were skipped or failed.
+    Raises: KeyError for a feature that is not there; ValueError for no such task; ChatError when the chat cannot answer
+        anything. Warns (UserWarning) of how many were skipped or failed.
     """
     task = get_task(task)
-    settings = {
-        "job": "rate", "task": task.name, "guideline": hashlib.sha256(task.guideline.encode()).hexdigest()[:16],
-        "chat": chat_name(chat), "prompt_version": PROMPT_VERSION, "form": form, "seed": seed,
-        "fingerprint": dictionary.measurement.get("fingerprint"),
-    }  # fmt: skip
-    opened = Journal(journal, settings)
-    rows = {i: dictionary[i] for i in asked_features(dictionary, features)}
-    skipped = {i: why for i, row in rows.items() if (why := _why_not(row))}
+    rows = {i: dictionary[i] for i in features_to_ask(dictionary, features)}
+    skipped = {i: why for i, row in rows.items() if (why := _why_not_rated(row))}
+    rated = {i: row for i, row in rows.items() if i not in skipped}
     questions = [
         Question(
-            f"rate {i}",
-            ask_rating(task.name, task.guideline, row["explanation"], dictionary.spans(i)[:_SPANS], form),
-            lambda text: read_rating(text, form),
+            ask_rating(task.name, task.guideline, row["explanation"], dictionary.spans(i)[:_SPANS], prompt_format),
+            lambda text: read_rating(text, prompt_format),
         )
-        for i, row in rows.items()
-        if i not in skipped
+        for i, row in rated.items()
     ]
-    stop = ("\n",) if form == "text" else ()
-    limits = {"max_tokens": _TOKENS, "stop": stop, "attempts": attempts, "batch_size": batch_size}
-    read = ask(chat, questions, journal=opened, seed=seed, **limits)
-    recorded = {key: value for key, value in settings.items() if key not in ("job", "task", "fingerprint")}
-    changes: dict[int, dict[str, Any]] = {}
-    for i, row in rows.items():
-        if i not in skipped:
-            value, reason = read[f"rate {i}"]
-            rating, why = value if reason is None else (FAILED, reason)
-            others = [other for other in row["ratings"] if other["task"] != task.name]
-            ratings = sorted([*others, {"task": task.name, "rating": rating, "reason": why}], key=lambda r: r["task"])
-            how = json.loads(row["settings"]).get("rate", {}) | {task.name: recorded}
-            changes[i] = {"ratings": ratings, "settings": with_settings(row["settings"], rate=how)}
-    failed = [answer.reason for answer in read.values() if answer.reason is not None]
-    if skipped or failed:
+    asked = CachedChat(chat, cache_dir, seed=seed, attempts=attempts, batch_size=batch_size)
+    answers = asked.ask(questions, max_tokens=_TOKENS, stop=stop_strings(prompt_format))
+    _warn_of_unrated(task.name, skipped, answers)
+    how = {
+        "guideline": hashlib.sha256(task.guideline.encode()).hexdigest()[:16], "chat": chat_name(chat),
+        "prompt_version": PROMPT_VERSION, "prompt_format": prompt_format, "seed": seed,
+    }  # fmt: skip
+    return dictionary.updated(
+        {i: _columns(row, task.name, answer, how) for (i, row), answer in zip(rated.items(), answers, strict=True)}
+    )
+
+
+def _columns(row: dict[str, Any], task: str, answer: Answer, how: dict[str, Any]) -> dict[str, Any]:
+    """The row's ratings and settings with those for the task."""
+    rating, why = rating_of(answer)
+    others = [other for other in row["ratings"] if other["task"] != task]
+    ratings = sorted([*others, {"task": task, "rating": rating, "reason": why}], key=lambda r: r["task"])
+    recorded = json.loads(row["settings"]).get("rate", {}) | {task: how}
+    return {"ratings": ratings, "settings": with_settings(row["settings"], rate=recorded)}
+
+
+def _warn_of_unrated(task: str, skipped: Mapping[int, str], answers: list[Answer]) -> None:
+    failed = [answer.reason for answer in answers if answer.reason is not None]
+    notes = []
+    if skipped:
         reasons = ", ".join(f"{count:,} {why}" for why, count in Counter(skipped.values()).most_common())
-        notes = [f"{len(skipped):,} skipped ({reasons})"] if skipped else []
-        notes += [f"{len(failed):,} failed (the first: {failed[0]})"] if failed else []
-        warnings.warn(f"{task.name}: of {len(rows):,} features {' and '.join(notes)}", stacklevel=2)
-    return dictionary.updated(changes)
+        notes.append(f"{len(skipped):,} skipped ({reasons})")
+    if failed:
+        notes.append(f"{len(failed):,} failed (the first: {visible(failed[0])})")
+    if notes:
+        warnings.warn(f"{task}: of {len(skipped) + len(answers):,} features {' and '.join(notes)}", stacklevel=3)
 
 
-def _why_not(row: dict[str, Any]) -> str | None:
+def _why_not_rated(row: dict[str, Any]) -> str | None:
     state, verdict = row["explanation_state"], row["verification"]
     if state != "explained":
         return {"none": "not explained", FAILED: "with a failed explanation"}.get(state, "that cannot be told")
+    if verdict is None:
+        return "whose explanation was not verified"
     if verdict not in RATINGS[:-1]:
-        return (
-            "whose explanation was not verified"
-            if verdict is None
-            else "whose verification " + ("failed" if verdict == FAILED else "was no")
-        )
+        return "whose verification " + ("failed" if verdict == FAILED else "was no")
     return None

@@ -1,6 +1,6 @@
-"""The columns of a feature dictionary, what each means, and whether a table is one.
+"""The columns of a feature dictionary and what each means.
 
-In: an Arrow table from anywhere. Out: the same rows, in the dictionary's columns and types, or why they cannot be.
+In: an Arrow table from anywhere. Out: the same rows in the dictionary's columns and types, or an error.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ if TYPE_CHECKING:
 
 STATES = ("none", "explained", "cannot tell", "failed")  # of an explanation
 RATINGS = ("yes", "probably", "maybe", "no")  # of a verification, and of a task's need for a feature
-FAILED = "failed"  # in place of a rating: asked for, but no answer could be read
+FAILED = "failed"  # in place of a rating: no answer could be read
 
 
 @functools.cache
 def schema() -> pa.Schema:
-    """The columns of a dictionary.
+    """Returns the columns of a dictionary.
 
     feature: id, rising. explanation: null unless explanation_state (one of `STATES`) is "explained".
     verification: one of `RATINGS` or "failed", null where not asked; verification_reason says why.
-    detection: balanced accuracy of telling spans by the explanation alone (0.5 is chance); detection_answers: by how
+    detection: balanced accuracy of telling spans by the explanation alone (0.5 is chance); detection_answers: of how
     many answers. ratings: by task, one of `RATINGS` or "failed", and the reason.
-    rows: those that activate the feature, of total_rows; frequency: their share. activation_sum, exact to 1e-12 a row,
-    mean_activation and max_activation: over those rows, of each row's maximum, in the SAE's units.
+    rows: those that activate the feature, of total_rows; frequency: their share. activation_sum, mean_activation and
+    max_activation: over those rows, of each row's maximum, in the SAE's units. The sum is of activations rounded to
+    multiples of 2**-20, so that sums below 2**33 are exact, and parts add up to the same in any order.
     spans: before + token + after is the text, token the first one to reach the row's maximum, `activation`; row: its
     number in the data set `source`. The strongest first, no text twice.
     data: a hash of the rows counted, in any order. measurement: JSON, `SAEFeaturizer.measurement` and, as
@@ -43,7 +44,7 @@ def schema() -> pa.Schema:
         "feature": pa.int32(), "explanation": text, "explanation_state": text, "verification": text,
         "verification_reason": text, "detection": pa.float32(), "detection_answers": pa.int32(),
         "ratings": pa.list_(rating), "rows": long, "total_rows": long, "frequency": pa.float64(),
-        "activation_sum": pa.decimal128(38, 12), "mean_activation": pa.float32(), "max_activation": pa.float32(),
+        "activation_sum": pa.float64(), "mean_activation": pa.float32(), "max_activation": pa.float32(),
         "spans": pa.list_(span), "data": text, "measurement": text, "settings": text,
     }  # fmt: skip
     return pa.schema(columns)
@@ -56,7 +57,7 @@ _ALLOWED = {
 
 
 def checked(table: pa.Table) -> pa.Table:
-    """The columns of `schema`, by rising id.
+    """Returns the columns of `schema`, rows by rising id.
 
     Raises: ValueError, with what is wrong, for anything but a dictionary's rows.
     """

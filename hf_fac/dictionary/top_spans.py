@@ -15,23 +15,27 @@ import numpy as np
 
 from ..storage.differences import differences
 from ..storage.files import whole_file
+from ..storage.parquet import digest_of_hashes
 
 if TYPE_CHECKING:
     from ..features.pooling import FeatureActivations
     from ..inputs.rows import TokenizedRows
 
-_TRILLION = 10**12
-_ARRAYS = ("activation", "window", "row", "position", "rows", "whole", "trillionths")
+_PER_UNIT = 2.0**20  # steps in which activations are summed
+_ARRAYS = ("activation", "window", "row", "position", "rows", "activation_sum")
+_ODD = 0x9E3779B97F4A7C15
 _COUNTS = ("total_rows", "data", "skipped", "shards_done", "content")
 
 
 class TopSpans:
     """The n strongest places of each feature, and statistics over rows. Rows may come in any order and in any parts.
 
-    activation: float32 [d_sae, n], falling; 0 is an empty place. window: uint64, a hash of the tokens around; no two of
-    a feature are the same. row: int64, position: int32, of the token in its row; of equal activations the first rows.
-    rows: int64 [d_sae], rows that activate the feature. whole, trillionths: int64 [d_sae], the sum of activations over
-    those rows in integers, so that it is the same in any order: whole + trillionths / 10**12.
+    activation: float32 [d_sae, n], falling; 0 is an empty place. Of equal activations the first rows are kept.
+    window: uint64 [d_sae, n], a hash of the tokens around; no two of a feature are the same.
+    row, position: int64 and int32 [d_sae, n], of the token in its row.
+    rows: int64 [d_sae], rows that activate the feature.
+    activation_sum: float64 [d_sae], over those rows, of activations rounded to multiples of 2**-20. Sums below 2**33
+        are exact, and therefore the same in any order.
     data: the sum of the rows' hashes. content: a hash of the rows read, in their order.
     """
 
@@ -40,36 +44,33 @@ class TopSpans:
         self.window = np.zeros((d_sae, n), np.uint64)
         self.row = np.zeros((d_sae, n), np.int64)
         self.position = np.zeros((d_sae, n), np.int32)
-        self.rows, self.whole, self.trillionths = np.zeros((3, d_sae), np.int64)
+        self.rows, self.activation_sum = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.float64)
         self.total_rows = self.data = self.skipped = self.shards_done = 0
         self.content = ""
 
     def add(
         self, first_row: int, reading: FeatureActivations, windows: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> None:
-        """Count rows `first_row` and on. `windows` gives the hashes at rows and positions, int64 [m] each, of them.
-
-        Raises: ValueError for an activation from 2**40 up, beyond which sums would not be exact.
-        """
+        """Count rows `first_row` and on. `windows` gives the hashes at rows and positions, int64 [m] each, of them."""
         acts = reading.activations
         feature, value, d_sae = acts.indices.astype(np.int64), acts.data, len(self.rows)
-        if len(value) and value.max() >= 2**40:
-            raise ValueError(f"An activation is {value.max():g}; expected less than 2**40. Check the SAE's scale.")
-        exact = value.astype(np.float64)
-        whole = np.floor(exact)
-        # Sums of integers in float64, each below 2**53.
-        self.whole += np.bincount(feature, whole, d_sae).astype(np.int64)
-        parts = np.bincount(feature, np.rint((exact - whole) * _TRILLION), d_sae).astype(np.int64)
-        carried, self.trillionths = np.divmod(self.trillionths + parts, _TRILLION)
-        self.whole += carried
+        rounded = np.rint(value.astype(np.float64) * _PER_UNIT) / _PER_UNIT
+        self.activation_sum += np.bincount(feature, rounded, d_sae)
         self.rows += np.bincount(feature, minlength=d_sae)
         self.total_rows += acts.shape[0]
         self.skipped += len(reading.skipped)
-        # Rows of parts that come later may have smaller numbers, so that equals are candidates too.
-        rivals = np.flatnonzero(value >= self.activation[feature, -1])
-        owner = np.repeat(np.arange(acts.shape[0]), np.diff(acts.indptr))[rivals]
-        position = reading.positions[rivals]
-        self._keep(feature[rivals], value[rivals], windows(owner, position), first_row + owner, position)
+        # Rows of later parts may have smaller numbers, so activations equal to the weakest one kept may replace it.
+        strong = np.flatnonzero(value >= self.activation[feature, -1])
+        if len(strong):
+            row = np.repeat(np.arange(acts.shape[0]), np.diff(acts.indptr))[strong]
+            position = reading.positions[strong]
+            self._keep(feature[strong], value[strong], windows(row, position), first_row + row, position)
+
+    def end_shard(self, hashes: list[int]) -> None:
+        """Count a shard as done; `hashes` are those of its rows, in their order."""
+        self.data = (self.data + sum(hashes)) % 2**64
+        self.content = digest_of_hashes(hashes, after=self.content)
+        self.shards_done += 1
 
     def _keep(
         self, feature: np.ndarray, activation: np.ndarray, window: np.ndarray, row: np.ndarray, position: np.ndarray
@@ -120,7 +121,12 @@ class TopSpans:
 def window_hashes(
     pieces: TokenizedRows, row: np.ndarray, position: np.ndarray, *, before: int, after: int
 ) -> np.ndarray:
-    """uint64 [m]: a hash of the token ids around each place, and of where the row begins and ends among them."""
+    """Returns uint64 [m]: a hash of the token ids around each place, and of where the row begins and ends there.
+
+    row, position: int64 [m], of the place's token.
+    """
+    from pandas.util import hash_array
+
     lengths = np.zeros(pieces.n_rows, np.int64)
     for owner, ids, offset in zip(pieces.row, pieces.ids, pieces.offset, strict=True):
         lengths[owner] = max(lengths[owner], offset + len(ids))
@@ -129,17 +135,6 @@ def window_hashes(
     # Windows overlap, and in a later one a BOS may stand in place of the first token: the earlier one has it right.
     for owner, ids, offset in reversed(list(zip(pieces.row, pieces.ids, pieces.offset, strict=True))):
         tokens[starts[owner] + offset :][: len(ids)] = ids
-    mixed = _mixed(tokens.astype(np.uint64))
-    size = max(len(tokens) - before - after, 0)
-    hashes = np.zeros(size, np.uint64)
-    for shift in range(before + after + 1):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + mixed[shift : shift + size]
-    return _mixed(hashes[starts[row] + position - before])
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    # splitmix64 (Steele, Lea & Flood 2014)
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    powers = np.uint64(_ODD) ** np.arange(before + 1 + after, dtype=np.uint64)
+    hashes = np.convolve(hash_array(tokens), powers, "valid")  # a polynomial modulo 2**64 for each window
+    return hash_array(hashes[starts[row] + position - before])

@@ -17,7 +17,8 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import ArrayLike
 
-from ..coverage.coverage import FACReport, FeatureCoverage
+from ..coverage.coverage import FeatureCoverage
+from ..coverage.report import FACReport
 from ..inputs.rows import RowError
 from ..storage.cache import Processes, content_key
 from ..storage.parquet import rows_digest

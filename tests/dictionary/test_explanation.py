@@ -7,17 +7,20 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hand_made import MEASUREMENT, by_hand, row_of
+from flaky_server import FlakyServer
+from hand_made import by_hand, row_of
 
-from hf_fac.chat.endpoint import ChatError
-from hf_fac.chat.local import Completion
-from hf_fac.dictionary.asking import Journal, Question, ask
+from hf_fac.chat.base import ChatError, Completion
+from hf_fac.chat.endpoint import EndpointChat
+from hf_fac.dictionary.asking import CachedChat, Question
 from hf_fac.dictionary.dictionary import FeatureDictionary
 from hf_fac.dictionary.explanation import detect, explain
 from hf_fac.dictionary.questions import (
@@ -45,9 +48,9 @@ class ScriptedChat:
     """
 
     def __init__(
-        self, script: dict[tuple[str, int], list[str | None]] | None = None, *, form: str = "json", seed: int = 0
+        self, script: dict[tuple[str, int], list[str | None]] | None = None, *, prompt_format="json", seed: int = 0
     ) -> None:
-        self.script, self.seed, self.form, self.asked, self.prompts = script or {}, seed, form, [], []
+        self.script, self.seed, self.prompt_format, self.asked, self.prompts = script or {}, seed, prompt_format, [], []
         self.dies_after: int | None = None
         self.gives_up_after: int | None = None
 
@@ -58,7 +61,7 @@ class ScriptedChat:
         done = [[self._answer(c[-1]["content"], seed, settings)] for c in conversations[: self.gives_up_after]]
         if self.gives_up_after is not None:
             error = ChatError("no credit")
-            missing = [Completion("", "failed", "not asked", 0, 0)]
+            missing = [Completion("", "not_asked", "no credit", 0, 0)]
             error.completions = [*done, *[missing] * (len(conversations) - len(done))]
             raise error
         return done
@@ -87,8 +90,10 @@ class ScriptedChat:
         if kind == "detect":
             return "Yes." if WORDS[feature] in prompt.partition("Excerpt:")[2] else "no"
         if kind == "explain":
-            return json.dumps({"explanation": TOPICS[feature]}) if self.form == "json" else f" {TOPICS[feature]} "
-        return json.dumps({"rating": "yes", "reason": "it fits"}) if self.form == "json" else "Yes. it fits"
+            return (
+                json.dumps({"explanation": TOPICS[feature]}) if self.prompt_format == "json" else f" {TOPICS[feature]} "
+            )
+        return json.dumps({"rating": "yes", "reason": "it fits"}) if self.prompt_format == "json" else "Yes. it fits"
 
     def count(self, kind: str, feature: int) -> int:
         return sum(asked[:2] == (kind, feature) for asked in self.asked)
@@ -125,13 +130,13 @@ BAD = [  # of the same kind whichever question they answer
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_what_is_not_the_answer_asked_for_is_refused_with_the_reason(text) -> None:
+def test_an_answer_that_is_not_as_asked_is_refused_with_the_reason(text) -> None:
     for answer in (read_explanation(text, "json"), read_rating(text, "json")):
         assert answer.value is None
         assert answer.reason
 
 
-def test_answers_are_read_in_both_forms() -> None:
+def test_answers_are_read_in_both_formats() -> None:
     assert read_explanation('```json\n{"explanation": "two\\nlines"}\n```', "json").value == "two lines"
     for text in ("cannot tell", "I cannot tell.", '"Cannot tell"'):
         assert read_explanation(text, "text").value == CANNOT_TELL
@@ -176,7 +181,7 @@ def test_explanations_verifications_and_detection_are_written_beside_the_spans()
         assert (row["detection"], row["detection_answers"]) == (1.0, 6)
         how = json.loads(row["settings"])
         assert how.pop("explain") == {
-            "chat": "ScriptedChat", "prompt_version": PROMPT_VERSION, "form": "json", "seed": 0, "spans": 2,
+            "chat": "ScriptedChat", "prompt_version": PROMPT_VERSION, "prompt_format": "json", "seed": 0, "spans": 2,
             "held_out": 3,
         }  # fmt: skip
         assert how == json.loads(dictionary[i]["settings"])
@@ -211,7 +216,7 @@ def test_the_explanation_is_drawn_from_other_spans_than_the_detection_score() ->
     assert {m for text in chat.prompts[2:] for m in re.findall(r"1 text (\d)", text)} == {"2", "3", "4", "5"}
 
 
-def test_a_malformed_answer_is_asked_again_with_another_seed_and_then_recorded_as_failed() -> None:
+def test_a_malformed_answer_is_retried_with_another_seed_and_then_recorded_as_failed() -> None:
     script = {
         ("explain", 1): BAD[:2],
         ("explain", 2): BAD[:3],
@@ -233,26 +238,28 @@ def test_a_malformed_answer_is_asked_again_with_another_seed_and_then_recorded_a
     assert found[5]["explanation"] == "trains"
     assert (found[1]["detection"], found[1]["detection_answers"]) == (None, 0)
     messages = [str(w.message) for w in warned]
-    assert any("1 of 6 explanations failed; the first (explain 2): it is not JSON" in m for m in messages)
+    assert any("1 of 6 explanations failed; the first, of feature 2: it is not JSON" in m for m in messages)
     assert any("1 of 5 verifications failed" in m for m in messages)
     assert any("4 of 20 answers about spans failed" in m for m in messages)
 
 
 def test_a_small_model_answers_in_one_line_of_text() -> None:
-    chat = ScriptedChat({("verify", 2): ["Well...", "Maybe - loosely"]}, form="text")
-    found = explain(make_dictionary(), chat, form="text", held_out=0)
+    chat = ScriptedChat({("verify", 2): ["Well...", "Maybe - loosely"]}, prompt_format="text")
+    found = explain(make_dictionary(), chat, prompt_format="text", held_out=0)
     assert found[1]["explanation"] == "rivers"
     assert (found[2]["verification"], found[2]["verification_reason"]) == ("maybe", "loosely")
 
 
-def test_where_the_chat_fails_nothing_is_journaled_and_another_run_asks_again(tmp_path) -> None:
+def test_a_request_that_failed_is_not_kept_and_another_run_asks_again(tmp_path) -> None:
     chat = ScriptedChat({("explain", 2): [None]})
-    with pytest.warns(UserWarning, match="1 of 6 explanations failed; .* the server is gone"):
-        found = explain(make_dictionary(), chat, journal=tmp_path / "j", held_out=0)
+    with pytest.warns(
+        UserWarning, match="1 of 6 explanations failed; .*feature 2: the chat failed: the server is gone"
+    ):
+        found = explain(make_dictionary(), chat, cache_dir=tmp_path, held_out=0)
     assert found[2]["explanation_state"] == "failed"
     assert chat.count("explain", 2) == 1
     chat = ScriptedChat()
-    found = explain(make_dictionary(), chat, journal=tmp_path / "j", held_out=0)
+    found = explain(make_dictionary(), chat, cache_dir=tmp_path, held_out=0)
     assert found[2]["explanation"] == "money"
     assert [asked[:2] for asked in chat.asked] == [("explain", 2), ("verify", 2)]
 
@@ -261,9 +268,9 @@ def test_what_was_answered_before_the_chat_gave_up_is_kept(tmp_path) -> None:
     chat = ScriptedChat()
     chat.gives_up_after = 2
     with pytest.raises(ChatError, match="no credit"):
-        explain(make_dictionary(), chat, journal=tmp_path / "j", held_out=0)
+        explain(make_dictionary(), chat, cache_dir=tmp_path, held_out=0)
     chat = ScriptedChat()
-    explain(make_dictionary(), chat, journal=tmp_path / "j", held_out=0)
+    explain(make_dictionary(), chat, cache_dir=tmp_path, held_out=0)
     assert [asked[1] for asked in chat.asked if asked[0] == "explain"] == [3, 4, 5, 6]
 
 
@@ -279,88 +286,72 @@ run_all(chat, sys.argv[2])
 
 
 def run_all(chat: ScriptedChat, folder: str | Path) -> FeatureDictionary:
-    found = explain(make_dictionary(), chat, journal=f"{folder}/explain.jsonl", batch_size=2, held_out=2)
-    return rate(found, task="toxicity", chat=chat, journal=f"{folder}/rate.jsonl", batch_size=2)
+    found = explain(make_dictionary(), chat, cache_dir=folder, batch_size=2, held_out=2)
+    return rate(found, task="toxicity", chat=chat, cache_dir=folder, batch_size=2)
 
 
-def test_killed_at_any_point_it_loses_and_repeats_nothing(tmp_path) -> None:
+def answers_kept(folder: Path) -> int:
+    with closing(sqlite3.connect(folder / "cache-0.sqlite")) as database:
+        return database.execute("SELECT COUNT(*) FROM entries").fetchone()[0]
+
+
+def test_a_killed_run_repeats_nothing_that_was_answered(tmp_path) -> None:
     script = {("explain", 1): ["half", '{"expl']}
     whole = ScriptedChat(script)
     expected = run_all(whole, tmp_path / "whole")
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        f"{Path(__file__).parent}:{Path(__file__).parents[1] / 'support'}",
-        str(tmp_path),
-    ]
-    done = 0
-    for dies_after in (3, 9, 26):
-        killed = subprocess.run([*command, str(dies_after)], capture_output=True, text=True, check=False)
+    support = f"{Path(__file__).parent}:{Path(__file__).parents[1] / 'support'}"
+    for dies_after, least in ((9, 8), (30, 38)):  # while verifying, while rating
+        command = [sys.executable, "-c", KILLED, support, str(tmp_path), str(dies_after)]
+        killed = subprocess.run(command, capture_output=True, text=True, check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        journals = [tmp_path / "explain.jsonl", tmp_path / "rate.jsonl"]
-        lines = [line for path in journals if path.exists() for line in path.read_text().splitlines()[1:]]
-        assert len(lines) > done
-        done = len(lines)
-        # What a kill in the middle of a write leaves.
-        with journals[0].open("a") as file:
-            file.write('{"key": "explain 4", "asked": "12')
-    assert journals[1].exists(), "the last kill came while features were rated"
+        done = answers_kept(tmp_path)
+        assert done >= least
     chat = ScriptedChat(script)
     assert run_all(chat, tmp_path) == expected
     assert len(chat.asked) == len(whole.asked) - done
-    keys = [json.loads(line)["key"] for line in (tmp_path / "explain.jsonl").read_text().splitlines()[1:]]
-    assert sorted(keys) == sorted([*set(keys), "explain 1", "explain 1"])
     again = ScriptedChat()
     assert run_all(again, tmp_path) == expected
     assert again.asked == []
 
 
-def test_a_journal_of_another_job_is_refused(tmp_path) -> None:
-    path = tmp_path / "j"
-    explain(make_dictionary(), ScriptedChat(), features=[1], journal=path, held_out=0)
-    # Other features may follow.
-    explain(make_dictionary(), ScriptedChat(), features=[2], journal=path, held_out=0)
-    for options, problem in (
-        ({"seed": 1}, "seed: 0 and 1"),
-        ({"form": "text"}, "form: 'json' and 'text'"),
-        ({"held_out": 5}, "held_out: 0 and 5"),
-    ):
-        with pytest.raises(ValueError, match=problem):
-            explain(make_dictionary(), ScriptedChat(), journal=path, **{"held_out": 0} | options)
-    with pytest.raises(ValueError, match="job: 'explain' and 'rate'"):
-        rate(make_dictionary(), task="toxicity", chat=ScriptedChat(), journal=path)
-    with pytest.raises(ValueError, match=r"'explain 1'.*another dictionary"):
-        explain(make_dictionary(5), ScriptedChat(), journal=path, held_out=0)
-    for content in ("something else\n", "something else", '{"a": 1}\n', '{"journal": 1}\n'):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=r"is no journal: choose another file"):
-            explain(make_dictionary(), ScriptedChat(), journal=path, held_out=0)
-        assert path.read_text() == content
+def test_answers_are_used_again_only_for_the_same_question_settings_and_chat(tmp_path) -> None:
+    def asked(chat=None, spans=6, **options) -> list[str]:
+        chat = chat or ScriptedChat()
+        explain(make_dictionary(spans), chat, features=[1], cache_dir=tmp_path, **{"held_out": 0} | options)
+        return [kind for kind, *_ in chat.asked]
+
+    class OtherChat(ScriptedChat):
+        pass
+
+    assert asked() == ["explain", "verify"]
+    assert asked() == []
+    assert asked(held_out=1) == ["explain", "detect", "detect"], "the verification shows the same spans"
+    assert asked(seed=1) == asked(spans=5) == asked(OtherChat()) == ["explain", "verify"]
+    assert asked(ScriptedChat(prompt_format="text"), prompt_format="text") == ["explain", "verify"]
 
 
-@pytest.mark.parametrize("length", [1, 15, 60])
-def test_half_a_first_line_is_begun_anew(tmp_path, length) -> None:
-    path = tmp_path / "j"
-    Journal(path, {"a": 1})
-    whole = path.read_bytes()
-    path.write_bytes(whole[:length])
-    Journal(path, {"a": 1})
-    assert path.read_bytes() == whole
-
-
-def test_the_chat_sees_no_question_twice_in_one_run() -> None:
+def test_a_question_is_asked_once_for_each_attempt_and_equal_questions_once() -> None:
     chat = ScriptedChat()
-    question = Question(
-        "explain 1", ask_explanation([MarkedSpan("a ", "river")], "json"), lambda text: read_detection(text)
-    )
-    answers = ask(chat, [question], journal=Journal(None, {}), seed=0, max_tokens=5, attempts=2)
-    assert answers["explain 1"].reason.startswith("it is neither yes nor no")
+    question = Question(ask_explanation([MarkedSpan("a ", "river")], "json"), read_detection)
+    asked = CachedChat(chat, None, seed=0, attempts=2, batch_size=8)
+    answers = asked.ask([question, question], max_tokens=5)
+    assert [answer.reason[:24] for answer in answers] == ["it is neither yes nor no"] * 2
     assert len(chat.asked) == 2
-    assert ask(chat, [], journal=Journal(None, {}), seed=0, max_tokens=5) == {}
+    assert asked.ask([], max_tokens=5) == []
 
 
-def test_shuffled_explanations_tell_spans_no_better_than_chance() -> None:
+def test_an_endpoint_keeps_each_answer_as_it_comes(tmp_path) -> None:
+    with FlakyServer(rate=0) as server:
+        asked = CachedChat(EndpointChat("m", base_url=server.url), tmp_path, seed=3, attempts=1, batch_size=8)
+        question = Question([{"role": "user", "content": "Is it so?"}], read_detection)
+        asked.ask([question], max_tokens=5)
+        own = EndpointChat("m", base_url=server.url, cache_dir=tmp_path)
+        own.complete([question.conversation], temperature=0.0, seed=3, max_tokens=5)
+    assert own.spent.requests == 0
+    assert own.spent.from_disk == 1
+
+
+def test_shuffled_explanations_score_no_better_than_chance() -> None:
     dictionary, chat = explain(make_dictionary(8), ScriptedChat(), held_out=4), ScriptedChat()
     true = detect(dictionary, chat, held_out=4)
     assert {score for score, _ in true.values()} == {1.0}
@@ -371,7 +362,7 @@ def test_shuffled_explanations_tell_spans_no_better_than_chance() -> None:
         detect(dictionary, chat, features=[1], shuffled=True)
 
 
-def test_features_are_rated_by_the_tasks_guideline_and_others_skipped_and_counted(tmp_path) -> None:
+def test_features_are_rated_by_the_tasks_guideline_and_unverified_ones_skipped(tmp_path) -> None:
     explained = GOOD | {"explanation": "x"}
     dictionary = explain(make_dictionary(), ScriptedChat(), held_out=0).updated(
         {
@@ -408,9 +399,3 @@ def test_features_are_rated_by_the_tasks_guideline_and_others_skipped_and_counte
         rate(found, task="toxicity", chat=chat, features=[99])
     with pytest.raises(ValueError, match="no task 'toxic'"):
         rate(found, task="toxic", chat=chat)
-
-
-def test_the_measurement_is_that_of_the_spans() -> None:
-    found = explain(make_dictionary(), ScriptedChat(), features=[1], held_out=0)
-    assert found.measurement == MEASUREMENT
-    assert isinstance(found, FeatureDictionary)

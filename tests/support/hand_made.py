@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
 
 from hf_fac.dictionary.dictionary import FeatureDictionary
 
@@ -27,14 +26,13 @@ def row_of(feature: int, texts: list[str], *, acts: list[float] | None = None, *
                 "source": "s",
             }
         )
-    made = {
+    return {
         "feature": feature, "explanation": None, "explanation_state": "none", "verification": None,
         "verification_reason": None, "detection": None, "detection_answers": None, "ratings": [], "rows": len(texts),
-        "total_rows": 50, "frequency": len(texts) / 50, "activation_sum": str(sum(acts)), "mean_activation": 5.0,
+        "total_rows": 50, "frequency": len(texts) / 50, "activation_sum": sum(acts), "mean_activation": 5.0,
         "max_activation": max(acts, default=0.0), "spans": spans, "data": "0" * 16,
         "measurement": json.dumps(MEASUREMENT), "settings": json.dumps({"spans": 4, "before": 3, "after": 2}),
     } | columns  # fmt: skip
-    return made | {"activation_sum": Decimal(made["activation_sum"])}
 
 
 def by_hand(*made: dict) -> FeatureDictionary:
