@@ -5,7 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "coverage": ["FACReport", "FeatureCoverage"],
+        "coverage": ["FeatureCoverage"],
+        "report": ["FACReport"],
         "selection": ["Selection", "select"],
         "card": ["push_coverage_to_hub"],
     },

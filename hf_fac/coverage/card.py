@@ -10,7 +10,8 @@ from typing import Any
 from ..hub.cards import table
 from ..hub.repo import update_card
 from ..storage.validation import WholeMeasurement, checked
-from .coverage import FACReport, FeatureCoverage, SavedReport
+from .coverage import FeatureCoverage
+from .report import FACReport, SavedReport
 
 
 def push_coverage_to_hub(

@@ -1,7 +1,7 @@
 """Coverage of a data set in a model's feature space, and Feature Activation Coverage (FAC) against an anchor set.
 
 In: rows scored by `FACScorer`, or a sparse matrix of activations. Out: `FeatureCoverage`, a summary that merges in any
-order and answers any delta and feature subset without rows or model, and `FACReport`: FAC and the missing features.
+order and answers any delta and feature subset without rows or model, and from two of them a `FACReport`.
 """
 
 from __future__ import annotations
@@ -9,30 +9,28 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, Field, Json, NonNegativeInt
+from pydantic import BaseModel, Json, NonNegativeInt
 
 from ..storage.differences import differences
 from ..storage.feature_ids import check_feature_ids
 from ..storage.files import whole_file
 from ..storage.scored_rows import REMEDY, scored_batches
-from ..storage.validation import Measurement, Strict, WholeMeasurement, checked, read_measurement
+from ..storage.validation import Measurement, checked, read_measurement
+from .grid import ActivationGrid
+from .report import FACReport
+from .statistics import jackknife_interval, kl_divergence
 
 if TYPE_CHECKING:
-    import pandas as pd
     from datasets import Dataset, IterableDataset
     from scipy.sparse import csr_array
 
 _VERSION = "1"
 _ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row", "level_counts", "active_counts")
 _METADATA = ("measurement", "rows", "rows_without_tokens")
-_GEOMETRIC = (2.0 ** (np.arange(-24, 41) / 4)).astype(np.float32)  # levels of delta in the activations' own type
 _BATCH = 256  # rows at a time: enough to be fast, few enough for dense rows of a wide SAE
 
 
@@ -44,60 +42,45 @@ class _Saved(BaseModel):
     rows_without_tokens: Json[NonNegativeInt]
 
 
-class SavedReport(Strict):
-    """`FACReport.to_dict()`, as it is read back."""
-
-    fac: float | None
-    interval: Annotated[list[float | None], Field(min_length=2, max_length=2)]
-    confidence: float
-    threshold: float | list[float]
-    threshold_source: str
-    features: list[NonNegativeInt] | None
-    covered: list[NonNegativeInt]
-    missing: list[NonNegativeInt]
-    kl_divergence: float | None
-    rows: NonNegativeInt
-    rows_without_tokens: NonNegativeInt
-    anchor_rows: NonNegativeInt
-    anchor_rows_without_tokens: NonNegativeInt
-    measurement: WholeMeasurement
-
-
 class FeatureCoverage:
     """What a data set activates, a commutative monoid over its rows: `a | b` is the coverage of both.
 
     Every attribute is bit for bit the same for any order of rows and merges. Parts with different `measurement`s refuse
-    to merge or compare; `d_sae` and the floor that all kept activations exceed, `keep_above`, are read from it.
+    to merge or compare.
+
+    measurement: how the rows were measured. d_sae, keep_above: its width of the SAE, and floor, which all kept
+        activations exceed.
+    rows, rows_without_tokens: numbers of rows.
+    maximum, second_maximum: float32 [d_sae], the two largest activations over rows; 0 is none.
+    maximum_row: uint64 [d_sae], a content hash of the row with the largest, on ties the smallest hash. With the maxima
+        it gives the delete-1 jackknife at any delta: which features hang on one row, and on which.
+    level_counts: int64 [levels, d_sae], rows whose activation is in (grid[k], grid[k + 1]]: 35 MB for 65,536 features.
+    active_counts: int64 [levels, buckets], rows by the number of their features above grid[k], in buckets of
+        `ActivationGrid`.
     """
 
     def __init__(self, measurement: dict[str, Any]) -> None:
-        """The coverage of no rows, neutral in `|`. Raises ValueError without a usable d_sae and keep_above."""
+        """Make the coverage of no rows, neutral in `|`. Raises: ValueError without a usable d_sae and keep_above."""
         self.measurement: dict[str, Any] = json.loads(json.dumps(measurement))
         found = checked(Measurement, self.measurement, "the measurement", REMEDY)
-        self.d_sae, self.keep_above = d_sae, _ = found.d_sae, found.keep_above
+        self.d_sae, self.keep_above = d_sae, keep_above = found.d_sae, found.keep_above
         self.rows = self.rows_without_tokens = 0
-        # float64 [levels]: the floor, then those of 2**-6 to 2**10 in steps of 2**(1/4) that exceed it.
-        self.grid = np.append(self.keep_above, _GEOMETRIC[_GEOMETRIC.astype(np.float64) > self.keep_above])
-        # The two largest activations over rows (0: none), and a content hash of the row with the largest (on ties the
-        # smallest hash). They give the delete-1 jackknife at any delta: which features hang on one row, and on which.
+        self._grid = ActivationGrid(keep_above, d_sae)
         self.maximum, self.second_maximum = np.zeros((2, d_sae), np.float32)
         self.maximum_row = np.zeros(d_sae, np.uint64)
-        # Rows whose activation is in (grid[k], grid[k + 1]]: 35 MB for 65,536 features.
         self.level_counts = np.zeros((len(self.grid), d_sae), np.int64)
-        # Rows by the number of their features above grid[k]: exact up to 511, then in buckets at most 0.4 % wide.
-        active = np.arange(d_sae + 1)
-        shift = np.maximum(np.frexp(active)[1] - 9, 0)
-        self._bucket = 256 * shift + (active >> shift)
-        self.active_counts = np.zeros((len(self.grid), self._bucket[-1] + 1), np.int64)
-        # The 16 leading bits of a positive float32 give its size to 2**-8: at most one level lies in such a cell.
-        ends = (np.arange(1, 0xFF01, dtype=np.uint32) << np.uint32(15)).view(np.float32)
-        self._level_of_cell = np.searchsorted(self.grid[1:], ends)
+        self.active_counts = np.zeros((len(self.grid), self._grid.n_buckets), np.int64)
+
+    @property
+    def grid(self) -> np.ndarray:
+        """The levels of delta, float64 [levels], at which numbers of rows are exact: rising, the floor first."""
+        return self._grid.levels
 
     @classmethod
     def from_dataset(cls, ds: Dataset | IterableDataset, *, measurement: dict[str, Any] | None = None) -> Self:
-        """The coverage of a scored data set. `measurement` is read from the rows, and needed only when there are none.
+        """Returns the coverage of a scored data set. `measurement` is read from the rows: give it if there may be none.
 
-        Raises ValueError, with row and remedy, for missing columns, nulls, rows measured differently and what
+        Raises: ValueError, with row and remedy, for missing columns, nulls, rows measured differently and what
         `from_activations` refuses; TypeError for a DatasetDict.
         """
         from datasets import Dataset, IterableDataset
@@ -121,10 +104,13 @@ class FeatureCoverage:
 
     @classmethod
     def from_activations(cls, acts: csr_array, *, measurement: dict[str, Any], tokens: ArrayLike | None = None) -> Self:
-        """The coverage of `acts` [n, d_sae] float32, as `SAEFeaturizer` returns them; `tokens` [n]: content tokens.
+        """Returns the coverage of activations [n, d_sae] float32, as `SAEFeaturizer` returns them.
 
-        Without `tokens` no row counts as one without. Raises ValueError, naming the row, for an id out of [0, d_sae)
-        or twice in a row, activations that are NaN, infinite or not above the floor, and features without tokens.
+        Args:
+            tokens: [n], content tokens of each row; without it no row counts as one without tokens.
+
+        Raises: ValueError, naming the row, for an id out of [0, d_sae) or twice in a row, activations that are NaN,
+            infinite or not above the floor, and features in a row without tokens.
         """
         from scipy.sparse import csr_array
 
@@ -142,22 +128,23 @@ class FeatureCoverage:
         self._refuse_bad(row, rows, ids, acts, tokens)
         self.rows += len(lengths)
         self.rows_without_tokens += int(np.count_nonzero(tokens == 0))
-        level = self._level_of_cell[acts.view(np.uint32) >> np.uint32(15)]
-        level -= acts <= self.grid[level]
-        np.add.at(self.level_counts.reshape(-1), level * self.d_sae + ids, 1)
-        levels, buckets = self.active_counts.shape
-        in_level = np.bincount(rows * levels + level, minlength=len(lengths) * levels).reshape(-1, levels)
-        bucket = self._bucket[np.cumsum(in_level[:, ::-1], axis=1)[:, ::-1]] + np.arange(levels) * buckets
-        np.add.at(self.active_counts.reshape(-1), bucket.reshape(-1), 1)
-
+        self._count(rows, ids, self._grid.level_of(acts), len(lengths))
         # What is below the second maximum changes nothing, so that soon few activations are left to sort.
-        rivals = np.flatnonzero(acts >= self.second_maximum[ids])
-        row_hash = _row_hashes(ids, acts, lengths)[rows[rivals]]
-        order = np.lexsort((row_hash, -acts[rivals], ids[rivals]))
-        i, a = ids[rivals][order], acts[rivals][order]
+        strong = np.flatnonzero(acts >= self.second_maximum[ids])
+        row_hash = _row_hashes(ids, acts, lengths)[rows[strong]]
+        order = np.lexsort((row_hash, -acts[strong], ids[strong]))
+        i, a = ids[strong][order], acts[strong][order]
         first = np.flatnonzero(np.diff(i, prepend=-1))
         second = np.append(a, np.float32(0))[first + 1] * (np.append(i, -1)[first + 1] == i[first])
         self._raise_maxima(i[first], a[first], second, row_hash[order][first])
+
+    def _count(self, rows: np.ndarray, ids: np.ndarray, level: np.ndarray, n_rows: int) -> None:
+        np.add.at(self.level_counts.reshape(-1), level * self.d_sae + ids, 1)
+        levels, buckets = self.active_counts.shape
+        in_level = np.bincount(rows * levels + level, minlength=n_rows * levels).reshape(-1, levels)
+        above = np.cumsum(in_level[:, ::-1], axis=1)[:, ::-1]
+        place = self._grid.bucket_of[above] + np.arange(levels) * buckets
+        np.add.at(self.active_counts.reshape(-1), place.reshape(-1), 1)
 
     def _refuse_bad(self, row: int, rows: np.ndarray, ids: np.ndarray, acts: np.ndarray, tokens: np.ndarray) -> None:
         def refuse(bad: np.ndarray, problem: str) -> None:
@@ -206,7 +193,7 @@ class FeatureCoverage:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """The coverage that `save` wrote. Raises ValueError for any other file, and for another version."""
+        """Returns the coverage that `save` wrote. Raises: ValueError for any other file, and for another version."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -224,6 +211,8 @@ class FeatureCoverage:
             held, array = getattr(coverage, name), arrays.get(name)
             if array is None or (array.shape, array.dtype) != (held.shape, held.dtype):
                 raise ValueError(f"{path}: {name} is absent, or of another shape or type; {remedy}")
+        if not np.array_equal(arrays.pop("grid"), coverage.grid):
+            raise ValueError(f"{path}: grid has other levels than this version of hf_fac counts at; {remedy}")
         vars(coverage).update(arrays, rows=saved.rows, rows_without_tokens=saved.rows_without_tokens)
         return coverage
 
@@ -235,92 +224,104 @@ class FeatureCoverage:
         threshold: float | ArrayLike | None = None,
         relative: float | None = None,
     ) -> FACReport:
-        """FAC of this data set against `anchor`, |F(D) & F(anchor)| / |F(anchor)|, over the ids `features` (None: all).
+        """Returns FAC of this data set against `anchor`, |F(D) & F(anchor)| / |F(anchor)| (arXiv 2602.10388).
 
-        A set activates feature i when its maximum exceeds delta (PAPER.md, Definitions). delta is `threshold`, in the
-        SAE's units, one number or [d_sae]; or `relative` times the anchor's maximum of i, but not below the floor; or,
-        with neither, is calibrated: the smallest level of the grid above the floor at which the median anchor row
-        activates at most 1 % (at least one) of the features live in the anchor, that is above the floor.
-        `threshold_source` says which.
+        A set activates feature i when its maximum exceeds delta. With neither `threshold` nor `relative` delta is
+        calibrated: the smallest level of the grid above the floor at which the median anchor row activates at most 1 %
+        (at least one) of the features that are live in the anchor, that is above the floor. `threshold_source` says how
+        delta was chosen.
 
-        Raises ValueError for another measurement; a delta negative, not finite or below the floor; features that are
-        out of range, not integers, or none; a calibration that finds no level. Warns (UserWarning) where F(anchor) is
-        empty, FAC is above 0.98, or the median anchor row activates over 10 % of all features: there FAC says nothing.
+        Args:
+            features: ids, F_task; None is all.
+            threshold: delta in the SAE's units, one number or [d_sae].
+            relative: delta as a share of the anchor's maximum of each feature, but not below the floor.
+
+        Raises: ValueError for another measurement; a delta negative, not finite or below the floor; features that are
+            out of range, not integers, or none; a calibration that finds no level. Warns (UserWarning) where FAC says
+            nothing: F(anchor) is empty, FAC is above 0.98, or the median anchor row activates over 10 % of features.
         """
         if not isinstance(anchor, FeatureCoverage):
             raise TypeError(f"anchor is a {type(anchor).__name__}: pass FeatureCoverage.from_dataset(anchor)")
         _agreed(self.measurement, anchor.measurement, "data and anchor were measured differently")
-        wanted = np.arange(self.d_sae)
         if features is not None:
-            wanted = np.unique(check_feature_ids(np.atleast_1d(features), self.d_sae, may_repeat=True))
-        delta, source = anchor._choose_threshold(threshold, relative)
+            features = np.unique(check_feature_ids(np.atleast_1d(features), self.d_sae, may_repeat=True))
+        report = self._report(anchor, features, *anchor._choose_threshold(threshold, relative))
+        report.warn(stacklevel=3)
+        return report
+
+    def _report(
+        self, anchor: FeatureCoverage, features: np.ndarray | None, delta: np.ndarray, source: str
+    ) -> FACReport:
+        wanted = np.arange(self.d_sae) if features is None else features
         data_rows, anchor_rows = self._rows_above(delta), anchor._rows_above(delta)
-        ids = wanted[(anchor.maximum > delta)[wanted]]  # F(anchor)
-        covered = (self.maximum > delta)[ids]
-        missing = ids[~covered]
+        in_anchor = wanted[(anchor.maximum > delta)[wanted]]
+        covered = (self.maximum > delta)[in_anchor]
+        missing = in_anchor[~covered]
         missing = missing[np.lexsort((missing, -anchor.maximum[missing], -anchor_rows[missing]))]
-        # Features of neither set stay out of the divergence: smoothing them would only measure the width of the SAE.
-        p, q = (rows[wanted][(anchor_rows + data_rows)[wanted] > 0] + 0.5 for rows in (anchor_rows, data_rows))
-        fac = float(covered.mean()) if ids.size else math.nan
-        share, anchor_share = (math.nan if delta.ndim else c._median_active(delta) / c.d_sae for c in (self, anchor))
-        if not ids.size:
-            warnings.warn("FAC is NaN: the anchor activates none of the features; lower the threshold", stacklevel=2)
-        if anchor_share > 0.10:
-            problem = f"the median anchor row activates {anchor_share:.0%} of all features above delta"
-            warnings.warn(f"FAC says nothing: {problem}; raise the threshold", stacklevel=2)
-        if fac > 0.98:
-            warnings.warn(f"FAC {fac:.3f} is too near 1 to tell data sets apart: raise the threshold", stacklevel=2)
-        columns = [anchor.maximum, anchor_rows, self.maximum, data_rows, np.broadcast_to(delta, self.d_sae)]
-        names = ["anchor_max", "anchor_rows", "data_max", "data_rows", "delta"]
+        columns = {
+            "anchor_max": anchor.maximum, "anchor_rows": anchor_rows, "data_max": self.maximum, "data_rows": data_rows,
+            "delta": np.broadcast_to(delta, self.d_sae),
+        }  # fmt: skip
+        table = {"feature": in_anchor, "covered": covered} | {name: all_[in_anchor] for name, all_ in columns.items()}
+        fac = float(covered.mean()) if len(covered) else math.nan
         return FACReport(
             fac=fac,
-            interval=self._interval(ids, delta, fac),
+            interval=jackknife_interval(fac, self._lost_without_a_row(in_anchor, delta), len(in_anchor), self.rows),
             threshold=delta if delta.ndim else float(delta),
             threshold_source=source,
-            features=None if features is None else wanted,
-            covered=ids[covered],
+            features=features,
+            covered=in_anchor[covered],
             missing=missing,
             missing_support=anchor_rows[missing],
-            support_exact=bool(np.isin(delta, anchor.grid).all()),
-            kl_divergence=float(np.sum(p / p.sum() * np.log(p / p.sum() * q.sum() / q))) if p.size else math.nan,
+            support_exact=bool(np.isin(delta, self.grid).all()),
+            kl_divergence=kl_divergence(anchor_rows[wanted], data_rows[wanted]),
             rows=self.rows,
             rows_without_tokens=self.rows_without_tokens,
             anchor_rows=anchor.rows,
             anchor_rows_without_tokens=anchor.rows_without_tokens,
-            active_share=share,
-            anchor_active_share=anchor_share,
+            active_share=self._active_share(delta),
+            anchor_active_share=anchor._active_share(delta),
             measurement=self.measurement,
-            table={"feature": ids, "covered": covered} | {n: c[ids] for n, c in zip(names, columns, strict=True)},
+            table=table,
         )
 
     def _choose_threshold(self, threshold: float | ArrayLike | None, relative: float | None) -> tuple[np.ndarray, str]:
-        floor, live = self.keep_above, np.count_nonzero(self.maximum)
+        """Returns delta, float64 [] or [d_sae], with this coverage as the anchor, and how it was chosen."""
         if threshold is not None and relative is not None:
             raise ValueError("give threshold or relative, not both")
         if threshold is not None:
-            delta = check_threshold(threshold, self.d_sae)
-            if (least := delta.min()) < floor:
-                remedy = "score both data sets again with a lower keep_above, or raise the threshold"
-                raise ValueError(f"threshold {least:g} is below the floor keep_above = {floor:g}: {remedy}")
-            values = f"{least:.4g}" if not delta.ndim else f"{least:.4g} to {delta.max():.4g}, one for each feature"
-            return delta, f"{values}, as given"
-        if relative is not None:
-            if not isinstance(relative, int | float | np.number) or not 0 < relative < 1:
-                raise ValueError(f"relative must be a number between 0 and 1, got {relative!r:.100}")
-            delta = relative * self.maximum.astype(np.float64)
-            raised = np.count_nonzero((delta < floor) & (self.maximum > 0))
-            note = f", but the floor {floor:g} for {raised:,} of {live:,} features that it exceeds" if raised else ""
-            return np.maximum(delta, floor), f"{relative:g} of each feature's maximum in the anchor{note}"
+            return self._given_threshold(threshold)
+        return self._calibrated_threshold() if relative is None else self._relative_threshold(relative)
+
+    def _given_threshold(self, threshold: float | ArrayLike) -> tuple[np.ndarray, str]:
+        delta = check_threshold(threshold, self.d_sae)
+        if (least := delta.min()) < self.keep_above:
+            remedy = "score both data sets again with a lower keep_above, or raise the threshold"
+            raise ValueError(f"threshold {least:g} is below the floor keep_above = {self.keep_above:g}: {remedy}")
+        values = f"{least:.4g}" if not delta.ndim else f"{least:.4g} to {delta.max():.4g}, one for each feature"
+        return delta, f"{values}, as given"
+
+    def _relative_threshold(self, relative: float) -> tuple[np.ndarray, str]:
+        if not isinstance(relative, int | float | np.number) or not 0 < relative < 1:
+            raise ValueError(f"relative must be a number between 0 and 1, got {relative!r:.100}")
+        floor, is_live = self.keep_above, self.maximum > 0
+        delta = relative * self.maximum.astype(np.float64)
+        raised, live = np.count_nonzero((delta < floor) & is_live), np.count_nonzero(is_live)
+        note = f", but the floor {floor:g} for {raised:,} of {live:,} features that it exceeds" if raised else ""
+        return np.maximum(delta, floor), f"{relative:g} of each feature's maximum in the anchor{note}"
+
+    def _calibrated_threshold(self) -> tuple[np.ndarray, str]:
+        live = np.count_nonzero(self.maximum)
         limit = f"at most 1 % ({(allowed := max(1, live // 100)):,}) of its {live:,} live features"
         for delta in self.grid[1:]:
             if (median := self._median_active(delta)) <= allowed:
                 source = "calibrated on the anchor: the smallest level of the grid above the floor"
                 rows = f"the median of its {self.rows:,} rows activates {limit}; it activates {median:,}"
-                return np.array(delta), f"{delta:.4g}, {source} {floor:g} at which {rows}"
+                return np.array(delta), f"{delta:.4g}, {source} {self.keep_above:g} at which {rows}"
         raise ValueError(f"the median anchor row never activates {limit}: give threshold= or relative=")
 
     def _rows_above(self, delta: np.ndarray) -> np.ndarray:
-        """int64 [d_sae], exact where delta is on the grid, else a lower bound: the count at the next level above."""
+        """Returns int64 [d_sae]: exact for delta on the grid, else a lower bound, the count at the next level above."""
         above = np.vstack([np.cumsum(self.level_counts[::-1], axis=0)[::-1], np.zeros(self.d_sae, np.int64)])
         at_next_level = above[np.searchsorted(self.grid, delta), np.arange(self.d_sae)]
         return np.maximum(at_next_level, (self.maximum > delta).astype(np.int64) + (self.second_maximum > delta))
@@ -329,70 +330,15 @@ class FeatureCoverage:
         # The lower median at its bucket's upper end: at least half of the rows activate no more.
         counts = self.active_counts[np.searchsorted(self.grid, delta, side="right") - 1]
         bucket = np.searchsorted(np.cumsum(counts), (self.rows + 1) // 2)
-        return int(np.searchsorted(self._bucket, bucket, side="right")) - 1
+        return int(np.searchsorted(self._grid.bucket_of, bucket, side="right")) - 1
 
-    def _interval(self, ids: np.ndarray, delta: np.ndarray, fac: float) -> tuple[float, float]:
-        if self.rows < 2 or not ids.size:
-            return math.nan, math.nan
-        # Without a row FAC loses just the features that this row alone activates.
-        alone = ids[((self.maximum > delta) & (self.second_maximum <= delta))[ids]]
-        lost = np.unique(self.maximum_row[alone], return_counts=True)[1]
-        variance = (self.rows - 1) / self.rows * (np.sum(lost**2) - np.sum(lost) ** 2 / self.rows) / ids.size**2
-        return max(0.0, fac - 1.96 * math.sqrt(variance)), min(1.0, fac + 1.96 * math.sqrt(variance))
+    def _active_share(self, delta: np.ndarray) -> float:
+        return math.nan if delta.ndim else self._median_active(delta) / self.d_sae
 
-
-@dataclass(frozen=True, eq=False)
-class FACReport:
-    """FAC of a data set against an anchor set: what is covered, what is missing, above which delta.
-
-    interval is for the mean FAC of data sets of this size from the same source, with this anchor set: fac +- 1.96
-    deviations by the delete-1 jackknife over rows (Heltshe & Forrester 1983), whose variance errs on the large side
-    (Efron & Stein 1981), clipped to [0, 1]. It has no width where each feature has two rows or none; NaN below 2 rows.
-    All is exact at any delta but numbers of rows that activate a feature, and with them the order of missing and the KL
-    divergence: off the grid they are lower bounds, the count at the next level above; active shares are upper bounds.
-    """
-
-    fac: float  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
-    interval: tuple[float, float]
-    threshold: float | np.ndarray  # delta in the SAE's units; float64 [d_sae] with relative=, or where given so
-    threshold_source: str
-    features: np.ndarray | None  # int64, rising: the subset F_task; None for all features
-    covered: np.ndarray  # int64 ids, rising
-    missing: np.ndarray  # int64 ids, by anchor rows above delta and then anchor maximum, strongest first
-    missing_support: np.ndarray  # int64: anchor rows above delta of each of missing
-    support_exact: bool  # delta is on FeatureCoverage.grid, so that numbers of rows are exact
-    kl_divergence: float  # Eq. 3 in nats, KL(anchor || data), p_i ~ rows above delta + 1/2, i active in either set
-    rows: int
-    rows_without_tokens: int
-    anchor_rows: int
-    anchor_rows_without_tokens: int
-    active_share: float  # features above delta in the median row, of d_sae; NaN where delta is [d_sae]
-    anchor_active_share: float
-    measurement: dict[str, Any]
-    table: dict[str, np.ndarray] = field(repr=False)
-    confidence: float = 0.95
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A row a feature of F(anchor): feature, covered, anchor_max, anchor_rows, data_max, data_rows, delta."""
-        import pandas as pd
-
-        return pd.DataFrame(self.table)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the table, and hf_fac's version, for JSON: arrays become lists, NaN None."""
-        values = {"hf_fac": version("hf-fac")} | {name: v for name, v in vars(self).items() if name != "table"}
-        return json.loads(json.dumps(values, default=np.ndarray.tolist), parse_constant=lambda _: None)
-
-    def __str__(self) -> str:
-        covered, missing, least = len(self.covered), len(self.missing), "" if self.support_exact else "at least "
-        strongest = zip(self.missing[:5].tolist(), self.missing_support.tolist(), strict=False)
-        return (
-            f"FAC {self.fac:.3f} ({self.confidence:.0%} interval {self.interval[0]:.3f} to {self.interval[1]:.3f})\n"
-            f"of {covered + missing:,} features of the anchor: {covered:,} covered, {missing:,} missing\n"
-            f"delta: {self.threshold_source}\n"
-            f"rows: {self.rows:,} ({self.rows_without_tokens:,} without tokens), anchor {self.anchor_rows:,} "
-            f"({self.anchor_rows_without_tokens:,} without tokens); KL(anchor || data) {self.kl_divergence:.3f} nats"
-        ) + "".join(f"\nmissing: feature {i}, {least}{n:,} anchor rows" for i, n in strongest)
+    def _lost_without_a_row(self, features: np.ndarray, delta: np.ndarray) -> np.ndarray:
+        """Of each row without which features are lost, their number: those that no other row activates."""
+        by_one_row = features[((self.maximum > delta) & (self.second_maximum <= delta))[features]]
+        return np.unique(self.maximum_row[by_one_row], return_counts=True)[1]
 
 
 def check_threshold(threshold: float | ArrayLike, d_sae: int) -> np.ndarray:
@@ -411,14 +357,14 @@ def check_threshold(threshold: float | ArrayLike, d_sae: int) -> np.ndarray:
 def _agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:
     if found := differences(one, other):
         raise ValueError(f"{problem} ({found}): score all rows with the same FACScorer")
-    # Of two names of one model the same one in any order.
+    # The model may have two names: the same one is kept in any order.
     return min(one, other, key=lambda each: json.dumps(each, sort_keys=True))
 
 
 def _row_hashes(ids: np.ndarray, acts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    # Each (id, bits of the activation) mixed by splitmix64 (Steele, Lea & Flood 2014), and summed: in any order.
-    x = (ids.astype(np.uint64) << np.uint64(32)) | acts.view(np.uint32)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    total, ends = np.append(np.uint64(0), np.cumsum(x ^ (x >> np.uint64(31)))), np.cumsum(lengths)
+    """Returns a content hash of each row, uint64: a sum over its activations, in any order."""
+    from pandas.util import hash_array
+
+    hashes = hash_array((ids.astype(np.uint64) << np.uint64(32)) | acts.view(np.uint32))
+    total, ends = np.append(np.uint64(0), np.cumsum(hashes)), np.cumsum(lengths)
     return total[ends] - total[ends - lengths]

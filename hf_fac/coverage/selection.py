@@ -6,11 +6,10 @@ coverage chooses, which reach at least 1 - 1/e of what the best choice covers (N
 
 from __future__ import annotations
 
-import heapq
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -63,7 +62,7 @@ def select(
             [n_rows, d_sae] (scipy sparse; what is not stored is 0).
         missing: integer ids [m] of features, each once; `FACReport.missing`.
         n: most rows to choose.
-        weights: [m], finite and not negative, beside `missing`: what covering each is worth (None: 1 each). Sums are
+        weights: [m], finite and not negative, beside `missing`: how much covering each counts (None: 1 each). Sums are
             exact in multiples of 2**-62 of m x the largest weight, so that they do not depend on an order.
         threshold: delta in the SAE's units, one number or [d_sae]; `FACReport.threshold`.
 
@@ -75,36 +74,11 @@ def select(
     n = operator.index(n)
     if n < 0:
         raise ValueError(f"n is {n}; it must be 0 or more")
-    n_rows, width, floor, read = _open(pool)
-    wanted = check_feature_ids(missing, width, name="missing", may_be_empty=True)
-    worth, shift = _integer_weights(weights, len(wanted))
-    # One place more than ids: np.take(mode="clip") sends every id above the last wanted one there.
-    place = np.full(int(wanted.max(initial=-1)) + 2, -1, np.int32)
-    place[wanted] = np.arange(len(wanted))
-    limit = np.full(len(place), np.inf, np.result_type(read(0, 0)[1], np.float32))
-    limit[wanted] = _limits(threshold, wanted, width, floor, limit.dtype)
-
-    blocks = [
-        _Block(first, *_activated(read, range(first, min(first + _BLOCK, n_rows)), place, limit, width), worth)
-        for first in (range(0, n_rows, _BLOCK) if len(wanted) else ())
-    ]
-    heap = [(*block.bound(), number) for number, block in enumerate(blocks)]
-    heapq.heapify(heap)
-    rows, gains = [], []
-    order, is_covered, known = np.empty(len(wanted), np.int32), np.zeros(len(wanted), bool), 0
-    while len(rows) < n and heap and heap[0][0] < 0:
-        negative, row, number = heap[0]
-        if blocks[number].known < known:
-            blocks[number].refresh(order[:known], worth)
-            heapq.heapreplace(heap, (*blocks[number].bound(), number))
-            continue
-        rows.append(row)
-        gains.append(-negative)
-        ids = _activated(read, range(row, row + 1), place, limit, width)[0]
-        ids = ids[~is_covered[ids]]
-        is_covered[ids] = True
-        order[known : known + len(ids)] = ids
-        known += len(ids)
+    pool = _open(pool)
+    wanted = check_feature_ids(missing, pool.width, name="missing", may_be_empty=True)
+    weight, shift = _integer_weights(weights, len(wanted))
+    rows, gains, covered = _greedy(pool, _targets(pool, wanted, threshold), weight, n)
+    is_covered = np.isin(np.arange(len(wanted)), covered)
     return Selection(
         rows=np.array(rows, np.int64),
         gains=np.ldexp(np.array(gains, np.float64), -shift),
@@ -113,21 +87,46 @@ def select(
     )
 
 
-class _Block:
-    """The gains of consecutive rows, int64, exact when `known` features were covered, and who activates a feature."""
+def _greedy(pool: _Pool, targets: _Targets, weight: np.ndarray, n: int) -> tuple[list[int], list[int], list[int]]:
+    """The rows chosen, their gains, and the places in `missing` of the features that they cover, in this order."""
+    blocks = []
+    for first in range(0, pool.n_rows if len(weight) else 0, _BLOCK):
+        part = range(first, min(first + _BLOCK, pool.n_rows))
+        blocks.append(_Block(first, *_activated(pool, part, targets), weight))
+    bounds = [block.bound() for block in blocks]
+    rows, gains, covered, is_covered = [], [], [], np.zeros(len(weight), bool)
+    while len(rows) < n and bounds:
+        best = min(range(len(blocks)), key=bounds.__getitem__)
+        negative, row = bounds[best]
+        if negative == 0:
+            break
+        if blocks[best].known < len(covered):
+            blocks[best].refresh(covered, weight)
+            bounds[best] = blocks[best].bound()
+            continue
+        rows.append(row)
+        gains.append(-negative)
+        ids = _activated(pool, range(row, row + 1), targets)[0]
+        covered += ids[~is_covered[ids]].tolist()
+        is_covered[ids] = True
+    return rows, gains, covered
 
-    def __init__(self, first: int, ids: np.ndarray, starts: np.ndarray, worth: np.ndarray) -> None:
+
+class _Block:
+    """Consecutive rows: which activate a feature, and their gains, int64, exact when `known` features were covered."""
+
+    def __init__(self, first: int, ids: np.ndarray, starts: np.ndarray, weight: np.ndarray) -> None:
         from scipy.sparse import csr_array
 
         # SciPy makes both index arrays as wide as the wider one.
         starts = starts.astype(np.int32 if len(ids) < 2**31 else np.int64)
-        rows = csr_array((np.ones(len(ids), np.int8), ids, starts), shape=(len(starts) - 1, len(worth)))
-        self.first, self.known, self.gains = first, 0, rows @ worth
+        rows = csr_array((np.ones(len(ids), np.int8), ids, starts), shape=(len(starts) - 1, len(weight)))
+        self.first, self.known, self.gains = first, 0, rows @ weight
         columns = rows.tocsc()
         if not columns.has_canonical_format:
-            owner, column = columns.indices, np.repeat(np.arange(len(worth)), np.diff(columns.indptr))
-            twice = np.flatnonzero((np.diff(owner) == 0) & (np.diff(column) == 0))[0]
-            raise ValueError(f"row {first + owner[twice]:,} of the pool holds a missing feature twice: {REMEDY}")
+            row, column = columns.indices, np.repeat(np.arange(len(weight)), np.diff(columns.indptr))
+            twice = np.flatnonzero((np.diff(row) == 0) & (np.diff(column) == 0))[0]
+            raise ValueError(f"row {first + row[twice]:,} of the pool holds a missing feature twice: {REMEDY}")
         self.starts, self.rows = columns.indptr, columns.indices.astype(np.uint16)
 
     def bound(self) -> tuple[int, int]:
@@ -135,19 +134,44 @@ class _Block:
         best = int(self.gains.argmax())
         return -int(self.gains[best]), self.first + best
 
-    def refresh(self, order: np.ndarray, worth: np.ndarray) -> None:
-        for feature in order[self.known :].tolist():
-            rows = self.rows[self.starts[feature] : self.starts[feature + 1]]
-            self.gains[rows] -= worth[feature]
-        self.known = len(order)
+    def refresh(self, covered: list[int], weight: np.ndarray) -> None:
+        for feature in covered[self.known :]:
+            self.gains[self.rows[self.starts[feature] : self.starts[feature + 1]]] -= weight[feature]
+        self.known = len(covered)
 
 
-_Read = Callable[[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+class _Targets(NamedTuple):
+    """The missing features, by id up to the largest, with one place more for all other ids.
+
+    place: int32, in `missing`; -1 for none. limit: what an activation must exceed; infinite for none.
+    """
+
+    place: np.ndarray
+    limit: np.ndarray
 
 
-def _open(pool: Any) -> tuple[int, int | None, float, _Read]:
-    """Number of rows, d_sae (None: unknown), the floor, and what reads rows [start, stop): ids, activations, and where
-    each row of them starts (one more than rows)."""
+def _targets(pool: _Pool, wanted: np.ndarray, threshold: float | ArrayLike) -> _Targets:
+    # np.take(mode="clip") sends every id above the last wanted one to the last place.
+    place = np.full(int(wanted.max(initial=-1)) + 2, -1, np.int32)
+    place[wanted] = np.arange(len(wanted))
+    limit = np.full(len(place), np.inf, np.result_type(pool.read(0, 0)[1], np.float32))
+    limit[wanted] = _limits(threshold, wanted, pool, limit.dtype)
+    return _Targets(place, limit)
+
+
+class _Pool(NamedTuple):
+    """n_rows; width: d_sae, None where it is not known; floor: below which the rows keep no activations.
+
+    read: gives of rows [start, stop) the ids, the activations, and where each row of them starts (one more than rows).
+    """
+
+    n_rows: int
+    width: int | None
+    floor: float
+    read: Callable[[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def _open(pool: Any) -> _Pool:
     from scipy.sparse import issparse
 
     if issparse(pool) and pool.ndim == 2:
@@ -157,7 +181,7 @@ def _open(pool: Any) -> tuple[int, int | None, float, _Read]:
             starts = acts.indptr[start : stop + 1]
             return acts.indices[starts[0] : starts[-1]], acts.data[starts[0] : starts[-1]], starts - starts[0]
 
-        return *acts.shape, 0.0, read_sparse
+        return _Pool(*acts.shape, 0.0, read_sparse)
     from datasets import Dataset
 
     if not isinstance(pool, Dataset):
@@ -176,20 +200,18 @@ def _open(pool: Any) -> tuple[int, int | None, float, _Read]:
                 raise ValueError(f"row {row:,} of the pool was measured differently from row 0: {REMEDY}")
         return part.features, part.activations, part.starts
 
-    return len(table), measurement.get("d_sae"), measurement.get("keep_above", 0.0), read_arrow
+    return _Pool(len(table), measurement.get("d_sae"), measurement.get("keep_above", 0.0), read_arrow)
 
 
-def _activated(
-    read: _Read, rows: range, place: np.ndarray, limit: np.ndarray, width: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _activated(pool: _Pool, rows: range, targets: _Targets) -> tuple[np.ndarray, np.ndarray]:
     """Of the rows, the places in `missing` of the features that they activate, int32, and where each row starts."""
     found, starts = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
     for start in range(rows.start, rows.stop, _BATCH):
-        ids, acts, ends = read(start, min(start + _BATCH, rows.stop))
+        ids, acts, ends = pool.read(start, min(start + _BATCH, rows.stop))
         if len(ids):
-            _refuse_bad(ids, acts, ends, start, width)
-        kept = np.flatnonzero(acts > limit.take(ids, mode="clip"))
-        found.append(place.take(ids[kept]))
+            _refuse_bad(ids, acts, ends, start, pool.width)
+        kept = np.flatnonzero(acts > targets.limit.take(ids, mode="clip"))
+        found.append(targets.place.take(ids[kept]))
         starts.append(starts[-1][-1] + np.searchsorted(kept, ends[1:]))
     return np.concatenate(found), np.concatenate(starts)
 
@@ -218,10 +240,9 @@ def _integer_weights(weights: ArrayLike | None, m: int) -> tuple[np.ndarray, int
     return np.rint(np.ldexp(values, shift)).astype(np.int64), shift
 
 
-def _limits(
-    threshold: float | ArrayLike, wanted: np.ndarray, width: int | None, floor: float, dtype: np.dtype
-) -> np.ndarray:
-    delta = np.asarray(threshold, np.float64)
+def _limits(threshold: float | ArrayLike, wanted: np.ndarray, pool: _Pool, dtype: np.dtype) -> np.ndarray:
+    """Returns [n_wanted]: a feature is activated by what exceeds its limit."""
+    delta, width, floor = np.asarray(threshold, np.float64), pool.width, pool.floor
     if delta.ndim > 1 or (delta.ndim and len(delta) != (width or len(delta))):
         raise ValueError(f"threshold has shape {delta.shape}; it is one number, or one for each of {width} features")
     if delta.ndim and len(wanted) and wanted.max() >= len(delta):

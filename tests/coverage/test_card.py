@@ -10,7 +10,8 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, run_with_hub
 from scipy.sparse import csr_array
 
 from hf_fac.coverage.card import _of_report, push_coverage_to_hub
-from hf_fac.coverage.coverage import FeatureCoverage, SavedReport
+from hf_fac.coverage.coverage import FeatureCoverage
+from hf_fac.coverage.report import SavedReport
 from hf_fac.storage.validation import checked
 
 MEASUREMENT = {

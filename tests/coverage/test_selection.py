@@ -1,8 +1,7 @@
-"""`select` against plain greedy and brute force, both written from the definition of coverage."""
+"""`select` against plain greedy, written from the definition of coverage."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 
@@ -23,9 +22,9 @@ def plain_greedy(acts, missing, n, weights, threshold):
     """The definition: each time the row with the largest gain, the first of those that gain the same."""
     delta = np.broadcast_to(np.asarray(threshold, np.float64), acts.shape[1])
     active = [{f for f in missing if row[f] > delta[f]} for row in acts.astype(np.float64)]
-    worth, uncovered, rows, gains = dict(zip(missing, weights, strict=True)), set(missing), [], []
+    weight, uncovered, rows, gains = dict(zip(missing, weights, strict=True)), set(missing), [], []
     for _ in range(n):
-        gain = [math.fsum(worth[f] for f in features & uncovered) for features in active]
+        gain = [math.fsum(weight[f] for f in features & uncovered) for features in active]
         if not gain or max(gain) <= 0:
             break
         rows.append(gain.index(max(gain)))
@@ -68,7 +67,7 @@ def small_blocks():
     patch.undo()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
 def test_equals_plain_greedy(problem):
     acts, missing, n, weights, threshold = problem
@@ -91,22 +90,7 @@ def test_a_data_set_gives_what_its_matrix_gives(problem):
         assert getattr(one, name).dtype == getattr(two, name).dtype
 
 
-@settings(max_examples=150, deadline=None)
-@given(problems(max_rows=7, max_features=7))
-def test_covers_at_least_1_minus_1_over_e_of_the_optimum(problem):
-    acts, missing, n, weights, threshold = problem
-    worth = np.array(weights or [1] * len(missing), np.float64)
-    active = (acts > np.asarray(threshold))[:, missing]
-    n = min(n, 4)
-    optimum = max(
-        (worth[active[list(rows)].any(axis=0)].sum() for rows in itertools.combinations(range(len(acts)), n)),
-        default=worth[active.any(axis=0)].sum(),
-    )
-    found = select(csr_array(acts), missing, n, weights=weights, threshold=threshold)
-    assert found.gains.sum() >= (1 - 1 / math.e) * optimum * (1 - 1e-9)
-
-
-def test_equals_plain_greedy_on_many_rows_in_blocks_of_the_usual_size(monkeypatch):
+def test_equals_plain_greedy_on_thousands_of_rows(monkeypatch):
     monkeypatch.setattr(selection, "_BLOCK", 700)
     monkeypatch.setattr(selection, "_BATCH", 256)
     rng = np.random.default_rng(0)
@@ -150,7 +134,7 @@ def test_agrees_with_what_coverage_calls_covered():
     assert found.covered.tolist() == np.flatnonzero(everything.maximum > 0.3).tolist()
 
 
-def test_a_feature_that_is_worth_nothing_is_covered_but_never_sought():
+def test_a_feature_of_weight_0_is_covered_but_no_row_is_chosen_for_it():
     acts = csr_array(np.array([[0, 1, 0], [1, 1, 0], [0, 0, 1]], np.float32))
     found = select(acts, [0, 1, 2], 3, weights=[2, 0, 0])
     assert (found.rows.tolist(), found.gains.tolist()) == ([1], [2.0])
@@ -166,7 +150,7 @@ def test_weights_of_any_size_keep_their_order():
         assert found.gains.tolist() == sorted(weights, reverse=True)
 
 
-def test_nothing_missing_no_rows_and_n_0_give_an_empty_selection():
+def test_an_empty_pool_or_target_gives_an_empty_selection():
     acts = csr_array(np.ones((5, 3), np.float32))
     found = select(acts, [], 3)
     fields = (found.rows, found.gains, found.covered, found.uncovered)

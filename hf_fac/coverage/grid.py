@@ -1,0 +1,40 @@
+"""The levels of delta at which coverage counts rows, and fast ways to count at them.
+
+In: a floor and a width. Out: `ActivationGrid`: of activations the level that they exceed, and of numbers of active
+features the bucket that they are counted in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_GEOMETRIC = (2.0 ** (np.arange(-24, 41) / 4)).astype(np.float32)  # in the activations' own type
+_CELL_BITS = np.uint32(15)  # of a float32: those left out of a cell's number
+
+
+class ActivationGrid:
+    """Levels of delta above a floor.
+
+    levels: float64 [levels], rising: the floor, then those of 2**-6 to 2**10 in steps of 2**(1/4) that exceed it.
+    bucket_of: int64 [d_sae + 1], by a number of active features its bucket: exact up to 511, then in buckets at most
+        0.4 % wide.
+    """
+
+    def __init__(self, floor: float, d_sae: int) -> None:
+        self.levels = np.append(floor, _GEOMETRIC[_GEOMETRIC.astype(np.float64) > floor])
+        active = np.arange(d_sae + 1)
+        shift = np.maximum(np.frexp(active)[1] - 9, 0)
+        self.bucket_of = 256 * shift + (active >> shift)
+        # The leading bits of a positive float32 give its size to 2**-8: at most one level lies in such a cell.
+        ends = (np.arange(1, 0xFF01, dtype=np.uint32) << _CELL_BITS).view(np.float32)
+        self._level_of_cell = np.searchsorted(self.levels[1:], ends)
+
+    @property
+    def n_buckets(self) -> int:
+        return int(self.bucket_of[-1]) + 1
+
+    def level_of(self, activations: np.ndarray) -> np.ndarray:
+        """Returns int64 [n]: of activations, float32 [n] above the floor, the k with levels[k] < a <= levels[k + 1]."""
+        level = self._level_of_cell[activations.view(np.uint32) >> _CELL_BITS]
+        level -= activations <= self.levels[level]
+        return level

@@ -1,0 +1,140 @@
+"""`FACReport`: what a data set covers of an anchor set and what it misses, to read, to save and to go on with.
+
+In: the figures that `FeatureCoverage.compare` finds. Out: text, a data frame, JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import numpy as np
+from pydantic import Field, NonNegativeInt
+
+from ..storage.files import write_whole
+from ..storage.validation import Strict, WholeMeasurement, checked
+from .statistics import CONFIDENCE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class SavedReport(Strict):
+    """A `FACReport` as JSON, checked when it is read back."""
+
+    fac: float | None
+    interval: Annotated[list[float | None], Field(min_length=2, max_length=2)]
+    confidence: float
+    threshold: float | list[float]
+    threshold_source: str
+    features: list[NonNegativeInt] | None
+    covered: list[NonNegativeInt]
+    missing: list[NonNegativeInt]
+    missing_support: list[NonNegativeInt]
+    support_exact: bool
+    kl_divergence: float | None
+    rows: NonNegativeInt
+    rows_without_tokens: NonNegativeInt
+    anchor_rows: NonNegativeInt
+    anchor_rows_without_tokens: NonNegativeInt
+    active_share: float | None
+    anchor_active_share: float | None
+    measurement: WholeMeasurement
+    table: dict[str, list[Any]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class FACReport:
+    """FAC of a data set against an anchor set: what is covered, what is missing, above which delta.
+
+    It is a flat record, as wide as what a comparison finds: each figure is read by its name, in Python and in JSON.
+
+    Everything is exact at any delta but numbers of rows that activate a feature, and with them the order of `missing`
+    and the KL divergence. Off the grid these are lower bounds, the count at the next level above, and active shares are
+    upper bounds.
+    """
+
+    fac: float  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
+    interval: tuple[float, float]  # of the mean FAC of such data sets, see `jackknife_interval`; NaN below 2 rows
+    threshold: float | np.ndarray  # delta in the SAE's units; float64 [d_sae] with relative=, or where given so
+    threshold_source: str
+    features: np.ndarray | None  # int64, rising: the subset F_task; None for all features
+    covered: np.ndarray  # int64 ids, rising
+    missing: np.ndarray  # int64 ids, by anchor rows above delta and then anchor maximum, strongest first
+    missing_support: np.ndarray  # int64: anchor rows above delta of each of missing
+    support_exact: bool  # delta is on FeatureCoverage.grid, so that numbers of rows are exact
+    kl_divergence: float  # KL(anchor || data) in nats, see `kl_divergence`
+    rows: int
+    rows_without_tokens: int
+    anchor_rows: int
+    anchor_rows_without_tokens: int
+    active_share: float  # features above delta in the median row, of d_sae; NaN where delta is [d_sae]
+    anchor_active_share: float
+    measurement: dict[str, Any]
+    table: dict[str, np.ndarray] = field(repr=False)
+    confidence: float = CONFIDENCE
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Returns a row for each feature of F(anchor): covered, anchor_max, anchor_rows, data_max, data_rows, delta."""
+        import pandas as pd
+
+        return pd.DataFrame(self.table)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` and the table as JSON, whole or not at all."""
+        table = {name: column.tolist() for name, column in self.table.items()}
+        write_whole(path, json.dumps(self.to_dict() | {"table": table}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Returns the report that `save` or `hf-fac missing --output` wrote; the latter leaves the table empty.
+
+        Raises: ValueError, with the field, for anything else.
+        """
+        remedy = "save the report again, or give what `hf-fac missing --output` wrote"
+        saved = checked(SavedReport, Path(path).read_bytes(), f"{path} is no report of hf_fac", remedy)
+        values = {name: getattr(saved, name) for name in SavedReport.model_fields}
+        for name in ("fac", "kl_divergence", "active_share", "anchor_active_share"):
+            values[name] = math.nan if values[name] is None else values[name]
+        for name in ("features", "covered", "missing", "missing_support"):
+            values[name] = None if values[name] is None else np.array(values[name], np.int64)
+        values["interval"] = tuple(math.nan if end is None else end for end in saved.interval)
+        values["measurement"] = saved.measurement.model_dump(exclude_unset=True)
+        if isinstance(saved.threshold, list):
+            values["threshold"] = np.array(saved.threshold)
+        values["table"] = {name: np.array(column) for name, column in saved.table.items()}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all but the table, and hf_fac's version, for JSON: arrays become lists, NaN None."""
+        values = {"hf_fac": version("hf-fac")} | {name: v for name, v in vars(self).items() if name != "table"}
+        return json.loads(json.dumps(values, default=np.ndarray.tolist), parse_constant=lambda _: None)
+
+    def __str__(self) -> str:
+        covered, missing, least = len(self.covered), len(self.missing), "" if self.support_exact else "at least "
+        strongest = zip(self.missing[:5].tolist(), self.missing_support.tolist(), strict=False)
+        return (
+            f"FAC {self.fac:.3f} ({self.confidence:.0%} interval {self.interval[0]:.3f} to {self.interval[1]:.3f})\n"
+            f"of {covered + missing:,} features of the anchor: {covered:,} covered, {missing:,} missing\n"
+            f"delta: {self.threshold_source}\n"
+            f"rows: {self.rows:,} ({self.rows_without_tokens:,} without tokens), anchor {self.anchor_rows:,} "
+            f"({self.anchor_rows_without_tokens:,} without tokens); KL(anchor || data) {self.kl_divergence:.3f} nats"
+        ) + "".join(f"\nmissing: feature {i}, {least}{n:,} anchor rows" for i, n in strongest)
+
+    def warn(self, *, stacklevel: int) -> None:
+        """Warn (UserWarning) where FAC says nothing."""
+        if math.isnan(self.fac):
+            problem = "FAC is NaN: the anchor activates none of the features; lower the threshold"
+            warnings.warn(problem, stacklevel=stacklevel)
+        if self.anchor_active_share > 0.10:
+            problem = f"the median anchor row activates {self.anchor_active_share:.0%} of all features above delta"
+            warnings.warn(f"FAC says nothing: {problem}; raise the threshold", stacklevel=stacklevel)
+        if self.fac > 0.98:
+            problem = f"FAC {self.fac:.3f} is too near 1 to tell data sets apart: raise the threshold"
+            warnings.warn(problem, stacklevel=stacklevel)

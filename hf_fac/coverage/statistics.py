@@ -1,0 +1,40 @@
+"""The statistics of a comparison, from counts: divergence and interval. In: arrays. Out: numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+CONFIDENCE = 0.95
+_DEVIATIONS = 1.96  # of a normal distribution, for this confidence
+
+
+def kl_divergence(anchor_rows: np.ndarray, data_rows: np.ndarray) -> float:
+    """Returns KL(anchor || data) in nats (arXiv 2602.10388, Eq. 3); NaN where neither set activates a feature.
+
+    Args:
+        anchor_rows, data_rows: int64 [n_features], rows that activate each feature. p_i ~ rows + 1/2, over the features
+            active in either set: smoothing those of neither would only measure the width of the SAE.
+    """
+    is_active = anchor_rows + data_rows > 0
+    if not is_active.any():
+        return math.nan
+    p, q = ((rows[is_active] + 0.5) / np.sum(rows[is_active] + 0.5) for rows in (anchor_rows, data_rows))
+    return float(np.sum(p * np.log(p / q)))
+
+
+def jackknife_interval(fac: float, lost: np.ndarray, n_features: int, n_rows: int) -> tuple[float, float]:
+    """Returns the interval of the mean FAC of data sets of this size, clipped to [0, 1]; NaN below 2 rows.
+
+    fac +- 1.96 deviations by the delete-1 jackknife over rows (Heltshe & Forrester 1983), whose variance errs on the
+    large side (Efron & Stein 1981).
+
+    Args:
+        lost: for each row that alone activates features of the anchor, how many.
+    """
+    if n_rows < 2 or not n_features:
+        return math.nan, math.nan
+    variance = (n_rows - 1) / n_rows * (np.sum(lost**2) - np.sum(lost) ** 2 / n_rows) / n_features**2
+    half = _DEVIATIONS * math.sqrt(variance)
+    return max(0.0, fac - half), min(1.0, fac + half)
