@@ -1,161 +1,141 @@
-"""The commands of `hf-fac` that write what is missing: `synthesize`, and the demo's second half."""
+"""`hf-fac synthesize`: writes what a data set is missing."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from ..storage.files import try_output, write_whole
 from ..storage.parquet import write_parquet
 from . import options as opt
-from .options import check_measured, console, load_data, make_chat, make_featurizer, marked_text, scored
+from .data import check_measured, load_data, scored
+from .options import ChatOptions, MeasuringOptions, check_choice
+from .output import console
 
 if TYPE_CHECKING:
-    from ..coverage.report import FACReport
-    from ..features.featurizer import SAEFeaturizer
+    from ..dictionary.dictionary import FeatureDictionary
     from ..synthesis.report import SynthesisResult
 
-_DEMO_FEATURES = 10
-_DEMO_SECONDS = 60.0  # then the rows that are begun are finished
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """How samples are written; the names are those of `FACSynthesizer`."""
+
+    samples_per_feature: Annotated[int, typer.Option(min=1, help="The most samples kept for a feature.")] = 2
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="two_step, one_step, contrastive or steering; give it again for several, in this order. By default "
+            "two_step, then steering.",
+        ),
+    ] = None
+    prompt_format: Annotated[
+        str | None, typer.Option(help="list, text or json; by default each is tried on a few features.")
+    ] = None
+    seed: opt.Seed = 0
+
+    def check(self) -> None:
+        from ..synthesis.settings import METHODS, PROMPT_FORMATS
+
+        check_choice("--prompt-format", self.prompt_format, PROMPT_FORMATS)
+        for name in self.methods or ():
+            check_choice("--method", name, METHODS)
+
+
+@dataclass(frozen=True)
+class BoundOptions:
+    """The most that is spent; the names are those of `FACSynthesizer.synthesize`."""
+
+    max_samples: Annotated[int | None, typer.Option(min=1, help="The most samples.")] = None
+    max_requests: Annotated[int | None, typer.Option(min=1, help="The most completions asked for.")] = None
+    max_seconds: Annotated[float | None, typer.Option(help="Start nothing new after so many seconds.")] = None
 
 
 def synthesize(
     data: opt.Data,
-    anchor: Annotated[str, typer.Argument(help="The reference data set, large and diverse, in the same forms.")],
+    anchor: opt.Anchor,
     output: Annotated[
-        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for samples, report and journal.")
+        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for samples, report and cache.")
     ],
+    measuring: MeasuringOptions,
+    chatting: ChatOptions,
+    writing: WritingOptions,
+    bounds: BoundOptions,
     task: Annotated[str, typer.Option(help="A built-in task, or a YAML file.")] = "instruction_following",
-    dictionary: Annotated[str | None, typer.Option(help="Folder or Hub repo; the embedded model's by default.")] = None,
-    split: opt.Split = "train",
-    model: opt.Model = None,
-    sae: opt.Sae = None,
-    sae_id: opt.SaeId = None,
-    layer: opt.Layer = None,
-    pool_over: opt.PoolOver = "all",
-    device: opt.Device = None,
-    threshold: opt.Threshold = None,
-    chat: opt.ChatModel = None,
-    base_url: opt.BaseUrl = None,
-    key_env: opt.KeyEnv = None,
-    timeout: opt.Timeout = 120.0,
-    max_tokens: opt.MaxTokens = None,
-    samples_per_feature: Annotated[int, typer.Option(min=1, help="The most samples kept for a feature.")] = 2,
-    form: Annotated[str | None, typer.Option(help="list, text or json; what works best is tried by default.")] = None,
+    dictionary: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub repo; by default the embedded one, and with --model one of the anchor set."),
+    ] = None,
     only_rated: Annotated[
         bool, typer.Option("--only-rated", help="Only features that the dictionary rates for the task.")
     ] = False,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="The most samples.")] = None,
-    max_requests: Annotated[int | None, typer.Option(min=1, help="The most texts asked for.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Begin nothing new after so many seconds.")] = None,
-    seed: opt.Seed = 0,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what it costs at most, and stop.")] = False,
+    split: opt.Split = "train",
+    threshold: opt.Threshold = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the most that it costs, and stop.")] = False,
 ) -> None:
-    """Write samples that activate the features a data set misses. Started again, it goes on where it was."""
+    """Write samples that activate the features a data set misses. Run it again to resume.
+
+    Without --chat and --base-url the model that measures also writes.
+    """
     from ..coverage.coverage import FeatureCoverage
-    from ..dictionary.dictionary import FeatureDictionary
-    from ..synthesis.piecework import FORMS
+    from ..dictionary.build import build_dictionary
     from ..synthesis.synthesizer import FACSynthesizer
     from ..tasks.task import get_task
 
     try_output(output, folder=True)
-    wanted = get_task(task)
-    if form not in (None, *FORMS):
-        raise typer.BadParameter(f"--form is {form!r}; it must be one of {', '.join(FORMS)}.")
-    if dictionary is not None:
-        known = FeatureDictionary.from_pretrained(dictionary)
-    elif model is None:
-        from ..embedded.loader import load_dictionary
-
-        known = load_dictionary()
-    else:
-        raise typer.BadParameter("Give --dictionary: hf-fac interpret makes one for a model.")
-    features = known.task_features(wanted.name) if only_rated else None
+    writing.check()
+    written_for, known = get_task(task), _load_dictionary(dictionary, is_embedded=measuring.model is None)
+    if only_rated and known is None:
+        raise typer.BadParameter("--only-rated needs --dictionary: one that hf-fac rate has rated for the task.")
+    features = known.task_features(written_for.name) if only_rated else None
     rows, reference = load_data(data, split), load_data(anchor, split)
-    featurizer = make_featurizer(model, sae, sae_id, device, layer=layer, pool_over=pool_over)
-    known.check(featurizer)
+    featurizer = measuring.featurizer()
     for dataset, name in ((rows, data), (reference, anchor)):
-        check_measured(dataset, name, featurizer.measurement, "samples will be")
-    if chat is None and base_url is None:
-        chat = "embedded"
-    writer = make_chat(chat, base_url, key_env, timeout, max_tokens, "text", output / "answers", device)
+        check_measured(dataset, name, featurizer.measurement, "these options")
+    if known is None:
+        known = build_dictionary(featurizer, reference, source=Path(anchor).stem, rank=0, world_size=1)
+    synthesizer = FACSynthesizer(
+        chatting.make(measuring.device) if chatting.given else None, featurizer, known, task=written_for,
+        avoid={"the data set": rows, "the anchor set": reference}, **asdict(writing),
+    )  # fmt: skip
     scored_rows, scored_anchor = scored(rows, featurizer, "data set"), scored(reference, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(scored_rows).compare(
         FeatureCoverage.from_dataset(scored_anchor), features=features, threshold=threshold
     )
     console.print(str(report), highlight=False)
-    synthesizer = FACSynthesizer(
-        writer, featurizer, known, task=wanted, threshold=report.threshold, samples_per_feature=samples_per_feature,
-        form=form, avoid={"the data set": rows, "the anchor set": reference}, seed=seed,
-    )  # fmt: skip
     console.print(f"Plan without bounds: {synthesizer.plan(report)}", highlight=False)
     if plan:
         return
-    result = synthesizer.synthesize(
-        report, journal=output / "journal", max_samples=max_samples, max_requests=max_requests, max_seconds=max_seconds
-    )
-    write_parquet(result.dataset, output / "samples.parquet")
-    write_parquet(result.dropped, output / "dropped.parquet")
-    write_whole(output / "report.json", json.dumps(result.report.to_dict(), indent=1))
+    result = synthesizer.synthesize(report, cache_dir=output / "cache", **asdict(bounds))
+    _write(result, output)
+
+
+def _load_dictionary(name: str | None, *, is_embedded: bool) -> FeatureDictionary | None:
+    if name is not None:
+        from ..dictionary.dictionary import FeatureDictionary
+
+        return FeatureDictionary.from_pretrained(name)
+    if is_embedded:
+        from ..embedded.loader import load_dictionary
+
+        return load_dictionary()
+    return None
+
+
+def _write(result: SynthesisResult, folder: Path) -> None:
+    write_parquet(result.dataset, folder / "samples.parquet")
+    write_parquet(result.dropped, folder / "dropped.parquet")
+    write_whole(folder / "report.json", json.dumps(result.report.to_dict(), indent=1))
     console.print(str(result.report), highlight=False)
-    console.print(f"Samples, what was dropped, and the report are in {output}.")
+    console.print(f"Samples, dropped texts and the report are in {folder}.")
     if result.report.ended:
         console.print(
-            f"It ended before all was tried: {result.report.ended.rstrip('.')}. Raise that bound, or see to it that "
-            "the chat answers; the same command then goes on where it stopped.",
+            f"Ended early by {result.report.ended.rstrip('.')}. Raise that bound, or see to it that the chat answers, "
+            "and run the same command again to resume.",
             style="bold",
-        )
-
-
-def demo_samples(report: FACReport, featurizer: SAEFeaturizer, avoid: dict) -> None:
-    """Writes samples for the strongest missing features with the embedded model and prints them."""
-    from ..chat.local import LocalChat
-    from ..embedded.loader import load_dictionary
-    from ..synthesis.synthesizer import FACSynthesizer
-
-    features = report.missing[:_DEMO_FEATURES]
-    console.print(
-        f"\nWriting samples for the {len(features)} strongest missing features with the same model (135M parameters: "
-        "it writes what it can) ..."
-    )
-    synthesizer = FACSynthesizer(
-        LocalChat(featurizer.model, featurizer.tokenizer, batch_size=96), featurizer, load_dictionary(),
-        task="instruction_following", threshold=report.threshold, samples_per_feature=1, form="list", candidates=4,
-        rounds=1, answer_tokens=128, avoid=avoid,
-    )  # fmt: skip
-    result = synthesizer.synthesize(report, features=features, max_seconds=_DEMO_SECONDS)
-    print_samples(result, featurizer)
-
-
-def print_samples(result: SynthesisResult, featurizer: SAEFeaturizer) -> None:
-    table = Table(title="Samples written for missing features", title_justify="left")
-    table.add_column("feature", justify="right")
-    table.add_column("written by")
-    table.add_column("activation", justify="right")
-    table.add_column("the sample's prompt, the token that activates the feature most marked", overflow="fold")
-    for row in result.dataset:
-        reading = featurizer.read([{"messages": row["prompt"]}], positions=True)
-        acts = reading.activations
-        place = (acts.indices == row["fac_feature"]).nonzero()[0]
-        span = featurizer.span({"messages": row["prompt"]}, int(reading.positions[place[0]]), before=60, after=40)
-        text = marked_text(span)
-        table.add_row(str(row["fac_feature"]), row["fac_way"], f"{row['fac_activation']:.1f}", text)
-    console.print(table, soft_wrap=False)
-    told = result.report
-    console.print(
-        f"{told.samples} samples fill {len(told.filled)} of {len(told.features)} features. "
-        f"[bold]FAC {told.fac_before:.3f} before, {told.fac_after:.3f} after[/bold] ({told.requests} texts written in "
-        f"{told.seconds:.0f} s; {sum(told.dropped.values())} dropped: copies, scraps, cut off).",
-        highlight=False,
-        markup=True,
-    )
-    for name, way in told.ways.items():
-        console.print(
-            f"{name}: {way.hit_rate:.0%} of texts activate the feature they were written for; by chance "
-            f"{way.hits_by_chance:.1%}",
-            highlight=False,
         )

@@ -11,7 +11,7 @@ import pytest
 from command_line import model_options, run
 from flaky_server import FlakyServer
 
-from hf_fac.cli.options import load_data
+from hf_fac.cli.data import load_data
 from hf_fac.dictionary.dictionary import FeatureDictionary
 from hf_fac.embedded.loader import load_dictionary
 from hf_fac.tasks.task import get_task
@@ -21,7 +21,8 @@ from hf_fac.tasks.task import get_task
 def command(folders: Path, dictionary_folder: Path, tmp_path: Path) -> list[Any]:
     return [
         "synthesize", folders / "data.jsonl", folders / "anchor.jsonl", "-o", tmp_path / "out", "--threshold", 0.1,
-        "--form", "text", "--samples-per-feature", 1, "--dictionary", dictionary_folder, *model_options(folders),
+        "--prompt-format", "text", "--samples-per-feature", 1, "--dictionary", dictionary_folder,
+        *model_options(folders),
     ]  # fmt: skip
 
 
@@ -45,14 +46,15 @@ def test_ratings_are_found_under_the_name_of_a_task_in_a_file(command, dictionar
     assert int(re.search(r"of (\d+) features of the anchor", said)[1]) <= 30
 
 
-def test_what_ended_it_is_said_and_that_the_same_command_goes_on(command, tmp_path) -> None:
+def test_what_ended_it_is_said_and_the_same_command_resumes(command, tmp_path) -> None:
     with FlakyServer() as server:
         base = [*command, "--base-url", server.url]
-        said = run(*base, "--max-tokens", 300)
+        with pytest.warns(UserWarning, match="max_tokens_total is 300"):
+            said = run(*base, "--max-tokens", 300)
         ended = json.loads((tmp_path / "out" / "report.json").read_text())["ended"]
         assert "max_tokens_total is 300" in ended
-        assert f"It ended before all was tried: {ended}" in said
-        assert "the same command then goes on where it stopped" in said
+        assert f"Ended early by {ended}" in said
+        assert "run the same command again to resume" in said
         first = dict(server.came)
         run(*base, "--max-tokens", 3000)
         assert all(server.came[body] == count for body, count in first.items()), "nothing is asked twice"
@@ -62,7 +64,8 @@ def test_what_ended_it_is_said_and_that_the_same_command_goes_on(command, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--form", "xml"], "--form is 'xml'; it must be one of list, text, json"),
+        (["--prompt-format", "xml"], "--prompt-format is 'xml'; it must be one of list, text, json"),
+        (["--method", "two_step", "--method", "magic"], "--method is 'magic'; it must be one of one_step, two_step"),
         (["--task", "wisdom"], "no task 'wisdom'"),
         (["--only-rated"], "No feature was rated for 'instruction_following'"),
         (["--samples-per-feature", 0], "greater than or equal to 1"),
@@ -88,3 +91,29 @@ def test_its_own_folder_as_data_is_its_samples(command, tmp_path) -> None:
     assert report["samples"] > 0
     assert sum(report["dropped"].values()) > 0
     assert len(load_data(str(tmp_path / "out"))) == report["samples"]
+
+
+def test_synthesize_plans_writes_and_resumes_with_the_model_that_measures(folders, tmp_path) -> None:
+    output = tmp_path / "out"
+    command = [
+        "synthesize", folders / "data.jsonl", folders / "anchor.jsonl", "-o", output, "--prompt-format", "list",
+        "--threshold", 0.1, "--max-requests", 40, "--method", "one_step", *model_options(folders),
+    ]  # fmt: skip
+    said = run(*command, "--plan")
+    assert "Plan without bounds: at most" in said
+    assert not (output / "report.json").exists()
+    assert "Samples, dropped texts and the report are in" in run(*command)
+    report = json.loads((output / "report.json").read_text())
+    assert 0 < report["requests"] <= 40
+    assert set(report["methods"]) == {"words"}
+    assert len(load_data(str(output / "samples.parquet"))) == report["samples"]
+    assert len(load_data(str(output / "dropped.parquet"))) == sum(report["dropped"].values())
+    cache = (output / "cache" / "cache-0.sqlite").read_bytes()
+    run(*command)
+    assert (output / "cache" / "cache-0.sqlite").read_bytes() == cache
+
+
+def test_ratings_are_asked_of_a_given_dictionary_only(command, folders) -> None:
+    without = [word for word in command if word != "--dictionary"]
+    without.remove(command[command.index("--dictionary") + 1])
+    assert "--only-rated needs --dictionary" in run(*without, "--only-rated", fails=True)

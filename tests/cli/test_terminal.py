@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import unicodedata
 import warnings
 
 import pytest
 from command_line import main, model_options
 from datasets import Dataset
+from typer.testing import CliRunner
 
 from hf_fac import FACScorer, SAEFeaturizer
-from hf_fac.cli import commands as cli
+from hf_fac.cli import app, coverage
 from hf_fac.storage.terminal import visible
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[2J \x9b31m \u202eevil\u2066 \x00\x08\r"
@@ -45,7 +45,7 @@ def test_an_error_does_not_steer_the_terminal(kind, folders, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("scored", [True, False])
-def test_the_texts_of_an_anchor_set_do_not_steer_the_terminal(scored, folders, monkeypatch, capsys, tmp_path):
+def test_the_texts_of_an_anchor_set_do_not_steer_the_terminal(scored, folders, tmp_path):
     anchor = Dataset.from_list([{"text": HOSTILE + word} for word in ("river", "hills", "town", "sea")])
     data = Dataset.from_json(str(folders / "data.jsonl"), cache_dir=tmp_path)
     options = model_options(folders)
@@ -54,16 +54,13 @@ def test_the_texts_of_an_anchor_set_do_not_steer_the_terminal(scored, folders, m
         anchor, data, options = anchor.map(scorer, batched=True), data.map(scorer, batched=True), []
     anchor.to_parquet(tmp_path / "anchor.parquet")
     data.to_parquet(tmp_path / "data.parquet")
-    monkeypatch.setattr(sys, "argv", ["hf-fac"])
     files = [tmp_path / "data.parquet", tmp_path / "anchor.parquet", "--threshold", 0.1]
-    cli.app(["missing", *map(str, [*files, *options])], standalone_mode=False)
-    said = capsys.readouterr().out
+    said = CliRunner().invoke(app, ["missing", *map(str, [*files, *options])]).stdout
     assert not steers(said)
     assert "\\x" in said
 
 
 def test_a_warning_is_one_line_that_does_not_steer_the_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     main(monkeypatch, capsys, "missing")
     line = warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "cli.py", 1)
     assert line.startswith("hf-fac: ")
@@ -74,7 +71,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_with_the_traceback_on_request(
     def fail(*_):
         raise RecursionError(HOSTILE)
 
-    monkeypatch.setattr(cli, "load_data", fail)
+    monkeypatch.setattr(coverage, "load_data", fail)
     monkeypatch.delenv("HF_FAC_TRACEBACK", raising=False)
     said = main(monkeypatch, capsys, "missing", "a", "b")
     assert said.startswith("hf-fac: RecursionError: ")

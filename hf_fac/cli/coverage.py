@@ -1,0 +1,190 @@
+"""The commands of `hf-fac` about coverage: `score`, `missing`, and `select` from a pool."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..storage.differences import differences
+from ..storage.files import try_output, whole_file, write_whole
+from ..storage.scored_rows import COLUMNS, is_scored
+from . import options as opt
+from .data import check_measured, load_data, print_left_out, read_report, scored
+from .options import FeaturizerOptions, MeasuringOptions
+from .output import console, marked_text, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..coverage.coverage import FACReport
+    from ..features.featurizer import SAEFeaturizer
+
+
+def score(
+    data: opt.Data,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for the scored rows (Parquet shards).")
+    ],
+    measuring: MeasuringOptions,
+    split: opt.Split = "train",
+    keep_above: Annotated[float, typer.Option(help="Floor: activations at or below it are not kept.")] = 0.0,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows in a shard; a stopped run resumes at a shard.")] = 5000,
+) -> None:
+    """Add to each row the features that it activates. Run it again to resume."""
+    from datasets import Dataset
+
+    from ..coverage.coverage import FeatureCoverage
+    from ..features.shards import score_shards
+
+    try_output(output, folder=True)
+    dataset = load_data(data, split)
+    featurizer = measuring.featurizer(keep_above=keep_above)
+    files = score_shards(featurizer, dataset, output, shard_rows=shard_rows)
+    coverage = FeatureCoverage(featurizer.measurement)
+    for file in files:
+        coverage |= FeatureCoverage.from_dataset(Dataset.from_parquet(str(file)))
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    part = f"-{rank:05d}-of-{world_size:05d}" if world_size > 1 else ""
+    coverage.save(output / f"coverage{part}.safetensors")
+    print_left_out(featurizer, "data set", coverage.rows)
+    live = int((coverage.maximum > 0).sum())
+    console.print(
+        f"{coverage.rows:,} rows ({coverage.rows_without_tokens:,} without tokens) activate {live:,} of "
+        f"{coverage.d_sae:,} features above {coverage.keep_above:g}. Written to {output}."
+    )
+
+
+def missing(
+    data: opt.Data,
+    anchor: opt.Anchor,
+    measuring: MeasuringOptions,
+    split: opt.Split = "train",
+    threshold: opt.Threshold = None,
+    relative: Annotated[
+        float | None, typer.Option(help="delta as a share of each feature's maximum in the anchor set.")
+    ] = None,
+    top: opt.Top = 20,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the whole report here, as JSON.")
+    ] = None,
+) -> None:
+    """Print FAC of a data set against an anchor set, and the features it misses. Scores what is not scored yet."""
+    from ..coverage.coverage import FeatureCoverage
+
+    if output:
+        try_output(output)
+    data_rows, anchor_rows = load_data(data, split), load_data(anchor, split)
+    featurizer = None
+    if not (is_scored(data_rows) and is_scored(anchor_rows)):
+        featurizer = measuring.featurizer()
+        for rows, name in ((data_rows, data), (anchor_rows, anchor)):
+            check_measured(rows, name, featurizer.measurement, "these options")
+    data_rows, anchor_rows = scored(data_rows, featurizer, "data set"), scored(anchor_rows, featurizer, "anchor set")
+    report = FeatureCoverage.from_dataset(data_rows).compare(
+        FeatureCoverage.from_dataset(anchor_rows), threshold=threshold, relative=relative
+    )
+    print_report(report, anchor_rows, featurizer, top)
+    if output:
+        write_whole(output, json.dumps(report.to_dict(), indent=1))
+        console.print(f"The whole report is in {output}.")
+
+
+def select(
+    pool: Annotated[str, typer.Argument(help="Rows to choose from: a file, a folder, or a Hub data set.")],
+    report: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `hf-fac missing --output` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The chosen rows, as JSON lines.")],
+    featurizing: FeaturizerOptions,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="The most rows to choose.")] = 100,
+    split: opt.Split = "train",
+) -> None:
+    """Choose the rows of a pool that activate most features that a report names as missing.
+
+    A pool that is not scored yet is measured as the report was: give the options that the report was made with.
+    """
+    from fsspec.utils import infer_compression
+
+    from ..coverage.selection import select as select_rows
+
+    try_output(output)
+    found = read_report(report)
+    measurement, data = found.measurement.model_dump(exclude_unset=True), load_data(pool, split)
+    check_measured(data, pool, measurement, f"the rows of {report}")
+    if not is_scored(data):
+        as_reported = {name: measurement[name] for name in ("activation", "pool_over", "side", "keep_above")}
+        featurizer = featurizing.featurizer(**as_reported)
+        if differs := differences(featurizer.measurement, measurement):
+            raise typer.BadParameter(
+                f"With these options {pool} would be measured differently from the rows of {report} ({differs}): give "
+                "the options that the report was made with."
+            )
+        data = scored(data, featurizer, "pool")
+    chosen = select_rows(data, found.missing, rows, threshold=found.threshold)
+    with whole_file(output) as partial:
+        data.select(chosen.rows).remove_columns(COLUMNS).to_json(partial, compression=infer_compression(str(output)))
+    console.print(
+        f"{len(chosen.rows):,} rows activate {len(chosen.covered):,} of {len(found.missing):,} missing features. "
+        f"Written to {output}."
+    )
+
+
+def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer | None, top: int) -> None:
+    """Prints FAC and the strongest missing features, each with the anchor text that activates it most.
+
+    Args:
+        anchor: the scored rows. featurizer: None where both sets were scored before; texts are then shown unmarked.
+    """
+    low, high = report.interval
+    console.print()
+    console.print(
+        f"[bold]FAC {report.fac:.3f}[/bold]  ({report.confidence:.0%} interval {low:.3f} to {high:.3f})", markup=True
+    )
+    console.print(
+        f"Of {len(report.covered) + len(report.missing):,} features that the anchor set activates, "
+        f"{len(report.covered):,} are covered and [bold]{len(report.missing):,} missing[/bold].",
+        markup=True,
+    )
+    console.print(f"delta: {report.threshold_source}", highlight=False)
+    console.print(
+        f"{report.rows:,} rows against {report.anchor_rows:,}; KL(anchor || data) {report.kl_divergence:.2f} nats."
+    )
+    shown = report.missing[:top].tolist()
+    if not shown:
+        return
+    table = Table(title="Strongest missing features", title_justify="left", show_lines=False)
+    table.add_column("feature", justify="right")
+    table.add_column("anchor rows", justify="right")
+    table.add_column("max", justify="right")
+    table.add_column("anchor text that activates it most", overflow="fold")
+    strongest = strongest_rows(anchor, shown)
+    for feature, support in zip(shown, report.missing_support, strict=False):
+        row, activation = strongest[feature]
+        if featurizer is None:
+            text = _unmarked_text(anchor[row])[:120]
+        else:
+            reading = featurizer.read([anchor[row]], positions=True)
+            position = int(reading.positions[reading.activations.indices == feature][0])
+            text = marked_text(featurizer.span(anchor[row], position), "...")
+        table.add_row(str(feature), str(support), f"{activation:.1f}", text)
+    console.print(table, soft_wrap=False)
+
+
+def strongest_rows(scored: Dataset, features: list[int]) -> dict[int, tuple[int, float]]:
+    """Returns for each feature the row of a scored data set that activates it most, and by how much."""
+    import numpy as np
+
+    best = dict.fromkeys(features, (-1, 0.0))
+    for number, row in enumerate(scored.select_columns(["fac_features", "fac_activations"]).with_format("numpy")):
+        for place in np.flatnonzero(np.isin(row["fac_features"], features)):
+            feature, activation = int(row["fac_features"][place]), float(row["fac_activations"][place])
+            if activation > best[feature][1]:
+                best[feature] = (number, activation)
+    return best
+
+
+def _unmarked_text(row: dict[str, Any]) -> str:
+    return one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))
