@@ -30,6 +30,7 @@ sae: .venv/installed
 
 # Collect the dictionary that ships with the package again: some 20 s.
 dictionary: .venv/installed
+	rm -f hf_fac/embedded/data/dictionary/dictionary.parquet
 	$(BIN)/hf-fac interpret hf_fac/embedded/data/anchor.jsonl --output hf_fac/embedded/data/dictionary
 
 clean:

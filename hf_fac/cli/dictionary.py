@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..dictionary.dictionary import FeatureDictionary
 
 FILE_NAME = "dictionary.parquet"
-_PROGRESS, _ANSWERS = "progress", "answers"
+_PROGRESS, _CACHE = "progress", "cache"
 
 AnswerFormat = Annotated[str, typer.Option(help="json, or text for a chat model too small to write JSON.")]
 SampleSize = Annotated[int | None, typer.Option(help="Ask about so many features only, drawn at random.")]
@@ -56,10 +56,9 @@ def interpret(
     from ..dictionary.explanation import detect, explain
 
     try_output(output, folder=True)
-    answers = output / _ANSWERS
-    chat = chatting.make(measuring.device, cache_dir=answers)
-    asked = {"features": _sampled(dictionary, sample, seed), "seed": seed, "cache_dir": answers}
-    dictionary = explain(dictionary, chat, form=prompt_format, **asked)
+    chat = chatting.make(measuring.device)
+    asked = {"features": _sampled(dictionary, sample, seed), "seed": seed, "cache_dir": output / _CACHE}
+    dictionary = explain(dictionary, chat, prompt_format=prompt_format, **asked)
     dictionary.save(output)
     print_summary(dictionary, output)
     if shuffled:
@@ -86,8 +85,8 @@ def rate(
     dictionary, rated_for = FeatureDictionary.load(folder), get_task(task)
     try_output(folder, folder=True)
     dictionary = rate_features(
-        dictionary, task=rated_for, chat=chatting.make(device, cache_dir=folder / _ANSWERS),
-        features=_sampled(dictionary, sample, seed), form=prompt_format, seed=seed, cache_dir=folder / _ANSWERS,
+        dictionary, task=rated_for, chat=chatting.make(device), features=_sampled(dictionary, sample, seed),
+        prompt_format=prompt_format, seed=seed, cache_dir=folder / _CACHE,
     )  # fmt: skip
     dictionary.save(folder)
     ratings = Counter(r["rating"] for row in dictionary for r in row["ratings"] if r["task"] == rated_for.name)

@@ -9,7 +9,6 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -138,8 +137,8 @@ class ChatOptions:
     def given(self) -> bool:
         return self.chat is not None or self.base_url is not None
 
-    def make(self, device: str | None, *, cache_dir: Path | None = None) -> Chat:
-        """Returns a local chat model, or an endpoint that keeps its answers in the folder."""
+    def make(self, device: str | None) -> Chat:
+        """Returns a local chat model or an endpoint. What calls it keeps the answers."""
         if not self.given:
             raise typer.BadParameter("Give --chat (a chat model), --base-url (a server), or both (which model of it).")
         if self.base_url is not None:
@@ -147,7 +146,7 @@ class ChatOptions:
 
             return EndpointChat(
                 self.chat, base_url=self.base_url, token=self._token(), timeout=self.timeout,
-                max_tokens_total=self.max_tokens, cache_dir=cache_dir,
+                max_tokens_total=self.max_tokens,
             )  # fmt: skip
         from ..chat.local import LocalChat
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 import typer
 from command_line import run
 
@@ -28,3 +31,11 @@ def test_help_names_every_command():
 def test_commands_that_are_said_to_resume_say_so_in_their_help() -> None:
     commands = typer.main.get_command(app).commands
     assert {name for name, command in commands.items() if "Run it again to resume" in command.help} == set(RESUMABLE)
+
+
+@pytest.mark.slow
+def test_the_demo_writes_samples_that_raise_fac() -> None:
+    said = run("demo", "--top", 3)
+    before, after = map(float, re.search(r"FAC (\d\.\d+) before, (\d\.\d+) after", said).groups())
+    assert before < after
+    assert "samples activate" in said

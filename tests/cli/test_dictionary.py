@@ -89,7 +89,7 @@ def test_a_local_model_explains_too(dictionary_folder, folders, tmp_path) -> Non
     chat = ["--chat", folders / "model", "--prompt-format", "text", "--device", "cpu"]
     # An untrained model says little that can be read.
     with pytest.warns(UserWarning, match="failed"):
-        run("interpret", "-o", tmp_path, *chat, "--sample", 2)
+        run("interpret", "-o", tmp_path, *chat, "--sample", 1)
     states = {row["explanation_state"] for row in FeatureDictionary.load(tmp_path)}
     assert states & {"explained", "failed", "cannot tell"}
 
