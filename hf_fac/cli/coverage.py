@@ -83,7 +83,7 @@ def missing(
     if not (is_scored(data_rows) and is_scored(anchor_rows)):
         featurizer = measuring.featurizer()
         for rows, name in ((data_rows, data), (anchor_rows, anchor)):
-            check_measured(rows, name, featurizer.measurement, "these options")
+            check_measured(rows, name, featurizer.measurement, "these options say")
     data_rows, anchor_rows = scored(data_rows, featurizer, "data set"), scored(anchor_rows, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(data_rows).compare(
         FeatureCoverage.from_dataset(anchor_rows), threshold=threshold, relative=relative
@@ -119,7 +119,7 @@ def select(
         featurizer = featurizing.featurizer(**as_reported)
         if differs := differences(featurizer.measurement, measurement):
             raise typer.BadParameter(
-                f"With these options {pool} would be measured differently from the rows of {report} ({differs}): give "
+                f"With these options {pool} would not be measured as the rows of {report} ({differs}): give "
                 "the options that the report was made with."
             )
         data = scored(data, featurizer, "pool")

@@ -95,15 +95,14 @@ def read_report(file: Path) -> SavedReport:
     )
 
 
-def check_measured(dataset: Dataset, name: str, measurement: dict[str, Any], measured_by: str) -> None:
-    """Raises typer.BadParameter, with what differs, for a data set that was scored in another way."""
+def check_measured(dataset: Dataset, name: str, measurement: dict[str, Any], expected: str) -> None:
+    """Raises typer.BadParameter, with what differs, for a data set that was scored in another way than expected."""
     if "fac_measurement" not in dataset.column_names or not len(dataset):
         return
     theirs = read_measurement(dataset[0]["fac_measurement"], f"{name}: fac_measurement", "score its rows again")
     if found := differences(theirs, measurement):
         raise typer.BadParameter(
-            f"{name} was measured differently from {measured_by} ({found}): score its rows again, with the same "
-            "options."
+            f"{name} was not measured as {expected} ({found}): score its rows again, with the same options."
         )
 
 

@@ -96,7 +96,7 @@ def synthesize(
     rows, reference = load_data(data, split), load_data(anchor, split)
     featurizer = measuring.featurizer()
     for dataset, name in ((rows, data), (reference, anchor)):
-        check_measured(dataset, name, featurizer.measurement, "these options")
+        check_measured(dataset, name, featurizer.measurement, "these options say")
     if known is None:
         known = build_dictionary(featurizer, reference, source=Path(anchor).stem, rank=0, world_size=1)
     synthesizer = FACSynthesizer(

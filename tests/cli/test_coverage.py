@@ -114,7 +114,7 @@ def test_rows_measured_differently_are_refused_before_any_is_scored(folders, mon
         [tmp_path / "scored", tmp_path / "unreadable.jsonl"],
     ):
         said = main(monkeypatch, capsys, "missing", *data, *model_options(folders))
-        assert "scored was measured differently from these options" in said
+        assert "scored was not measured as these options say" in said
         assert "activation: 'relu' and 'native'" in said
 
 
@@ -168,7 +168,7 @@ def test_select_takes_what_a_report_misses_from_a_pool(folders, tmp_path) -> Non
 
     run("score", folders / "anchor.jsonl", "-o", tmp_path / "pool", "--activation", "relu", *options)
     other = run("select", tmp_path / "pool", report, "-o", chosen, fails=True)
-    assert "was measured differently from" in other
+    assert "was not measured as the rows of" in other
 
 
 def test_select_measures_a_pool_as_the_report_was_measured_or_not_at_all(folders, tmp_path) -> None:
@@ -179,7 +179,7 @@ def test_select_measures_a_pool_as_the_report_was_measured_or_not_at_all(folders
     for setting in (how[:2], how[2:]):
         run("missing", *data, *options, *setting, "--threshold", 0.1, "-o", report)
         said = run("select", tmp_path / "unreadable.jsonl", report, "-o", chosen, *options, fails=True)
-        assert "would be measured differently from the rows of" in said
+        assert "would not be measured as the rows of" in said
         assert "max_length, preset, the tokenizer" in said or "activation: 'native' and 'relu'" in said
     run("missing", *data, *options, *how[:2], "--threshold", 0.1, "-o", report)
     pool = tmp_path / "unreadable.jsonl"
