@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import unicodedata
 import warnings
+from typing import Any
 
 import pytest
 from command_line import main, model_options
 from datasets import Dataset
+from flaky_server import FlakyServer
 from typer.testing import CliRunner
 
 from hf_fac import FACScorer, SAEFeaturizer
 from hf_fac.cli import app, coverage
+from hf_fac.dictionary.dictionary import FeatureDictionary
 from hf_fac.storage.terminal import visible
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[2J \x9b31m \u202eevil\u2066 \x00\x08\r"
@@ -85,9 +88,20 @@ def test_an_error_that_nobody_foresaw_is_one_line_with_the_traceback_on_request(
     assert not steers(said)
 
 
-def test_what_a_server_said_does_not_steer_the_terminal_through_a_report_or_a_warning(recwarn):
-    from hf_fac.dictionary.explanation import _warn
-    from hf_fac.tasks.parsing import Answer
+class HostileServer(FlakyServer):
+    """Answers with text that would control a terminal."""
 
-    _warn("explanations", {"feature 3": Answer(None, HOSTILE)})
-    assert not steers(str(recwarn.pop(UserWarning).message))
+    def proper(self, asked: dict[str, Any]) -> dict[str, Any]:
+        reply = super().proper(asked)
+        reply["choices"][0]["message"]["content"] = HOSTILE
+        return reply
+
+
+def test_what_a_server_answered_does_not_steer_the_terminal_through_a_warning(dictionary_folder, tmp_path):
+    FeatureDictionary.load(dictionary_folder).save_pretrained(tmp_path)
+    with HostileServer() as server, pytest.warns(UserWarning, match="failed") as warned:
+        said = CliRunner().invoke(app, ["interpret", "-o", str(tmp_path), "--base-url", server.url, "--sample", "1"])
+    assert said.exit_code == 0
+    messages = [str(warning.message) for warning in warned]
+    assert any(r"\x1b" in message for message in messages)
+    assert not any(steers(message) for message in [*messages, said.output])
