@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,17 +10,17 @@ import typer
 from rich.table import Table
 
 from ..storage.differences import differences
-from ..storage.files import try_output, whole_file, write_whole
+from ..storage.files import try_output, whole_file
 from ..storage.scored_rows import COLUMNS, is_scored
 from . import options as opt
-from .data import check_measured, load_data, print_left_out, read_report, scored
+from .data import check_measured, load_data, print_left_out, scored
 from .options import FeaturizerOptions, MeasuringOptions
 from .output import console, marked_text, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..coverage.coverage import FACReport
+    from ..coverage.report import FACReport
     from ..features.featurizer import SAEFeaturizer
 
 
@@ -90,7 +89,7 @@ def missing(
     )
     print_report(report, anchor_rows, featurizer, top)
     if output:
-        write_whole(output, json.dumps(report.to_dict(), indent=1))
+        report.save(output)
         console.print(f"The whole report is in {output}.")
 
 
@@ -108,16 +107,16 @@ def select(
     """
     from fsspec.utils import infer_compression
 
+    from ..coverage.report import FACReport
     from ..coverage.selection import select as select_rows
 
     try_output(output)
-    found = read_report(report)
-    measurement, data = found.measurement.model_dump(exclude_unset=True), load_data(pool, split)
-    check_measured(data, pool, measurement, f"the rows of {report}")
+    found, data = FACReport.load(report), load_data(pool, split)
+    check_measured(data, pool, found.measurement, f"the rows of {report}")
     if not is_scored(data):
-        as_reported = {name: measurement[name] for name in ("activation", "pool_over", "side", "keep_above")}
+        as_reported = {name: found.measurement[name] for name in ("activation", "pool_over", "side", "keep_above")}
         featurizer = featurizing.featurizer(**as_reported)
-        if differs := differences(featurizer.measurement, measurement):
+        if differs := differences(featurizer.measurement, found.measurement):
             raise typer.BadParameter(
                 f"With these options {pool} would not be measured as the rows of {report} ({differs}): give "
                 "the options that the report was made with."

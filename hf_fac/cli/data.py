@@ -9,13 +9,12 @@ import typer
 
 from ..storage.differences import differences
 from ..storage.scored_rows import is_scored
-from ..storage.validation import checked, read_measurement
+from ..storage.validation import read_measurement
 from .output import console
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..coverage.coverage import SavedReport
     from ..features.featurizer import SAEFeaturizer
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -84,15 +83,6 @@ def _saved_to_disk(name: str, split: str) -> Dataset:
     if split not in found:
         raise ValueError(f"it has no such split, but {', '.join(found)}")
     return found[split]
-
-
-def read_report(file: Path) -> SavedReport:
-    """Returns the report that `hf-fac missing --output` wrote."""
-    from ..coverage.coverage import SavedReport
-
-    return checked(
-        SavedReport, file.read_bytes(), f"{file} is no report of hf_fac", "give what `hf-fac missing --output` wrote"
-    )
 
 
 def check_measured(dataset: Dataset, name: str, measurement: dict[str, Any], expected: str) -> None:

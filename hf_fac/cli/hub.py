@@ -10,7 +10,6 @@ import typer
 from ..storage.files import try_output
 from ..storage.terminal import visible
 from . import options as opt
-from .data import read_report
 from .dictionary import FILE_NAME, print_summary
 from .options import check_choice
 from .output import console
@@ -34,9 +33,10 @@ def push(
     if path.is_file():
         from ..coverage.card import push_coverage_to_hub
         from ..coverage.coverage import FeatureCoverage
+        from ..coverage.report import FACReport
 
         is_coverage = path.suffix == ".safetensors"
-        found = FeatureCoverage.load(path) if is_coverage else read_report(path).model_dump()
+        found = FeatureCoverage.load(path) if is_coverage else FACReport.load(path)
         url = push_coverage_to_hub(found, repo_id, anchor=anchor, sae=sae, **hub)
     elif (path / FILE_NAME).exists():
         from ..dictionary.dictionary import FeatureDictionary

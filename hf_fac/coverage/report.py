@@ -93,7 +93,7 @@ class FACReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Returns the report that `save` or `hf-fac missing --output` wrote; the latter leaves the table empty.
+        """Returns the report that `save` or `hf-fac missing --output` wrote.
 
         Raises: ValueError, with the field, for anything else.
         """
