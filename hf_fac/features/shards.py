@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..inputs.rows import RowError
 from ..storage.differences import differences
 from ..storage.files import try_output, write_whole
 from ..storage.parquet import read_note, rows_digest, write_parquet
 from ..storage.scored_rows import COLUMNS
+from ..storage.validation import check_counts, checked
 from .scoring import FACScorer
 
 if TYPE_CHECKING:
@@ -51,13 +51,14 @@ def score_shards(
 
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"dataset is a {type(dataset).__name__}, which has no shards of its own: pass a datasets.Dataset (one "
+            f"dataset is a {type(dataset).__name__}, which cannot be cut into shards: pass a datasets.Dataset (one "
             "split; save a stream with Dataset.from_generator), or map the stream with FACScorer."
         )
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    if not 0 <= rank < world_size or shard_rows < 1:
-        raise ValueError(f"rank {rank} of {world_size} processes and shard_rows {shard_rows} make no shards.")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"Expected 0 <= rank < world_size; got rank={rank}, world_size={world_size}.")
+    check_counts(shard_rows=shard_rows)
     folder = Path(output_dir)
     try_output(folder, folder=True)
     dataset = dataset.remove_columns([name for name in COLUMNS if name in dataset.column_names])
@@ -68,28 +69,29 @@ def score_shards(
         for number, start in list(enumerate(starts))[rank::world_size]
     }
     fingerprint = featurizer.measurement["fingerprint"]
-    there = [file for file in shards if file.exists()]
-    for file in there:
+    written = [file for file in shards if file.exists()]
+    for file in written:
         _check_shard(file, dataset, shards[file], fingerprint)
     scorer = FACScorer(featurizer)
-    for file, part in shards.items():
-        if file in there:
-            continue
-        rows = dataset.select(part)
-        try:
-            scored = rows.map(
-                scorer,
-                batched=True,
-                batch_size=min(shard_rows, 1000),
-                features=scorer.features(dataset.features),
-                load_from_cache_file=False,
-                keep_in_memory=True,
-                desc=f"Scoring {file.stem}",
-            )
-        except RowError as error:
-            raise RowError(f"In rows {part[0]} to {part[-1]}, counted from a multiple of 1,000: {error}") from error
-        write_parquet(scored, file, note={"shard": file.name, "fingerprint": fingerprint, "rows": rows_digest(rows)})
+    for file in [file for file in shards if file not in written]:
+        _score_shard(scorer, dataset, shards[file], file, fingerprint)
     return list(shards)
+
+
+def _score_shard(scorer: FACScorer, dataset: Dataset, part: range, file: Path, fingerprint: str) -> None:
+    rows = dataset.select(part)
+    scored = rows.map(
+        scorer,
+        batched=True,
+        batch_size=min(len(part), 1000),
+        with_indices=True,
+        fn_kwargs={"first_row": part.start},
+        features=scorer.features(dataset.features),
+        load_from_cache_file=False,
+        keep_in_memory=True,
+        desc=f"Scoring {file.stem}",
+    )
+    write_parquet(scored, file, note={"shard": file.name, "fingerprint": fingerprint, "rows": rows_digest(rows)})
 
 
 def _check_manifest(path: Path, featurizer: SAEFeaturizer, dataset: Dataset, shard_rows: int) -> None:
@@ -101,7 +103,8 @@ def _check_manifest(path: Path, featurizer: SAEFeaturizer, dataset: Dataset, sha
             f"{shard} lies there without {path.name}, which says how it was scored: choose another folder."
         )
     if path.exists():
-        if values := differences(json.loads(path.read_text()), manifest):
+        found = checked(dict, path.read_bytes(), str(path), "choose another folder")
+        if values := differences(found, manifest):
             raise ValueError(f"{path.parent} holds shards of another run ({values}): choose another folder.")
         return
     write_whole(path, json.dumps(manifest, indent=1), keep_first=True)
