@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FeatureCoverage
 from ..coverage.report import FACReport
-from ..inputs.rows import RowError
 from ..storage.cache import Processes, content_key
 from ..storage.parquet import rows_digest
 from .processes import ProcessGroup
@@ -229,10 +228,7 @@ class CoverageRound:
 def measured(synthesizer: FACSynthesizer, rows: Dataset, start: int = 0) -> FeatureCoverage:
     """Returns the coverage of rows, the first of which has the number `start`."""
     featurizer = synthesizer.featurizer
-    try:
-        reading = featurizer.read([featurizer_row(synthesizer, row) for row in rows.to_list()])
-    except RowError as error:
-        raise RowError(f"In rows from {start:,} on: {error}") from error
+    reading = featurizer.read([featurizer_row(synthesizer, row) for row in rows.to_list()], first_row=start)
     return FeatureCoverage.from_activations(
         reading.activations, measurement=featurizer.measurement, tokens=reading.tokens
     )
