@@ -1,6 +1,6 @@
-"""What writes text: conversations in, n completions each out.
+"""The protocol of everything that writes text: conversations in, n completions each out.
 
-`Chat` is the protocol; `local.LocalChat` has a model of transformers behind it, `endpoint.EndpointChat` a server.
+`local.LocalChat` generates with a model of transformers, `endpoint.EndpointChat` asks a server.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 class Completion(NamedTuple):
     """One answer.
 
-    text: what was written, without the prefill and without a stop string; "" where nothing came.
-    finish: "stop" for an end of its own or a stop string, "length" at max_tokens, "failed" where the request failed,
-        "not_asked" where the chat takes no more requests; in the last two `error` says why.
-    prompt_tokens, completion_tokens: as the model or server counts them, 0 where it does not say.
+    text: without the prefill and without the stop string; "" where there is no answer.
+    finish: "stop" at a stop string or where the model ended it, "length" at max_tokens, "failed" where the request
+        failed, "not_asked" where the chat takes no more requests.
+    error: why there is no answer; None where there is one.
+    prompt_tokens, completion_tokens: as the model or the server counts them, 0 where it does not say.
     """
 
     text: str
@@ -26,9 +27,10 @@ class Completion(NamedTuple):
 
 
 class ChatError(RuntimeError):
-    """No request can succeed: what the server said and what to do.
+    """No request can succeed. The message quotes the server and says what to do.
 
-    completions: as `complete` would have returned them, with all that was answered before; the rest failed.
+    completions: what `complete` would have returned, with all answers until then; the others are "failed" or
+        "not_asked".
     """
 
     def __init__(self, message: str):
@@ -51,16 +53,15 @@ class Chat(Protocol):
         prefill: Sequence[str | None] | None = None,
         stop: Sequence[str] = (),
     ) -> list[list[Completion]]:
-        """Returns n completions of each conversation, in order. What fails is a completion that says why.
+        """Returns n completions of each conversation, in order. A request that failed is a completion that says why.
 
         Args:
             conversations: lists of messages, each a dict with a role and a content.
-            n: completions of each conversation. The same conversation twice gets the same answers twice: for others
-                ask for more, or with another seed.
+            n: completions of each conversation. Equal conversations get equal completions; another seed gives others.
             temperature: 0 takes the likeliest token, and all n are the same.
-            top_p: the share of probability that the likeliest tokens drawn from must reach.
+            top_p: tokens are drawn from the smallest set of likeliest tokens whose probability reaches it.
             max_tokens: the most tokens of a completion.
-            prefill: per conversation, how the assistant's turn begins; the completion continues it.
+            prefill: for each conversation, the beginning of the assistant's turn, which the completion continues.
             stop: strings before which a completion ends.
 
         Raises: ValueError for an argument out of range or a conversation that cannot be read; it names which.
@@ -69,12 +70,12 @@ class Chat(Protocol):
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
-    """Returns what stands before the first of the stop strings, or all."""
+    """Returns the text before the first stop string, all of it when there is none."""
     return text[: min((at for string in stop if (at := text.find(string)) >= 0), default=None)]
 
 
 def progress_bar(total: int) -> Any:
-    """Returns a bar that shows itself after two seconds."""
+    """Returns a progress bar that appears after two seconds."""
     from tqdm.auto import tqdm
 
     return tqdm(total=total, unit="completion", delay=2, leave=False)
@@ -92,13 +93,13 @@ def check_arguments(
     """Returns `prefill`, one for each conversation. Raises: ValueError naming what is wrong and where."""
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop is {stop!r}; it must be a list of strings, none of them empty.")
-    for name, value, right, rule in (
+    for name, value, valid, rule in (
         ("n", n, n >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
     ):
-        if not right:
+        if not valid:
             raise ValueError(f"{name} is {value}; it must be {rule}.")
     if prefill is not None and (isinstance(prefill, str) or len(prefill) != len(conversations)):
         raise ValueError(
@@ -108,10 +109,9 @@ def check_arguments(
         if not isinstance(messages, list) or not messages:
             raise ValueError(f"Conversation {index} is {messages!r:.100}; it must be a list of messages, not empty.")
         for message in messages:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
                 raise ValueError(
-                    f"Conversation {index} has the message {message!r:.100}; it must be a dict with role and content."
+                    f"Conversation {index} has the message {message!r:.100}; it must be a dict with a role and a "
+                    "content, which is a string."
                 )
-            if not isinstance(message["content"], str):
-                raise ValueError(f"Conversation {index} has a content that is no text: {message['content']!r:.100}.")
     return list(prefill or [None] * len(conversations))

@@ -1,7 +1,7 @@
-"""Text from any server that speaks chat completions: conversations in, n completions each out, as of every `Chat`.
+"""Completions from any server that speaks chat completions: conversations in, n completions each out.
 
-Many requests run at once, each within a total time. Transient failures are retried. Every answer is on disk before the
-next is asked for, so a repeated run pays for nothing twice. A key goes to one host only, and is masked in all texts.
+Many requests run at once, each within a total time. Transient failures are retried. Every answer is in the cache before
+the next request is sent, so a repeated run pays for nothing twice. The key goes to one host only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..storage.cache import Cache, content_key
 from .base import ChatError, Completion, check_arguments, progress_bar
-from .transport import Failed, Server, TimedOut, Transient
-from .wire import Request, completion
+from .server import MAX_WAIT_S, Request, RequestFailed, Server, TimedOut, TransientFailure
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -30,8 +29,10 @@ __all__ = ["ChatError", "EndpointChat", "Spent"]
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT_S = 0.5
-_LOST_IN_A_ROW = 10  # requests that failed to the last attempt: the server is gone
-_TIMEOUTS_IN_A_ROW = 3  # one after the other, with no answer to any request in between
+_FAILURES_IN_A_ROW = 10  # requests that failed after all attempts: the server is gone
+_TIMEOUTS_IN_A_ROW = 3  # with no reply to any request in between
+_ENDED = Completion("", "not_asked", "The run ended before its turn.", 0, 0)
+_jitter = random.Random()  # not the global one: retries must not change a caller's seeded random numbers
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,15 @@ class Spent:
     """What an `EndpointChat` has used so far.
 
     requests: sent, retries included.
-    prompt_tokens, completion_tokens: as the server counts them; a quarter of the characters where it does not say, or
-        says what cannot be.
-    from_disk: answers that cost nothing, as they were on disk.
-    failed: completions that failed.
+    prompt_tokens, completion_tokens: as the server counts them; a quarter of the characters where it does not.
+    from_cache: completions that cost nothing, as they were in the cache.
+    failed: completions that failed or were not asked for.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    from_disk: int = 0
+    from_cache: int = 0
     failed: int = 0
 
 
@@ -56,28 +56,26 @@ class EndpointChat:
     """A `Chat` with vLLM, TGI, llama.cpp, `transformers serve`, OpenAI, an Inference Endpoint or a provider of the Hub.
 
         chat = EndpointChat("my-model", base_url="http://127.0.0.1:8000/v1", cache_dir="answers")
-        chat = EndpointChat("meta-llama/Llama-3.3-70B-Instruct", provider="together", max_tokens_total=2_000_000)
+        chat = EndpointChat("meta-llama/Llama-3.3-70B-Instruct:together", max_tokens_total=2_000_000)
 
     Args:
-        model: the model's name for the server; without base_url, a model of the Hub.
-        base_url: the server, up to and including /v1. Without user, password or query: a key is the `token`.
-        provider: the Hub's name of a provider, which is reached through Hugging Face; not with base_url.
-        token: the key; blank is none. By default the saved Hub token, which goes to Hugging Face's own hosts only.
+        model: the model's name for the server; without base_url, a model of the Hub, with ":" and a provider if you
+            want a certain one.
+        base_url: the server, up to and including /v1. Without user, password or query: pass a key as `token`.
+        token: the key. None is the saved Hub token, which is sent to Hugging Face's own hosts only.
         max_concurrency: requests at once.
-        max_requests: the most requests sent, retries included.
-        max_tokens_total: no request is sent once so many prompt and completion tokens were used. Requests under way
-            then are waited for: it can be exceeded by what max_concurrency requests cost.
-        timeout: seconds that a request may take in all, its answer included.
+        max_tokens_total: no request is sent once so many prompt and completion tokens were used. Requests already sent
+            are waited for, so it can be exceeded by what max_concurrency requests cost.
+        timeout: seconds for one request, its reply included.
         attempts: how often a request is sent before it has failed.
-        max_wait: the longest pause in seconds that a server may ask for; with a longer one the request has failed.
         cache_dir: a folder for the answers (`storage.cache.Cache`), refusals and empty ones too, as they were paid for;
-            for another try give another seed. None keeps none.
-        continue_final_message: ask the server to go on with a prefilled turn, as vLLM and SGLang understand it.
-            Other servers get the beginning as a last message of the assistant, which many continue too; one that
-            repeats it has it taken away.
-        extra_body: more parameters for the server, `{"chat_template_kwargs": {"enable_thinking": False}}` say.
+            another seed gives other answers. None keeps none.
+        continue_final_message: ask the server to continue a prefilled turn, which vLLM and SGLang support. Other
+            servers get the prefill as a last message of the assistant, which many continue too; it is removed from
+            answers that repeat it.
+        extra_body: more parameters for the server, for example `{"chat_template_kwargs": {"enable_thinking": False}}`.
 
-    Raises: ValueError for settings that do not fit together, or a key that cannot be one.
+    Raises: ValueError for settings that do not fit together, or an invalid key.
     """
 
     def __init__(
@@ -85,14 +83,11 @@ class EndpointChat:
         model: str | None = None,
         *,
         base_url: str | None = None,
-        provider: str | None = None,
         token: str | None = None,
         max_concurrency: int = 8,
-        max_requests: int | None = None,
         max_tokens_total: int | None = None,
         timeout: float = 120.0,
         attempts: int = 8,
-        max_wait: float = 300.0,
         cache_dir: str | Path | None = None,
         continue_final_message: bool = False,
         extra_body: dict[str, Any] | None = None,
@@ -101,27 +96,32 @@ class EndpointChat:
             raise ValueError('Give a model ("org/name") or the base_url of a server ("http://127.0.0.1:8000/v1").')
         if base_url is None and "://" in model:
             raise ValueError("model is an address: give it as base_url.")
-        if base_url is not None and provider is not None:
-            raise ValueError("Give base_url or provider, not both: a provider has its own address.")
         if max_concurrency < 1 or attempts < 1:
             raise ValueError(f"max_concurrency is {max_concurrency}, attempts {attempts}; both must be at least 1.")
         if not timeout > 0:
             raise ValueError(f"timeout is {timeout}; it must be above 0 seconds.")
-        base_url = base_url and base_url.strip()
-        self.model, self.base_url, self.provider = model, base_url, provider
+        self.model, self.base_url = model, base_url and base_url.strip()
         self.max_concurrency, self.attempts = max_concurrency, attempts
         self.continue_final_message, self.extra_body = continue_final_message, dict(extra_body or {})
-        self._budget = _Budget(max_requests, max_tokens_total)
-        self._server = Server(repr(self), base_url, token, timeout, max_wait)
+        self._budget = _Budget(max_tokens_total)
+        self._server = Server(repr(self), self.base_url, token, timeout)
         self._cache = None if cache_dir is None else Cache(cache_dir)
 
     def __repr__(self) -> str:
-        where = self.base_url or self.provider or "the Hub's choice of provider"
+        where = self.base_url or "the Hub"
         return f"EndpointChat({self.model!r} at {where}, max_concurrency={self.max_concurrency})"
 
     @property
     def spent(self) -> Spent:
         return self._budget.spent
+
+    def with_cache(self, cache: Cache) -> EndpointChat:
+        """Returns this chat with its answers kept in the cache, unless it keeps them in a folder of its own."""
+        if self._cache is not None:
+            return self
+        chat = copy.copy(self)
+        chat._cache = cache
+        return chat
 
     def complete(
         self,
@@ -137,25 +137,26 @@ class EndpointChat:
     ) -> list[list[Completion]]:
         """Returns n completions of each conversation; the arguments are those of `Chat.complete`.
 
-        Servers give one answer to a request: the i-th of n is asked for with seed + i (so seeds nearer than n overlap
-        where a server minds them). A completion is "failed" when the server refused it, gave an answer without text,
-        failed `attempts` times, or was not asked since a cap was reached; how many, and why, is logged.
+        One request is sent for each completion, the i-th of n with seed + i, so calls whose seeds are closer than n
+        share answers where a server follows seeds. A completion is "failed" when the server refused it, answered
+        without text or failed `attempts` times, and "not_asked" once `max_tokens_total` is reached; how many, and why,
+        is logged.
 
         Raises:
             ValueError: an argument out of range.
             ChatError: no request can succeed (a wrong key, no such model, no credit, a server that does not answer).
-                Its `completions` hold what was answered until then.
-            KeyboardInterrupt: after the requests under way were answered; a second Ctrl-C drops them.
+                Its `completions` hold the answers until then.
+            KeyboardInterrupt: after the replies to the requests already sent; a second Ctrl-C does not wait for them.
         """
         prefill = check_arguments(conversations, n, temperature, top_p, max_tokens, prefill, stop)
         shared = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "stop": list(stop)}
-        asked = [
+        requests = [
             [self._request({"messages": messages, "prefill": start, **shared}, seed, i) for i in range(n)]
             for messages, start in zip(conversations, prefill, strict=True)
         ]
         run = _Run()
-        self._answer_all({request.key: request for requests in asked for request in requests}, run)
-        answers = [[run.answers.get(request.key, _UNASKED) for request in requests] for requests in asked]
+        self._answer_all({request.key: request for group in requests for request in group}, run)
+        answers = [[run.answers.get(request.key, _ENDED) for request in group] for group in requests]
         if run.error is not None:
             if isinstance(run.error, ChatError):
                 run.error.completions = answers
@@ -167,54 +168,46 @@ class EndpointChat:
         return answers
 
     def _request(self, body: dict[str, Any], seed: int, i: int) -> Request:
-        where = [self.model, self.base_url, self.provider, self.continue_final_message, self.extra_body]
+        where = [self.model, self.base_url, self.continue_final_message, self.extra_body]
         return Request(content_key("endpoint", where, body, seed, i), seed=seed + i, **body)
 
-    def with_cache(self, cache: Cache) -> EndpointChat:
-        """Returns this chat with its answers kept in the cache, unless it keeps them in a folder of its own."""
-        if self._cache is not None:
-            return self
-        chat = copy.copy(self)
-        chat._cache = cache
-        return chat
-
     def _answer_all(self, requests: dict[str, Request], run: _Run) -> None:
-        """Fills the run's answers from disk and from the server."""
+        """Put answers into the run, from the cache and from the server."""
         from anyio.from_thread import start_blocking_portal
 
         if self._cache is not None:
             run.answers.update((key, Completion(*answer)) for key, answer in self._cache.get(requests).items())
-            self._budget.count(from_disk=len(run.answers))
+            self._budget.count(from_cache=len(run.answers))
         missing = [request for key, request in requests.items() if key not in run.answers]
         if not missing:
             return
-        # In a thread of its own: a notebook's has an event loop that runs already.
+        # In a thread of its own: a notebook's thread runs an event loop already.
         with start_blocking_portal() as portal:
-            done = portal.start_task_soon(self._ask, missing, run)
+            done = portal.start_task_soon(self._send_all, missing, run)
             try:
                 done.result()
             except KeyboardInterrupt:
                 portal.call(run.halt.set)
                 logger.warning(
-                    "Interrupted: waiting for %d requests under way, at most %g s, as they are paid for. Ctrl-C again "
-                    "drops them.",
-                    run.under_way,
+                    "Interrupted: waiting for the replies to %d requests, at most %g s, as they are paid for. Ctrl-C "
+                    "again does not wait.",
+                    run.in_flight,
                     self._server.timeout,
                 )
                 done.result()
                 raise
 
-    async def _ask(self, requests: list[Request], run: _Run) -> None:
-        room = asyncio.Semaphore(self.max_concurrency)
+    async def _send_all(self, requests: list[Request], run: _Run) -> None:
+        slots = asyncio.Semaphore(self.max_concurrency)
 
         async def answer(request: Request) -> None:
-            async with room:
+            async with slots:
                 if run.halt.is_set():
                     return
                 try:
                     run.answers[request.key] = await self._answer(client, request, run)
                 except Exception as error:
-                    # What is under way is waited for, as it is paid for, and nothing else is sent.
+                    # Requests already sent are waited for, as they are paid for; no other is sent.
                     run.error = run.error or error
                     run.halt.set()
             bar.update()
@@ -225,96 +218,84 @@ class EndpointChat:
                     tasks.create_task(answer(request))
 
     async def _answer(self, client: AsyncClient, request: Request, run: _Run) -> Completion:
+        """The answer to a request, after retries; a request that failed is a completion too."""
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
-        most = self._server.max_wait
-        attempts = AsyncRetrying(
-            retry=retry_if_exception(lambda error: isinstance(error, Transient) and (error.wait or 0) <= most),
-            wait=lambda state: _pause(state.outcome.exception(), state.attempt_number, most),
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(lambda error: isinstance(error, TransientFailure) and _can_wait(error)),
+            wait=lambda state: _pause(state.outcome.exception(), state.attempt_number),
             stop=stop_after_attempt(self.attempts) | (lambda _: run.halt.is_set()),
             sleep=run.sleep,
-            before_sleep=lambda state: run.tell(f"{state.outcome.exception()}; again in {state.upcoming_sleep:.1f} s"),
+            before_sleep=lambda state: run.log(f"{state.outcome.exception()}; again in {state.upcoming_sleep:.1f} s"),
             reraise=True,
         )
         try:
-            return await attempts(self._attempt, client, request, run)
-        except NotAsked as error:
+            return await retrying(self._attempt, client, request, run)
+        except NotSent as error:
             return Completion("", "not_asked", str(error), 0, 0)
-        except Failed as error:
-            run.tell(str(error))
+        except RequestFailed as error:
+            run.log(str(error))
             return Completion("", "failed", str(error), 0, 0)
-        except Transient as error:
-            run.lost += 1
-            if run.lost >= _LOST_IN_A_ROW:
+        except TransientFailure as error:
+            run.failures += 1
+            if run.failures >= _FAILURES_IN_A_ROW:
                 raise ChatError(
-                    f"{self!r}: {run.lost} requests in a row failed, the last so: {error}. Repeat this when the server "
-                    "answers again."
+                    f"{self!r}: {run.failures} requests in a row failed, the last with: {error}. Repeat this when the "
+                    "server answers again."
                 ) from None
-            tried = attempts.statistics["attempt_number"]
-            return Completion("", "failed", f"{error}; attempts: {tried}.", 0, 0)
+            return Completion("", "failed", f"{error}; attempts: {retrying.statistics['attempt_number']}.", 0, 0)
 
     async def _attempt(self, client: AsyncClient, request: Request, run: _Run) -> Completion:
         await run.sleep(run.not_before - time.monotonic())
         if run.halt.is_set():
-            raise NotAsked(_UNASKED.error)
-        try:
-            how = {"continue_final_message": self.continue_final_message, "extra": self.extra_body}
-            body = request.body(f"{self.model}:{self.provider}" if self.provider else self.model, **how)
-        except UnicodeEncodeError as error:
-            raise Failed(f"The conversation cannot be sent as UTF-8: {error.reason}.") from None
+            raise NotSent(_ENDED.error)
+        body = request.body(self.model, continue_final_message=self.continue_final_message, extra=self.extra_body)
         self._budget.reserve_request()
-        run.under_way, started = run.under_way + 1, time.monotonic()
+        run.in_flight, started = run.in_flight + 1, time.monotonic()
         try:
             reply = await self._server.post(client, body, request.max_tokens)
         except TimedOut as error:
             if run.count_timeout(started) >= _TIMEOUTS_IN_A_ROW:
                 raise ChatError(
-                    f"{self!r}: {error}, {run.timeouts} times in a row. Raise the timeout or see why the server does "
-                    "not answer, then repeat this."
+                    f"{self!r}: {error}, {run.timeouts} times in a row. Raise the timeout or find out why the server "
+                    "does not answer, then repeat this."
                 ) from None
             raise
-        except Failed:
+        except (RequestFailed, TransientFailure) as error:
             run.timeouts = 0
-            raise
-        except Transient as error:
-            run.timeouts = 0
-            if error.wait is not None and error.wait <= self._server.max_wait:
+            if isinstance(error, TransientFailure) and error.wait is not None and _can_wait(error):
                 run.not_before = max(run.not_before, time.monotonic() + error.wait)  # for all requests: one limit
             raise
         finally:
-            run.under_way -= 1
-        run.lost = run.timeouts = 0
-        answer, prompt_tokens, completion_tokens = completion(
-            reply,
-            request,
-            removes_prefill=not self.continue_final_message,
-            mask=self._server.mask,
-            clean=self._server.clean,
+            run.in_flight -= 1
+        run.failures = run.timeouts = 0
+        answer = reply.completion(request, repeats_prefill=not self.continue_final_message)
+        self._budget.count(
+            prompt_tokens=reply.prompt_tokens or sum(len(message["content"]) for message in request.messages) // 4,
+            completion_tokens=reply.completion_tokens or len(reply.text) // 4,
         )
-        self._budget.count(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
         if self._cache is not None:
             self._cache.put({request.key: list(answer)})
         return answer
 
 
-class _Budget:
-    """What was spent, and a bound on it that holds for all threads."""
+class NotSent(Exception):
+    """The request was not sent: the run has ended or its budget is used."""
 
-    def __init__(self, max_requests: int | None, max_tokens_total: int | None):
-        self.max_requests, self.max_tokens_total = max_requests, max_tokens_total
-        self.spent = Spent()
+
+class _Budget:
+    """What was spent, and a bound on it, in all threads."""
+
+    def __init__(self, max_tokens_total: int | None):
+        self.max_tokens_total, self.spent = max_tokens_total, Spent()
         self._lock = threading.Lock()
 
     def reserve_request(self) -> None:
-        """Raises: NotAsked when a bound is reached."""
+        """Count a request. Raises: NotSent when the bound is reached."""
         with self._lock:
             used = self.spent.prompt_tokens + self.spent.completion_tokens
-            for name, cap, value in (
-                ("max_requests", self.max_requests, self.spent.requests),
-                ("max_tokens_total", self.max_tokens_total, used),
-            ):
-                if cap is not None and value >= cap:
-                    raise NotAsked(f"{name} is {cap}, and {value} were used.")
+            if self.max_tokens_total is not None and used >= self.max_tokens_total:
+                raise NotSent(f"max_tokens_total is {self.max_tokens_total:,}, and {used:,} were used.")
             self.spent = replace(self.spent, requests=self.spent.requests + 1)
 
     def count(self, **more: int) -> None:
@@ -324,32 +305,26 @@ class _Budget:
             )
 
 
-_UNASKED = Completion("", "not_asked", "The run ended before its turn.", 0, 0)
-
-
-class NotAsked(Exception):
-    """The request was not sent."""
-
-
 @dataclass
 class _Run:
     """One call of `complete`, in its own event loop.
 
-    lost: requests in a row that failed for good. timeouts: in a row, those of one moment counted once.
+    halt: set to send nothing more. not_before: `time.monotonic()` before which nothing is sent.
+    failures: requests that failed in a row. timeouts: in a row, those of requests sent at one time counted once.
     """
 
     answers: dict[str, Completion] = field(default_factory=dict)
     halt: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
-    under_way: int = 0
+    in_flight: int = 0
     not_before: float = 0.0
-    lost: int = 0
+    failures: int = 0
     timeouts: int = 0
     last_timeout: float = 0.0
-    told: bool = False
+    has_logged: bool = False
 
     async def sleep(self, seconds: float) -> None:
-        """Less when the run is halted."""
+        """Sleep, or wake early when the run is halted."""
         if seconds > 0:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.halt.wait(), seconds)
@@ -359,17 +334,19 @@ class _Run:
             self.timeouts, self.last_timeout = self.timeouts + 1, time.monotonic()
         return self.timeouts
 
-    def tell(self, failure: str) -> None:
-        logger.log(logging.INFO if self.told else logging.WARNING, failure)  # the first where everybody sees it
-        self.told = True
+    def log(self, failure: str) -> None:
+        # The first as a warning, which is shown by default.
+        logger.log(logging.INFO if self.has_logged else logging.WARNING, failure)
+        self.has_logged = True
 
 
-def _pause(error: Transient, attempt: int, most: float) -> float:
-    """Seconds until the next attempt: what the server asked for, else doubling; some luck keeps requests apart."""
-    luck = _luck.random()
-    return (
-        FIRST_WAIT_S * luck + error.wait if error.wait is not None else min(most, FIRST_WAIT_S * 2 ** (attempt - luck))
-    )
+def _can_wait(error: TransientFailure) -> bool:
+    return (error.wait or 0) <= MAX_WAIT_S
 
 
-_luck = random.Random()  # not the shared one: a caller's seeded run must not see that requests were retried
+def _pause(error: TransientFailure, attempt: int) -> float:
+    """Seconds until the next attempt: what the server asked for, or twice as long each time; requests are spread."""
+    spread = _jitter.random()
+    if error.wait is not None:
+        return FIRST_WAIT_S * spread + error.wait
+    return min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - spread))

@@ -1,4 +1,4 @@
-"""What is recorded of a chat, and what tells its answers from those of other chats."""
+"""A chat's name, for records, and its identity, which tells its answers from those of other chats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def chat_name(chat: Chat) -> str:
-    """Returns what is recorded of a chat: its model's name."""
+    """Returns the name of the chat's model; of a caller's own chat, its class."""
     if isinstance(chat, LocalChat):
         return model_name(chat.model)
     if isinstance(chat, EndpointChat):
@@ -23,17 +23,17 @@ def chat_name(chat: Chat) -> str:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """Returns what is recorded of a model: the name it was loaded by, or its class."""
+    """Returns the name that the model was loaded by, or its class."""
     return model.config._name_or_path or type(model).__name__
 
 
 def chat_identity(chat: Chat) -> str:
-    """Returns what tells a chat's answers from those of others: a server's address and model, a local model's weights.
+    """Returns a hash of a local model's weights and tokenizer, or of a server's address and model.
 
     Chats of a caller's own class are told apart by the class alone: give each a cache of its own.
     """
     if isinstance(chat, LocalChat):
         return chat.fingerprint()
     if isinstance(chat, EndpointChat):
-        return content_key("endpoint", chat.model, chat.base_url, chat.provider, chat.extra_body)
+        return content_key("endpoint", chat.model, chat.base_url, chat.extra_body)
     return chat_name(chat)

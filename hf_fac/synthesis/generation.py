@@ -23,7 +23,7 @@ from .text_source import TextSource
 if TYPE_CHECKING:
     from ..chat.base import Completion
     from ..dictionary.dictionary import FeatureDictionary
-    from ..steering.steered_chat import SteeredChat, UserTurn
+    from ..steering.steered_chat import SteeredChat, UnconditionalPrompt
     from ..tasks.task import Task
     from .verification import Verifier
 
@@ -46,7 +46,7 @@ class Generator:
     delta: np.ndarray
     prompt_format: str
     source: TextSource
-    unconditional: UserTurn | None
+    unconditional: UnconditionalPrompt | None
 
     def describes(self, feature: int) -> bool:
         """Whether the dictionary has an explanation or a span of the feature."""
@@ -208,11 +208,11 @@ def choose_prompt_format(
     return max(reversed(PROMPT_FORMATS), key=lambda prompt_format: shares[prompt_format])
 
 
-def unconditional_prompt(task: Task, steered: SteeredChat) -> UserTurn:
+def unconditional_prompt(task: Task, steered: SteeredChat) -> UnconditionalPrompt:
     """Returns what the steered model continues: it asks for a text of the task and names no feature."""
-    from ..steering.steered_chat import UserTurn
+    from ..steering.steered_chat import UnconditionalPrompt
 
     if not task.reads_answers:
-        return steered.user_turn()
+        return steered.user_prompt()
     request = f"Write {task.parts[task.target_field]}. Answer with that text alone."
-    return UserTurn(steered, [{"role": "user", "content": request}], ())
+    return UnconditionalPrompt(steered, [{"role": "user", "content": request}], ())

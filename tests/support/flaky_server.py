@@ -1,12 +1,11 @@
 """A chat-completions server on 127.0.0.1 for tests, with the standard library only, that fails in every way servers do.
 
-Its answers are made from the request alone, so a flaky run can be compared with a healthy one; what fails, and how, is
-decided by the request and how often it came. By hand: `python tests/flaky_server.py --port N --rate 0.3`.
+Its answers depend on the request only, so a flaky run can be compared with a healthy one; what fails, and how, depends
+on the request and how often it came.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import socket
@@ -44,12 +43,11 @@ WORDS = ("river", "hill", "stone", "bread", "window", "letter", "north", "winter
 
 
 class FlakyServer:
-    """A context manager. `rate` of the requests fail, each fault as often as the others.
+    """A context manager. A share `rate` of the requests fails, each fault as often as the others.
 
     Args:
         key: the bearer token asked for; None asks for none, and "" forbids one.
         hang: seconds for which a hanging answer is silent.
-        latency: seconds that each answer takes.
         statuses: content of the last message -> status that is always answered.
         messages: content of the last message -> the choice that is always answered.
         usage: what every answer holds as its usage; True for the right one, False for none.
@@ -65,20 +63,20 @@ class FlakyServer:
         seed: int = 0,
         key: str | None = None,
         hang: float = 5.0,
-        latency: float = 0.0,
         statuses: dict[str, int] | None = None,
         messages: dict[str, dict[str, Any]] | None = None,
         usage: Any = True,
         redirect: str | None = None,
     ):
         self.rate, self.faults, self.seed, self.key, self.hang = rate, faults, seed, key, hang
-        self.latency, self.statuses, self.messages, self.usage = latency, statuses or {}, messages or {}, usage
+        self.statuses, self.messages, self.usage = statuses or {}, messages or {}, usage
         self.retry_after, self.redirect = "0", redirect
         self.came: Counter[str] = Counter()  # requests by body
         self.paid: Counter[str] = Counter()  # whole, proper answers by body
         self.failed: Counter[str] = Counter()  # requests that failed, by fault
         self.keys: list[str | None] = []  # of every request, its Authorization
         self.most_at_once = self.at_once = 0
+        self.answered = threading.Semaphore(0)  # released once for each proper answer
         self.lock = threading.Lock()
         flaky = self
 
@@ -115,7 +113,6 @@ class FlakyServer:
         self.http.server_close()
 
     def answer(self, call: BaseHTTPRequestHandler, body: bytes) -> None:
-        time.sleep(self.latency)
         authorization = call.headers.get("Authorization")
         if call.path != "/v1/chat/completions":
             return send(call, 404, {"detail": "Not Found"})
@@ -138,6 +135,7 @@ class FlakyServer:
         send(call, 200, self.proper(asked))
         with self.lock:
             self.paid[name] += 1
+        self.answered.release()
 
     def proper(self, asked: dict[str, Any]) -> dict[str, Any]:
         luck = Random(hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest())
@@ -237,14 +235,3 @@ def reset(call: BaseHTTPRequestHandler) -> None:
     call.rfile.close()  # it holds the socket open
     call.connection.close()
     call.close_connection = True
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--rate", type=float, default=0.3)
-    parser.add_argument("--hang", type=float, default=60.0)
-    options = parser.parse_args()
-    with FlakyServer(port=options.port, rate=options.rate, hang=options.hang) as server:
-        print(server.url)
-        threading.Event().wait()
