@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ..chat.base import Chat
     from ..dictionary.dictionary import FeatureDictionary
     from ..features.featurizer import SAEFeaturizer
-    from ..steering.steered_chat import SteeredChat
+    from ..steering.steered_chat import SteeredChat, UnconditionalPrompt
     from .plan import SynthesisPlan
 
 VERSION = 3  # changes when the same settings and answers would give other samples
@@ -145,11 +145,10 @@ class FACSynthesizer:
         from .plan import make_plan
 
         features = self._missing(missing, None)
-        steers = "steering" in self.settings.methods
-        unconditional = unconditional_prompt(self.task, self._steering()).conversation if steers else None
+        unconditional = self._unconditional_prompt()
         return make_plan(
             self.settings, self._dictionary(None), features.tolist(), self.featurizer.tokenizer,
-            unconditional=unconditional,
+            unconditional=None if unconditional is None else unconditional.conversation,
         )  # fmt: skip
 
     def synthesize(
@@ -202,10 +201,11 @@ class FACSynthesizer:
         if pool is not None:
             measurement = self.featurizer.measurement
             from_pool = take_from_pool(pool, wanted, scorer, measurement=measurement, known=known, keep=self.keep)
-        steered = self._steering() if "steering" in self.settings.methods else None
+        unconditional = self._unconditional_prompt()
+        steered = None if unconditional is None else unconditional.steered
         verifier = Verifier(scorer, dictionary, known, self.settings.max_copied_words, steered)
         source = TextSource(self.chat, steered, self.featurizer.feature_fingerprint(), cache, budget)
-        progress = self._write(from_pool, verifier, source)
+        progress = self._write(from_pool, verifier, source, unconditional)
         ended = budget.refused or source.ended
         if source.error is not None and not source.answered and not from_pool.accepted:
             raise source.error
@@ -218,7 +218,9 @@ class FACSynthesizer:
             seconds=time.perf_counter() - started, ended=ended, chat_failed=ended is not None and ended == source.ended,
         )  # fmt: skip
 
-    def _write(self, from_pool: FromPool, verifier: Verifier, source: TextSource) -> Progress:
+    def _write(
+        self, from_pool: FromPool, verifier: Verifier, source: TextSource, unconditional: UnconditionalPrompt | None
+    ) -> Progress:
         """Write for the features that the pool left."""
         settings, features = self.settings, from_pool.left.tolist()
         progress = Progress({feature: [] for feature in features}, n_from_pool=len(from_pool.accepted))
@@ -228,7 +230,6 @@ class FACSynthesizer:
             prompt_format = choose_prompt_format(settings, verifier, source, features)
             if prompt_format is None:
                 return progress
-        unconditional = None if verifier.steered is None else unconditional_prompt(self.task, verifier.steered)
         generator = Generator(
             settings, verifier.dictionary, verifier.scorer.delta, prompt_format, source, unconditional
         )
@@ -275,15 +276,18 @@ class FACSynthesizer:
 
         return build_dictionary(self.featurizer, anchor, rank=0, world_size=1)
 
-    def _steering(self) -> SteeredChat:
+    def _unconditional_prompt(self) -> UnconditionalPrompt | None:
+        """What the steered model continues, None without steering."""
         from ..steering.steered_chat import SteeredChat
 
+        if "steering" not in self.settings.methods:
+            return None
         if self._steered is None:
             own, chat = self.featurizer, self.chat
             if not isinstance(chat, LocalChat) or chat.model is not own.model:
                 chat = LocalChat(own.model, own.tokenizer)
             self._steered = SteeredChat(chat, own.sae, layer=own.layer)
-        return self._steered
+        return unconditional_prompt(self.task, self._steered)
 
     def _provenance(self) -> dict[str, dict[str, Any]]:
         """What is recorded with every sample, under "", and with those of one method."""

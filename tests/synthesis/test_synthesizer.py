@@ -208,6 +208,21 @@ def test_steering_writes_for_features_with_the_model_that_is_measured(featurizer
     assert len(result.dataset) == 0 or min(tried) > 0
 
 
+def test_a_steered_text_of_the_user_starts_where_the_template_starts_a_user_message(featurizer, dictionary, report):
+    read, tokenizer = [], featurizer.tokenizer
+    handle = featurizer.model.register_forward_pre_hook(
+        lambda _m, _args, kwargs: read.extend(tokenizer.batch_decode(kwargs["input_ids"])), with_kwargs=True
+    )
+    settings = {"methods": ("steering",), "max_tokens": 3, "answer_tokens": 3, "task": "toxicity"}
+    chat = LocalChat(featurizer.model, tokenizer)
+    try:
+        synthesizer(featurizer, dictionary, report, chat=chat, **settings).synthesize(report.missing[:1])
+    finally:
+        handle.remove()
+    assert any(text == "<|im_start|>user" for text in read)
+    assert not any("<|im_start|>assistant" in text for text in read if text.startswith("<|im_start|>user"))
+
+
 def test_the_same_journal_resumes_to_the_same_samples_without_asking_again(featurizer, dictionary, report, tmp_path):
     chat = WritingChat()
     whole = synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path / "a")
