@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 class Status(Enum):
     """Where a candidate stands.
 
+    WRITTEN -> MISSED, HIT or REJECTED when it is verified; HIT -> ACCEPTED or REJECTED when its row is completed.
     MISSED: sound, but it does not activate its feature, or it only serves for a contrastive pair.
-    HIT: it activates its feature; a sample can be made of it.
+    HIT: sound, and it activates its feature: a sample can be made of it.
     ACCEPTED: it is a sample. REJECTED: it can be none, see `Rejection`.
     """
 
+    WRITTEN = "written"
     MISSED = "missed"
     HIT = "hit"
     ACCEPTED = "accepted"
@@ -33,6 +35,7 @@ class Rejection(Enum):
     NOT_FLUENT = "not fluent"
     COPY = "copy of what the prompt showed"
     NEAR_DUPLICATE = "near-duplicate"
+    REPEATS_SAMPLE = "near-duplicate of another sample"
     INACTIVE_AS_ROW = "inactive in its row"
     INCOMPLETE = "no whole row"
     REJECTED_ANSWER = "the rejected answer activates the feature too"
@@ -40,7 +43,12 @@ class Rejection(Enum):
 
 
 # The text itself is sound: it counts when hit rates are compared with the permutation baseline.
-SOUND_REJECTIONS = {Rejection.INACTIVE_AS_ROW, Rejection.INCOMPLETE, Rejection.REJECTED_ANSWER}
+SOUND_REJECTIONS = {
+    Rejection.REPEATS_SAMPLE,
+    Rejection.INACTIVE_AS_ROW,
+    Rejection.INCOMPLETE,
+    Rejection.REJECTED_ANSWER,
+}
 
 
 class SampleScore(NamedTuple):
@@ -62,27 +70,28 @@ class SampleScore(NamedTuple):
 class Request(NamedTuple):
     """One conversation that asks for texts for a feature.
 
-    prefill: how the answer begins, None where the model begins it.
+    prefill: how the answer starts, None where the model starts it. next_number: of the list that a prefill starts.
     strength: of steering, None for requests in words.
     provenance: what is recorded of the request beside each of its samples.
     """
 
     feature: int
     conversation: list[dict[str, str]]
-    prefill: str | None
-    strength: float | None
-    provenance: dict[str, Any]
+    prefill: str | None = None
+    next_number: int | None = None
+    strength: float | None = None
+    provenance: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 
 
 @dataclass(eq=False)
 class Candidate:
     """A text written for a feature.
 
-    method: "pool", "words", "two_step" or "steering".
+    method: "pool", or the kind of its round: "first_step", "second_step" or "steering".
     text: the target field (`Task.target_field`), "" when the answer could not be read.
     provenance: how it was asked for.
     row: the whole sample, None until all its parts are there.
-    score: what it activates, None until it was measured.
+    score: what its text activates and, once there is a row, what the row does; None until it was measured.
     detail: what `rejection` alone does not say.
     parts, attempts: the parts of its row so far, and how often parts were asked for again.
     """
@@ -93,7 +102,7 @@ class Candidate:
     provenance: dict[str, Any]
     row: dict[str, Any] | None = None
     score: SampleScore | None = None
-    status: Status = Status.MISSED
+    status: Status = Status.WRITTEN
     rejection: Rejection | None = None
     detail: str = ""
     parts: dict[str, str] = field(default_factory=dict)

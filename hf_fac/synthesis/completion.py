@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..tasks.prompts import next_part_prompt
+from .budget import Budget
 from .candidates import Candidate, Rejection, Request, Status
 from .settings import SynthesisSettings
 from .text_source import TextSource
@@ -28,6 +29,7 @@ class RowCompleter:
 
     settings: SynthesisSettings
     source: TextSource
+    budget: Budget
     scorer: SampleScorer
     keep: Callable[[Mapping[str, Any]], bool] | None
 
@@ -39,7 +41,7 @@ class RowCompleter:
         waiting = list(candidates)
         while waiting:
             requests = [(c, *next_part_prompt(self.settings.task, c.parts)) for c in waiting if c.row is None]
-            affordable = requests[: self.source.budget.affordable(1)] if requests else []
+            affordable = requests[: max(0, self.budget.completions_left())]
             unaffordable = [c for c, *_ in requests[len(affordable) :]]
             for attempt in sorted({c.attempts for c, *_ in affordable}):
                 self._write_parts([wanted for wanted in affordable if wanted[0].attempts == attempt], attempt)
@@ -47,10 +49,10 @@ class RowCompleter:
             waiting = [c for c in waiting if c.status is Status.HIT and c not in unaffordable]
 
     def _write_parts(self, wanted: list[tuple[Candidate, str, list[dict]]], attempt: int) -> None:
-        requests = [Request(c.feature, conversation, None, None, {}) for c, _, conversation in wanted]
+        requests = [Request(c.feature, conversation) for c, _, conversation in wanted]
         answers = self.source.complete(
             requests, n=1, temperature=_TEMPERATURE, max_tokens=self.settings.answer_tokens, stop=(),
-            seed=1000 * self.settings.seed + 100 * attempt + 99,
+            seed=self.settings.seed_of("part", attempt),
         )  # fmt: skip
         for (candidate, name, _), [completion] in zip(wanted, answers, strict=True):
             self._read_part(candidate, name, completion)
@@ -81,7 +83,7 @@ class RowCompleter:
         """Accept rows that activate the feature, unless the rejected answer does too or `keep` drops them."""
         task, rows, features = self.settings.task, [c.row for c in candidates], [c.feature for c in candidates]
         scores = self.scorer.rows(rows, features)
-        # In a pair, what the feature separates is lost when both answers activate it.
+        # A pair teaches the feature only if the rejected answer does not activate it.
         is_pair = "rejected" in task.features() and task.target_field == "chosen"
         others = self.scorer.rows(rows, features, side="rejected") if is_pair else [None] * len(rows)
         for candidate, score, other in zip(candidates, scores, others, strict=True):

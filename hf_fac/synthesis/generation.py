@@ -17,7 +17,7 @@ from ..tasks.parsing import Answer, read_list
 from ..tasks.prompts import FeatureHints, list_prompt, sample_prompt
 from .candidates import Candidate, Rejection, Request, Status
 from .filters import whole_sentences
-from .settings import PROMPT_FORMATS, Round, SynthesisSettings
+from .settings import Round, SynthesisSettings
 from .text_source import TextSource
 
 if TYPE_CHECKING:
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from ..dictionary.dictionary import FeatureDictionary
     from ..steering.steered_chat import SteeredChat, UnconditionalPrompt
     from ..tasks.task import Task
-    from .verification import Verifier
 
 SHOWN_SPANS = 5
-PROBED_FEATURES, PROBES = 8, 2  # how a prompt format is chosen: texts of so many features, so many each
 # In units of the mean norm of hidden states. Measured on SmolLM2-135M: little comes below 0.4, word salad above 0.8.
 _FIRST_STRENGTH, _STRONGER, _WEAKER = 0.5, 1.25, 0.8
 
@@ -69,7 +67,7 @@ class Generator:
             written: by feature, the candidates of earlier rounds.
         """
         n = n or self.settings.candidates
-        if round_.method == "steering":
+        if round_.kind == "steering":
             requests = [self._steering_request(feature, written[feature]) for feature in features]
         else:
             known = [feature for feature in features if self.describes(feature)]
@@ -81,9 +79,9 @@ class Generator:
             requests,
             n=n,
             temperature=round_.temperature,
-            max_tokens=self.settings.most_tokens(self._format(round_.method)),
-            stop=self.unconditional.stop if round_.method == "steering" else stop,
-            seed=1000 * self.settings.seed + 100 * round_.number,
+            max_tokens=self.settings.most_tokens(self._format(round_.kind)),
+            stop=self.unconditional.stop if round_.kind == "steering" else stop,
+            seed=self.settings.seed_of("round", round_.number),
         )
         return [
             self._candidate(round_, request, number, completion)
@@ -94,7 +92,7 @@ class Generator:
 
     def completions_each(self, round_: Round) -> int:
         """Returns how many completions a feature may need in a round, those of a row's other parts included."""
-        others = 0 if self._format(round_.method) == "json" else len(self.settings.task.parts) - 1
+        others = 0 if self._format(round_.kind) == "json" else len(self.settings.task.parts) - 1
         return self.settings.candidates + others
 
     def _format(self, method: str) -> str:
@@ -108,27 +106,27 @@ class Generator:
             rng = np.random.default_rng([self.settings.seed, round_.number, feature])
             shown = [spans[i] for i in sorted(rng.choice(len(spans), SHOWN_SPANS, replace=False))]
         hints = FeatureHints(row["explanation"], shown)
-        if round_.method == "two_step":
+        if round_.kind == "second_step":
             positive, negative, own = contrastive_pair(written, spans)
             hints = hints._replace(positive=positive, negative=negative, threshold=float(self.delta[feature]))
             provenance["positive"] = "own" if own else "span"
         if self.prompt_format == "list":
-            conversation, prefill = list_prompt(self.settings.task, hints)
-            return Request(feature, conversation, prefill, None, provenance)
-        variant = round_.number if round_.method == "words" else round_.number - 1
+            prompt = list_prompt(self.settings.task, hints)
+            return Request(feature, *prompt, provenance=provenance)
+        variant = round_.number if round_.kind == "first_step" else round_.number - 1
         conversation = sample_prompt(self.settings.task, hints, prompt_format=self.prompt_format, variant=variant)
-        return Request(feature, conversation, None, None, provenance)
+        return Request(feature, conversation, provenance=provenance)
 
     def _steering_request(self, feature: int, written: Sequence[Candidate]) -> Request:
         strength = next_strength([c for c in written if c.method == "steering"])
-        return Request(feature, self.unconditional.conversation, None, strength, {"strength": strength})
+        return Request(feature, self.unconditional.conversation, strength=strength, provenance={"strength": strength})
 
     def _candidate(self, round_: Round, request: Request, number: int, completion: Completion) -> Candidate:
-        candidate = Candidate(request.feature, round_.method, "", {**request.provenance, "answer": number})
+        candidate = Candidate(request.feature, round_.kind, "", {**request.provenance, "answer": number})
         if completion.finish == "failed":
             candidate.reject(Rejection.CHAT_FAILED, completion.error or "")
             return candidate
-        answer = self._read(request, self._format(round_.method), completion)
+        answer = self._read(request, self._format(round_.kind), completion)
         if answer.value is None:
             truncated = completion.finish == "length"
             candidate.reject(Rejection.TRUNCATED if truncated else Rejection.UNREADABLE, answer.reason)
@@ -143,8 +141,7 @@ class Generator:
         if prompt_format == "json":
             return task.read(text)
         if prompt_format == "list":
-            number = int(request.prefill.rpartition("\n")[2].removesuffix("."))
-            return read_list(text, number=number, ended=not truncated)[0]
+            return read_list(text, number=request.next_number, ended=not truncated)[0]
         # A truncated text ends with its last whole sentence.
         return task.read_part(task.target_field, whole_sentences(text) if truncated else text)
 
@@ -177,35 +174,6 @@ def next_strength(tried: Sequence[Candidate]) -> float:
         return strength
     broken = sum(c.status is Status.REJECTED for c in last)
     return strength * (_WEAKER if 2 * broken > len(last) else _STRONGER)
-
-
-def choose_prompt_format(
-    settings: SynthesisSettings, verifier: Verifier, source: TextSource, features: Sequence[int]
-) -> str | None:
-    """Returns the prompt format whose first texts are hits most often, and else readable most often.
-
-    Each format is tried on the first few features that the dictionary describes. Returns None when the budget or the
-    chat ended the trial.
-    """
-    round_, shares = settings.schedule()[0]._replace(method="words", temperature=settings.temperature), {}
-    for prompt_format in PROMPT_FORMATS:
-        generator = Generator(settings, verifier.dictionary, verifier.scorer.delta, prompt_format, source, None)
-        probed = [feature for feature in features if generator.describes(feature)][:PROBED_FEATURES]
-        if not probed:
-            return "text"
-        if source.budget.affordable(PROBES) < len(probed):
-            source.budget.refused = f"max_requests {source.budget.max_requests:,}"
-            return None
-        candidates = generator.write(round_, probed, {feature: [] for feature in probed}, n=PROBES)
-        if len(candidates) < PROBES * len(probed):
-            return None
-        if 2 * sum(c.rejection is Rejection.CHAT_FAILED for c in candidates) > len(candidates):
-            source.gave_up = source.first_failure  # no format is chosen by what the chat happened to lose
-            return None
-        verifier.verify(candidates)
-        hits = sum(c.status is Status.HIT for c in candidates)
-        shares[prompt_format] = (hits, sum(bool(c.text) for c in candidates))
-    return max(reversed(PROMPT_FORMATS), key=lambda prompt_format: shares[prompt_format])
 
 
 def unconditional_prompt(task: Task, steered: SteeredChat) -> UnconditionalPrompt:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..inputs.token_context import MarkedSpan
 from ..tasks.prompts import HINTS, FeatureHints, list_prompt, sample_prompt
-from .generation import PROBED_FEATURES, PROBES, SHOWN_SPANS
+from .generation import SHOWN_SPANS
+from .prompt_format import PROBED_FEATURES, PROBES
 from .settings import PROMPT_FORMATS, SynthesisSettings
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _cost(
     unconditional: list[dict[str, str]] | None,
 ) -> tuple[int, int, int]:
     """Completions, prompt tokens and written tokens with one prompt format."""
-    rounds = [round_.method for round_ in settings.schedule()]
+    rounds = [round_.kind for round_ in settings.schedule()]
     m, n, steered = len(features), settings.candidates, rounds.count("steering")
     words = len(rounds) - steered
     prompts = sum(_prompt_tokens(settings, prompt_format, dictionary, f, tokenizer) for f in features)
@@ -109,11 +110,12 @@ def _prompt_tokens(
     if not spans and not explanation:
         return 0
     hints = FeatureHints(explanation, spans)
-    if any(round_.method == "two_step" for round_ in settings.schedule()):
+    if any(round_.kind == "two_step" for round_ in settings.schedule()):
         text = MarkedSpan("", " word" * settings.max_tokens, "", 10.0)
         hints = hints._replace(positive=text, negative=text)
     if prompt_format == "list":
-        return _tokens(*list_prompt(settings.task, hints), tokenizer)
+        prompt = list_prompt(settings.task, hints)
+        return _tokens(prompt.conversation, prompt.prefill, tokenizer)
     variant = HINTS.index(max(HINTS, key=len))
     return _tokens(sample_prompt(settings.task, hints, prompt_format=prompt_format, variant=variant), "", tokenizer)
 

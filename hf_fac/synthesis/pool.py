@@ -73,14 +73,14 @@ def take_from_pool(
         rows = pool.select(numbers[selected.rows])
         for number, (row, scores) in zip(numbers[selected.rows].tolist(), _scored(rows, open_, scorer), strict=True):
             candidate = _candidate(number, row, scores, left, scorer)
-            _check(candidate, scores, scorer, (known, texts), keep)
+            _check(candidate, scores, scorer, known, texts, keep)
             if candidate.rejection is not None:
                 rejected.append(candidate)
             elif candidate.feature in left:
                 new = left.intersection(candidate.score.activates)
                 candidate.provenance["fills"], candidate.status = sorted(new), Status.ACCEPTED
                 left -= new
-                texts.add(candidate.text, "another sample")
+                texts.add(candidate.text, "a sample")
                 accepted.append(candidate)
         open_ = np.array([f for f in selected.covered.tolist() if f in left], np.int64)
         numbers = np.delete(numbers, selected.rows)
@@ -101,16 +101,18 @@ def _check(
     candidate: Candidate,
     scores: dict[int, SampleScore],
     scorer: SampleScorer,
-    known: tuple[NearDuplicates, ...],
+    known: NearDuplicates,
+    samples: NearDuplicates,
     keep: Callable[[Mapping[str, Any]], bool] | None,
 ) -> None:
-    source = next((source for texts in known if (source := texts.source_of(candidate.text))), None)
     if candidate.score.problem is not None:
         candidate.reject(Rejection.UNREADABLE, candidate.score.problem)
     elif not any(score.activation > scorer.delta[f] for f, score in scores.items()):
         candidate.reject(Rejection.INACTIVE_AS_ROW)
-    elif source is not None:
+    elif (source := known.source_of(candidate.text)) is not None:
         candidate.reject(Rejection.NEAR_DUPLICATE, source)
+    elif samples.source_of(candidate.text) is not None:
+        candidate.reject(Rejection.REPEATS_SAMPLE)
     elif keep is not None and not keep(candidate.row):
         candidate.reject(Rejection.FILTERED)
 

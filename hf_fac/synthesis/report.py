@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from ..coverage.coverage import FACReport
+from ..coverage.report import FACReport
 from ..storage.terminal import visible
 from .baseline import PermutationBaseline, compare_with_permutations
 from .candidates import SOUND_REJECTIONS, Candidate, Rejection, Status
@@ -22,11 +23,10 @@ from .candidates import SOUND_REJECTIONS, Candidate, Rejection, Status
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..features.featurizer import SAEFeaturizer
     from ..tasks.task import Task
     from .budget import Budget
 
-_METHODS = ("words", "two_step", "steering")
+_METHODS = ("first_step", "second_step", "steering")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,8 @@ class SynthesisReport:
     dropped: number of rejected candidates by reason.
     requests, prompt_tokens, completion_tokens: completions asked for and their tokens, those in the cache included.
     seconds: of this call.
-    ended: what ended the loop before all rounds were tried, else None. chat_failed: whether that was the chat.
+    ended: what ended the loop before all rounds were tried, else None. chat_failed: whether that was the chat, which
+        took no more requests; single texts that it did not write are counted in `dropped`.
     """
 
     features: np.ndarray
@@ -86,7 +87,9 @@ class SynthesisReport:
             )
         lines += [f"{name}: {method}" for name, method in self.methods.items()]
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-        lines.append(f"dropped: {reasons or 'none'}; {self.copied:.0%} of the hits copy a span")
+        lines.append(
+            f"dropped: {reasons or 'none'}; {self.copied:.0%} of the texts that activate their feature copy a span"
+        )
         lines.append(
             f"cost: {self.requests:,} completions, {self.prompt_tokens:,} prompt tokens and "
             f"{self.completion_tokens:,} written, {self.seconds:.0f} s"
@@ -101,7 +104,7 @@ class SynthesisResult:
 
     dataset: rows of the task's TRL type, the pool's rows, then all first samples of features, then all second ones,
         with the columns fac_feature (int32: the feature that the row was written for), fac_activation (float32),
-        fac_method ("pool", "words", "two_step", "steering") and fac_provenance (JSON: chat, seed, round, ...).
+        fac_method ("pool", "first_step", "second_step", "steering") and fac_provenance (JSON: chat, seed, round, ...).
     report: see `SynthesisReport`.
     dropped: rejected candidates: fac_feature, fac_method, fac_activation, text, reason.
     """
@@ -111,46 +114,53 @@ class SynthesisResult:
     dropped: Dataset
 
 
+def counted_features(missing: FACReport | ArrayLike) -> np.ndarray:
+    """Returns the ids over which FAC is counted: the anchor's features, or the given ids, rising."""
+    return missing.table["feature"] if isinstance(missing, FACReport) else np.sort(np.asarray(missing, np.int64))
+
+
 def make_result(
     *,
-    featurizer: SAEFeaturizer,
     task: Task,
     missing: FACReport | None,
     features: np.ndarray,
-    delta: np.ndarray,
+    samples: Sequence[Candidate],
+    active: np.ndarray,
     candidates: Sequence[Candidate],
     exhausted: Iterable[int],
     budget: Budget,
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, Mapping[str, Any]],
+    seed: int,
     seconds: float,
     ended: str | None,
     chat_failed: bool,
 ) -> SynthesisResult:
-    """Returns the samples in order with their report.
+    """Returns the samples with their report.
 
     Args:
         missing: the report that names the missing features, None where ids were given.
-        features: int64 ids, all that were asked for. delta: float64 [d_sae].
-        provenance: recorded with every sample, by method, and for all under "".
+        features: int64 ids, all that were asked for.
+        samples: accepted candidates, in order.
+        active: bool [n_samples, n], which of the `counted_features` they activate.
+        provenance: what is recorded with the samples, by method.
     """
-    samples = in_order([c for c in candidates if c.status is Status.ACCEPTED])[: budget.max_samples]
-    fac, curve, kl = _coverage(featurizer, task, missing, features, delta, samples)
+    fac, curve, kl = _coverage(missing, active)
     activated = {c.feature for c in samples} | {f for c in samples for f in c.provenance.get("fills", [])}
     written = [c for c in candidates if c.method != "pool"]
-    hits = [c for c in written if c.score is not None and c.feature in c.score.activates]
+    activating = [c for c in written if c.score is not None and c.feature in c.score.activates]
     rejected = [c for c in candidates if c.status is Status.REJECTED]
     report = SynthesisReport(
         features=features,
         activated=np.array([f for f in features.tolist() if f in activated], np.int64),
-        exhausted=np.array(sorted(set(exhausted) - activated, key=features.tolist().index), np.int64),
+        exhausted=np.array([f for f in features.tolist() if f in set(exhausted) - activated], np.int64),
         samples=len(samples),
         fac_before=fac[0],
         fac_after=fac[1],
         curve=curve,
         kl_before=kl[0],
         kl_after=kl[1],
-        methods=by_method(written, seed=provenance[""]["seed"]),
-        copied=sum(c.rejection is Rejection.COPY for c in hits) / len(hits) if hits else 0.0,
+        methods=by_method(written, seed=seed),
+        copied=sum(c.rejection is Rejection.COPY for c in activating) / len(activating) if activating else 0.0,
         dropped=dict(Counter(_category(c) for c in rejected).most_common()),
         requests=budget.requests,
         prompt_tokens=budget.prompt_tokens,
@@ -187,8 +197,7 @@ def by_method(candidates: Sequence[Candidate], *, seed: int = 0) -> dict[str, Pe
 
 
 def _is_sound(candidate: Candidate) -> bool:
-    repeats_sample = candidate.rejection is Rejection.NEAR_DUPLICATE and candidate.detail == "another sample"
-    return candidate.status is not Status.REJECTED or candidate.rejection in SOUND_REJECTIONS or repeats_sample
+    return candidate.status is not Status.REJECTED or candidate.rejection in SOUND_REJECTIONS
 
 
 def _category(candidate: Candidate) -> str:
@@ -196,7 +205,7 @@ def _category(candidate: Candidate) -> str:
     return candidate.reason if is_duplicate else candidate.rejection.value
 
 
-def _dataset(task: Task, samples: Sequence[Candidate], provenance: Mapping[str, Any]) -> Dataset:
+def _dataset(task: Task, samples: Sequence[Candidate], provenance: Mapping[str, Mapping[str, Any]]) -> Dataset:
     from datasets import Dataset, Features, Value
 
     rows = [
@@ -205,7 +214,7 @@ def _dataset(task: Task, samples: Sequence[Candidate], provenance: Mapping[str, 
             "fac_feature": c.feature,
             "fac_activation": c.activation,
             "fac_method": c.method,
-            "fac_provenance": json.dumps({**provenance[""], **provenance.get(c.method, {}), **c.provenance}),
+            "fac_provenance": json.dumps({**provenance[c.method], **c.provenance}),
         }
         for c in samples
     ]
@@ -229,30 +238,17 @@ def _dropped(rejected: Sequence[Candidate]) -> Dataset:
 
 
 def _coverage(
-    featurizer: SAEFeaturizer,
-    task: Task,
-    missing: FACReport | None,
-    features: np.ndarray,
-    delta: np.ndarray,
-    samples: Sequence[Candidate],
+    missing: FACReport | None, active: np.ndarray
 ) -> tuple[tuple[float, float], np.ndarray, tuple[float, float]]:
     """FAC before and after, the curve, and KL before and after."""
-    if missing is None:
-        ids, covered = np.sort(features), np.zeros(len(features), bool)
-    else:
-        ids, covered = missing.table["feature"], missing.table["covered"].copy()
-    if not len(ids):
-        return (math.nan, math.nan), np.full(len(samples) + 1, math.nan), (math.nan, math.nan)
-    above = np.zeros((len(samples), len(ids)), bool)
-    if samples:
-        rows = [task.featurizer_row(c.row, featurizer.reader.pool_over) for c in samples]
-        above = (featurizer(rows)[:, ids].toarray() > delta[ids]).astype(bool)
-    seen = np.vstack([covered, np.logical_or.accumulate(above, axis=0) | covered])
-    curve = seen.mean(axis=1)
+    if not active.shape[1]:
+        return (math.nan, math.nan), np.full(len(active) + 1, math.nan), (math.nan, math.nan)
+    covered = np.zeros(active.shape[1], bool) if missing is None else missing.table["covered"]
+    curve = np.vstack([covered, np.logical_or.accumulate(active, axis=0) | covered]).mean(axis=1)
     if missing is None:
         return (math.nan, math.nan), curve, (math.nan, math.nan)
     anchor, data = (np.asarray(missing.table[name], np.float64) for name in ("anchor_rows", "data_rows"))
-    return (float(curve[0]), float(curve[-1])), curve, (_kl(anchor, data), _kl(anchor, data + above.sum(axis=0)))
+    return (float(curve[0]), float(curve[-1])), curve, (_kl(anchor, data), _kl(anchor, data + active.sum(axis=0)))
 
 
 def _kl(anchor_rows: np.ndarray, data_rows: np.ndarray) -> float:

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..storage.cache import Cache
 from .budget import Budget
 from .candidates import Candidate, Rejection, Status
 from .completion import RowCompleter
 from .filters import NearDuplicates
 from .generation import Generator
-from .settings import Round, SynthesisSettings
+from .settings import Round
 from .verification import Verifier
 
 _WAVE = 32  # features that are written for at the same time
@@ -28,7 +29,7 @@ class Progress:
     """What was written so far.
 
     written: by feature, all candidates in the order in which they were written.
-    tried: the pairs of a feature and a round's number for which texts were written.
+    tried: (feature, round number) that texts were asked for.
     accepted: by feature, how many samples it has. samples: their texts.
     n_from_pool: samples that a pool gave.
     tries, successes: how often a feature was tried, and how often that made a sample.
@@ -53,12 +54,6 @@ class Progress:
         found = {c.text: c for c in reversed(self.written[feature]) if c.status is Status.HIT}
         return sorted(found.values(), key=lambda c: -c.activation)
 
-    def may_gain(self, feature: int, settings: SynthesisSettings) -> bool:
-        """Whether the feature lacks samples and something is left to try."""
-        if self.accepted[feature] >= settings.samples_per_feature:
-            return False
-        return bool(self.hits(feature)) or any((feature, r.number) not in self.tried for r in settings.schedule())
-
     def exhausted(self, rounds: Sequence[Round]) -> list[int]:
         """The features without a sample for which all rounds were tried, and none of whose texts the chat lost."""
         return [
@@ -71,38 +66,35 @@ class Progress:
         ]
 
 
-def run_rounds(progress: Progress, generator: Generator, verifier: Verifier, completer: RowCompleter) -> None:
+def run_rounds(
+    progress: Progress, generator: Generator, verifier: Verifier, completer: RowCompleter, budget: Budget, cache: Cache
+) -> str | None:
     """Write samples for the features of `progress`: all first samples before the second ones, round by round.
 
-    Returns when all features have their samples, all rounds were tried, or the budget ended the loop
-    (`budget.refused`). Where the chat gives up the loop goes on with what the cache knows.
+    Returns the bound that ended the loop; None when all features have their samples or all rounds were tried. Where the
+    chat gives up, the loop goes on with what the cache knows.
     """
     from tqdm.auto import tqdm
 
-    budget, settings = generator.source.budget, generator.settings
+    schedule, quotas = generator.settings.schedule(), range(1, generator.settings.samples_per_feature + 1)
     with tqdm(total=len(progress.written), desc="Features with samples", unit="feature", delay=2, leave=False) as bar:
-        for quota, round_ in itertools.product(range(1, settings.samples_per_feature + 1), settings.schedule()):
-            if not any(progress.may_gain(feature, settings) for feature in progress.written):
-                return
+        for quota, round_ in itertools.product(quotas, schedule):
             waiting = [f for f in progress.written if progress.accepted[f] < quota]
             waiting = [f for f in waiting if progress.hits(f) or (f, round_.number) not in progress.tried]
             while waiting:
-                size = _wave_size(progress, generator, round_, budget)
-                if not size:
-                    return
-                _write_wave(waiting[:size], quota, round_, progress, generator, verifier, completer)
+                if refusal := budget.refusal(progress.n_samples(), generator.completions_each(round_), cache):
+                    return refusal
+                size = _wave_size(progress, budget)
+                _write_wave(waiting[:size], quota, round_, progress, generator, verifier, completer, budget)
                 waiting = waiting[size:]
                 bar.update(len(+progress.accepted) - bar.n)
+    return None
 
 
-def _wave_size(progress: Progress, generator: Generator, round_: Round, budget: Budget) -> int:
+def _wave_size(progress: Progress, budget: Budget) -> int:
     """How many features to write for next: no more than the samples still wanted need at the hit rate so far."""
-    source, samples = generator.source, progress.n_samples()
-    if not budget.wants_more(samples) or not budget.has_time(source.cache):
-        return 0
     rate = (progress.successes + 1) / (progress.tries + 2)
-    needed = math.ceil(min(budget.samples_left(samples), _WAVE) / rate)
-    return min(_WAVE, needed, budget.affordable(generator.completions_each(round_)))
+    return min(_WAVE, math.ceil(min(budget.samples_left(progress.n_samples()), _WAVE) / rate))
 
 
 def _write_wave(
@@ -113,30 +105,34 @@ def _write_wave(
     generator: Generator,
     verifier: Verifier,
     completer: RowCompleter,
+    budget: Budget,
 ) -> None:
     """Complete the hits that earlier rounds left, then write for the features that still lack a sample."""
-    _complete_hits(features, quota, progress, completer)
+    _complete_hits(features, quota, progress, completer, budget)
     open_ = [f for f in features if progress.accepted[f] < quota and (f, round_.number) not in progress.tried]
+    # Each feature keeps room for the other parts of one row.
+    open_ = open_[: max(0, budget.completions_left() // generator.completions_each(round_))]
     candidates = generator.write(round_, open_, progress.written)
     verifier.verify(candidates, for_pairs=round_.for_pairs)
     for candidate in candidates:
         progress.written[candidate.feature].append(candidate)
     progress.tried.update((feature, round_.number) for feature in open_)
-    _complete_hits(open_, quota, progress, completer)
+    _complete_hits(open_, quota, progress, completer, budget)
     if not round_.for_pairs:
         progress.tries += len(open_)
         progress.successes += sum(progress.accepted[f] >= quota for f in open_)
 
 
-def _complete_hits(features: Sequence[int], quota: int, progress: Progress, completer: RowCompleter) -> None:
+def _complete_hits(
+    features: Sequence[int], quota: int, progress: Progress, completer: RowCompleter, budget: Budget
+) -> None:
     """Make samples of the strongest hits, one for each feature below its quota, until none is left to try."""
-    budget = completer.source.budget
     while batch := _next_hits(features, quota, progress, budget.samples_left(progress.n_samples())):
         completer.complete(batch)
         for candidate in batch:
             if candidate.status is Status.ACCEPTED:
                 progress.accepted[candidate.feature] += 1
-                progress.samples.add(candidate.text, "another sample")
+                progress.samples.add(candidate.text, "a sample")
         if any(candidate.status is Status.HIT for candidate in batch):
             return  # the budget left them without a row
 
@@ -151,10 +147,10 @@ def _next_hits(features: Sequence[int], quota: int, progress: Progress, most: in
         for candidate in progress.hits(feature):
             if len(batch) >= most:
                 return batch
-            if source := progress.samples.source_of(candidate.text):
-                candidate.reject(Rejection.NEAR_DUPLICATE, source)
+            if progress.samples.source_of(candidate.text) is not None:
+                candidate.reject(Rejection.REPEATS_SAMPLE)
             elif texts.source_of(candidate.text) is None:  # it waits for what becomes of the other
-                texts.add(candidate.text, "")
+                texts.add(candidate.text, "this batch")
                 batch.append(candidate)
                 break
     return batch

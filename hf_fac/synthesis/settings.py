@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from ..storage.cache import content_key
 from ..tasks.task import Task
 
 METHODS = ("one_step", "two_step", "contrastive", "steering")
@@ -16,14 +17,13 @@ _HOTTER, _HOTTEST = 0.15, 1.3  # what each further round in words adds to the te
 class Round(NamedTuple):
     """One pass over the features that still need samples.
 
-    number: its place in the schedule. method: "words", "two_step" or "steering".
-    step: how many rounds of the same method came before; for "two_step" the first round in words counts too.
+    number: its place in the schedule.
+    kind: "first_step" (asks with spans and explanation), "second_step" (also with the contrastive pair) or "steering".
     for_pairs: its texts serve for contrastive pairs only.
     """
 
     number: int
-    method: str
-    step: int
+    kind: str
     temperature: float
     for_pairs: bool
 
@@ -72,18 +72,22 @@ class SynthesisSettings:
     def schedule(self) -> list[Round]:
         """Returns the rounds in the order in which they are tried."""
         methods = {
-            "one_step": ["words"] * (self.rounds + 1),
-            "two_step": ["words"] + ["two_step"] * self.rounds,
-            "contrastive": ["words"] + ["two_step"] * max(1, self.rounds),
+            "one_step": ["first_step"] * (self.rounds + 1),
+            "two_step": ["first_step"] + ["second_step"] * self.rounds,
+            "contrastive": ["first_step"] + ["second_step"] * max(1, self.rounds),
             "steering": ["steering"] * _STEERING_ROUNDS,
         }
         rounds: list[Round] = []
         for name in self.methods:
-            for step, method in enumerate(methods[name]):
-                hotter = 0.0 if method == "steering" else _HOTTER * step
+            for step, kind in enumerate(methods[name]):
+                hotter = 0.0 if kind == "steering" else _HOTTER * step
                 temperature = min(self.temperature + hotter, max(_HOTTEST, self.temperature))
-                rounds.append(Round(len(rounds), method, step, temperature, name == "contrastive" and not step))
+                rounds.append(Round(len(rounds), kind, temperature, name == "contrastive" and not step))
         return rounds
+
+    def seed_of(self, purpose: str, number: int) -> int:
+        """Returns the seed of the requests of one purpose ("round", "part") and number."""
+        return int(content_key(self.seed, purpose, number)[:7], 16)
 
     def most_tokens(self, prompt_format: str) -> int:
         """Returns the most tokens of one answer to a request for texts."""

@@ -19,26 +19,32 @@ from numpy.typing import ArrayLike
 
 from ..chat.identity import chat_name, model_name
 from ..chat.local import LocalChat
-from ..coverage.coverage import FACReport, check_threshold
+from ..coverage.coverage import check_threshold
+from ..coverage.report import FACReport
 from ..inputs.rows import RowError
 from ..storage.cache import Cache, Processes, content_key
 from ..storage.differences import differences
 from ..storage.feature_ids import check_feature_ids
+from ..storage.parquet import rows_digest
 from ..storage.terminal import visible
 from ..tasks.prompts import HINTS, PROMPT_VERSION
 from ..tasks.task import Task, get_task
 from .budget import Budget
+from .candidates import Candidate, Status
 from .completion import RowCompleter
 from .filters import NearDuplicates, texts_of
-from .generation import Generator, choose_prompt_format, unconditional_prompt
+from .generation import Generator, unconditional_prompt
 from .pool import FromPool, take_from_pool
-from .report import SynthesisResult, make_result
+from .prompt_format import choose_prompt_format
+from .report import SynthesisResult, counted_features, in_order, make_result
 from .rounds import Progress, run_rounds
 from .settings import SynthesisSettings
 from .text_source import TextSource
 from .verification import SampleScorer, Verifier
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from datasets import Dataset
 
     from ..chat.base import Chat
@@ -147,7 +153,7 @@ class FACSynthesizer:
         features = self._missing(missing, None)
         unconditional = self._unconditional_prompt()
         return make_plan(
-            self.settings, self._dictionary(None), features.tolist(), self.featurizer.tokenizer,
+            self.settings, self._dictionary(None, None), features.tolist(), self.featurizer.tokenizer,
             unconditional=None if unconditional is None else unconditional.conversation,
         )  # fmt: skip
 
@@ -182,8 +188,8 @@ class FACSynthesizer:
             processes: who else works in cache_dir on the same call: each process asks for and measures its share, and
                 all return the same samples.
 
-        Where the chat stops answering, the samples made until then are returned with a warning (`report.chat_failed`);
-        the same call asks only for what is missing.
+        Texts that the chat does not write are told in a warning, and the same call asks for them again. Where it takes
+        no more requests at all (`report.chat_failed`), the samples made until then are returned.
 
         Raises: ValueError for features out of range, bounds below 1, a FACReport or pool measured with another
             featurizer, a report with a higher delta than the threshold, no threshold or dictionary; ChatError when the
@@ -191,9 +197,7 @@ class FACSynthesizer:
         """
         started = time.perf_counter()
         budget = Budget(max_samples, max_requests, max_seconds)
-        wanted = self._missing(missing, features)
-        delta = self._delta(missing)
-        dictionary = self._dictionary(anchor)
+        wanted, delta = self._missing(missing, features), self._delta(missing)
         cache = Cache(cache_dir, processes)
         scorer = SampleScorer(self.featurizer, self.task, wanted, delta, cache)
         known = NearDuplicates(self.avoid)
@@ -203,39 +207,62 @@ class FACSynthesizer:
             from_pool = take_from_pool(pool, wanted, scorer, measurement=measurement, known=known, keep=self.keep)
         unconditional = self._unconditional_prompt()
         steered = None if unconditional is None else unconditional.steered
+        dictionary = self._dictionary(anchor, cache.folder)
         verifier = Verifier(scorer, dictionary, known, self.settings.max_copied_words, steered)
         source = TextSource(self.chat, steered, self.featurizer.feature_fingerprint(), cache, budget)
-        progress = self._write(from_pool, verifier, source, unconditional)
-        ended = budget.refused or source.ended
+        progress = Progress({feature: [] for feature in from_pool.left.tolist()}, n_from_pool=len(from_pool.accepted))
+        refusal = self._write(progress, verifier, source, unconditional, budget, cache)
         if source.error is not None and not source.answered and not from_pool.accepted:
             raise source.error
-        if ended is not None and ended == source.ended:
-            warnings.warn(visible(f"Synthesis ended by {ended}. The same call asks for the rest."), stacklevel=2)
+        ended = refusal if source.gave_up is None else f"the chat: {source.gave_up}"
+        self._warn_of_lost_texts(source)
+        candidates = [*from_pool.accepted, *from_pool.rejected, *progress.all()]
+        samples = in_order([c for c in candidates if c.status is Status.ACCEPTED])[:max_samples]
         return make_result(
-            featurizer=self.featurizer, task=self.task, missing=missing if isinstance(missing, FACReport) else None,
-            features=wanted, delta=delta, candidates=[*from_pool.accepted, *from_pool.rejected, *progress.all()],
+            task=self.task, missing=missing if isinstance(missing, FACReport) else None, features=wanted,
+            samples=samples, active=self._active(samples, delta, counted_features(missing)), candidates=candidates,
             exhausted=progress.exhausted(self.settings.schedule()), budget=budget, provenance=self._provenance(),
-            seconds=time.perf_counter() - started, ended=ended, chat_failed=ended is not None and ended == source.ended,
+            seed=self.settings.seed, seconds=time.perf_counter() - started, ended=ended,
+            chat_failed=source.gave_up is not None,
         )  # fmt: skip
 
     def _write(
-        self, from_pool: FromPool, verifier: Verifier, source: TextSource, unconditional: UnconditionalPrompt | None
-    ) -> Progress:
-        """Write for the features that the pool left."""
-        settings, features = self.settings, from_pool.left.tolist()
-        progress = Progress({feature: [] for feature in features}, n_from_pool=len(from_pool.accepted))
-        words = set(settings.methods) != {"steering"}
-        prompt_format = settings.prompt_format or "text"
-        if words and settings.prompt_format is None and features and source.budget.wants_more(len(from_pool.accepted)):
-            prompt_format = choose_prompt_format(settings, verifier, source, features)
+        self,
+        progress: Progress,
+        verifier: Verifier,
+        source: TextSource,
+        unconditional: UnconditionalPrompt | None,
+        budget: Budget,
+        cache: Cache,
+    ) -> str | None:
+        """Write for the features of `progress`; returns the bound that ended it, else None."""
+        settings, prompt_format = self.settings, self.settings.prompt_format
+        if prompt_format is None and progress.written and budget.samples_left(progress.n_samples()) > 0:
+            prompt_format, refusal = choose_prompt_format(settings, verifier, source, budget, list(progress.written))
             if prompt_format is None:
-                return progress
-        generator = Generator(
-            settings, verifier.dictionary, verifier.scorer.delta, prompt_format, source, unconditional
-        )
-        completer = RowCompleter(settings, source, verifier.scorer, self.keep)
-        run_rounds(progress, generator, verifier, completer)
-        return progress
+                return refusal
+        delta = verifier.scorer.delta
+        generator = Generator(settings, verifier.dictionary, delta, prompt_format or "text", source, unconditional)
+        completer = RowCompleter(settings, source, budget, verifier.scorer, self.keep)
+        return run_rounds(progress, generator, verifier, completer, budget, cache)
+
+    def _active(self, samples: Sequence[Candidate], delta: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Which of the features each sample activates, pooled as the data are: bool [n_samples, n_ids]."""
+        if not samples:
+            return np.zeros((0, len(ids)), bool)
+        pool_over = self.featurizer.reader.pool_over
+        activations = self.featurizer([self.task.featurizer_row(c.row, pool_over) for c in samples])
+        return activations[:, ids].toarray() > delta[ids]
+
+    @staticmethod
+    def _warn_of_lost_texts(source: TextSource) -> None:
+        if source.gave_up is not None:
+            problem = f"The chat takes no more requests: {source.gave_up}"
+        elif source.lost:
+            problem = f"The chat did not write {source.lost:,} texts (the first: {source.first_loss})"
+        else:
+            return
+        warnings.warn(visible(f"{problem}. The same call asks for what is missing."), stacklevel=3)
 
     def _missing(self, missing: FACReport | ArrayLike, features: ArrayLike | None) -> np.ndarray:
         """The features to write for, int64, checked."""
@@ -264,7 +291,8 @@ class FACSynthesizer:
             )
         return np.broadcast_to(check_threshold(threshold, self.featurizer.d_sae), self.featurizer.d_sae)
 
-    def _dictionary(self, anchor: Dataset | None) -> FeatureDictionary:
+    def _dictionary(self, anchor: Dataset | None, folder: Path | None) -> FeatureDictionary:
+        """The synthesizer's, or one of the anchor rows, which is kept in the folder of the cache."""
         if self.dictionary is not None:
             return self.dictionary
         if anchor is None:
@@ -273,8 +301,14 @@ class FACSynthesizer:
                 "one), or pass synthesize(..., anchor=rows) to build one of these rows."
             )
         from ..dictionary.build import build_dictionary
+        from ..dictionary.dictionary import FeatureDictionary
 
-        return build_dictionary(self.featurizer, anchor, rank=0, world_size=1)
+        if folder is None:
+            return build_dictionary(self.featurizer, anchor, rank=0, world_size=1)
+        folder = folder / f"dictionary-{content_key(self.featurizer.fingerprint(), rows_digest(anchor))}"
+        if not folder.exists():
+            build_dictionary(self.featurizer, anchor, rank=0, world_size=1).save(folder)
+        return FeatureDictionary.load(folder)
 
     def _unconditional_prompt(self) -> UnconditionalPrompt | None:
         """What the steered model continues, None without steering."""
@@ -290,10 +324,11 @@ class FACSynthesizer:
         return unconditional_prompt(self.task, self._steered)
 
     def _provenance(self) -> dict[str, dict[str, Any]]:
-        """What is recorded with every sample, under "", and with those of one method."""
+        """What is recorded with the samples, by method."""
         shared = {"task": self.task.name, "seed": self.settings.seed, "prompt_version": PROMPT_VERSION}
-        words, own = {"chat": chat_name(self.chat)}, {"chat": model_name(self.featurizer.model)}
-        return {"": shared, "words": words, "two_step": words, "steering": own}
+        in_words = {**shared, "chat": chat_name(self.chat)}
+        steered = {**shared, "chat": model_name(self.featurizer.model)}
+        return {"pool": shared, "first_step": in_words, "second_step": in_words, "steering": steered}
 
 
 def _ids(missing: FACReport | ArrayLike, d_sae: int) -> np.ndarray:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..chat.base import Chat
     from ..steering.steered_chat import SteeredChat
 
-Place = tuple[int, int]  # of a text: its request and its number among the request's answers
+TextId = tuple[int, int]  # which request, and which of its answers
 
 
 class TextSource:
@@ -30,8 +30,8 @@ class TextSource:
         chat: writes requests in words. steered: writes requests with a strength, None without steering.
         measured_by: identifies the model and SAE that steer.
 
-    gave_up: why the chat takes no more requests, None while it does.
-    failures, first_failure: texts that were asked for in vain, and why the first of them failed.
+    gave_up: why the chat takes no more requests, None while it does; what the cache knows is still returned.
+    lost, first_loss: texts that were asked for in vain, and why the first of them failed.
     error: what the chat raised, None otherwise. answered: texts that were written, in earlier runs too.
     """
 
@@ -50,7 +50,7 @@ class TextSource:
         if steered is not None:
             self._identity[True] = content_key(chat_identity(steered.chat), measured_by, steered.mean_norm)
         self.gave_up: str | None = None
-        self.failures, self.first_failure, self.answered = 0, "", 0
+        self.lost, self.first_loss, self.answered = 0, "", 0
         self.error: ChatError | None = None
         self._counted: set[str] = set()
 
@@ -77,6 +77,7 @@ class TextSource:
         }  # fmt: skip
         found = self._known(keys)
         own = self.cache.processes.share(range(len(requests)))  # static: whatever the others have put by now
+        # One request for all n texts where none is known; a text that failed before is asked for by itself.
         whole = [place for place in own if not any((place, number) in found for number in range(n))]
         self._ask(requests, whole, range(n), keys, found, settings, steered)
         for number in range(n):
@@ -87,21 +88,12 @@ class TextSource:
         self._counted.update(keys.values())
         return [[found[place, number] for number in range(n)] for place in range(len(requests))]
 
-    @property
-    def ended(self) -> str | None:
-        """Why texts are missing: the chat gave up or failed, else None."""
-        if self.gave_up is not None:
-            return f"the chat: {self.gave_up}"
-        if self.failures:
-            return f"{self.failures:,} texts that the chat did not write (the first: {self.first_failure})"
-        return None
-
     @staticmethod
     def was_asked(completion: Completion) -> bool:
         """Whether the chat took the request; else it is at its end."""
         return completion.finish != "not_asked"
 
-    def _known(self, keys: dict[Place, str]) -> dict[Place, Completion]:
+    def _known(self, keys: dict[TextId, str]) -> dict[TextId, Completion]:
         values = self.cache.get(keys.values())
         return {place: Completion(*values[key]) for place, key in keys.items() if key in values}
 
@@ -110,8 +102,8 @@ class TextSource:
         requests: Sequence[Request],
         places: Sequence[int],
         numbers: range,
-        keys: dict[Place, str],
-        found: dict[Place, Completion],
+        keys: dict[TextId, str],
+        found: dict[TextId, Completion],
         settings: dict[str, Any],
         steered: bool,
     ) -> None:
@@ -135,7 +127,7 @@ class TextSource:
                     written[self._failed(key)] = list(completion)
         self.cache.put(written)
 
-    def _wait_for_others(self, keys: dict[Place, str], found: dict[Place, Completion]) -> None:
+    def _wait_for_others(self, keys: dict[TextId, str], found: dict[TextId, Completion]) -> None:
         """Put into `found` what the other processes ask for."""
         pairs = {at: (key, self._failed(key)) for at, key in keys.items() if at not in found}
         values = self.cache.wait(list(pairs.values()))
@@ -167,8 +159,8 @@ class TextSource:
         if len(asked) < len(completions) and self.gave_up is None:
             told = next(c.error for c in completions if not self.was_asked(c))
             self.gave_up = str(self.error or told or "it takes no more requests").rstrip(".")
-        self.failures += len(failed)
+        self.lost += len(failed)
         self.answered += len(asked) - len(failed)
-        if failed and not self.first_failure:
-            self.first_failure = failed[0].error or "it does not say why"
+        if failed and not self.first_loss:
+            self.first_loss = failed[0].error or "it does not say why"
         self.budget.spend(len(asked), sum(c.prompt_tokens for c in asked), sum(c.completion_tokens for c in asked))

@@ -44,10 +44,6 @@ class SampleScorer:
         self._featurizer = featurizer
         self._readers: dict[str, tuple[SAEFeaturizer, str]] = {}
 
-    def texts(self, texts: Sequence[str], features: Sequence[int]) -> list[SampleScore]:
-        """Returns what texts activate that stand alone as the task's target field, each written for its feature."""
-        return self.rows([self.task.wrap_target(text) for text in texts], features)
-
     def rows(
         self, rows: Sequence[Mapping[str, Any]], features: Sequence[int], *, side: str = "chosen"
     ) -> list[SampleScore]:
@@ -134,16 +130,13 @@ class Verifier:
             for_pairs: these candidates only serve for contrastive pairs, so none becomes a hit.
         """
         readable = [c for c in candidates if c.text]
-        features = [c.feature for c in readable]
-        if readable and readable[0].row is not None:
-            scores = self.scorer.rows([c.row for c in readable], features)
-        else:
-            scores = self.scorer.texts([c.text for c in readable], features)
+        task = self.scorer.task
+        rows = [task.wrap_target(c.text) if c.row is None else c.row for c in readable]
+        scores = self.scorer.rows(rows, [c.feature for c in readable])
         for candidate, score in zip(readable, scores, strict=True):
             candidate.score = score
-        sound = [c for c in readable if c.status is not Status.REJECTED]
-        self._check_fluency([c for c in sound if c.method == "steering"])
-        for candidate in sound:
+        self._check_fluency([c for c in readable if c.method == "steering"])
+        for candidate in readable:
             if candidate.status is not Status.REJECTED:
                 self._judge(candidate, for_pairs)
 
@@ -167,7 +160,7 @@ class Verifier:
             candidate.reject(Rejection.COPY)
         elif candidate.activation <= self.scorer.delta[candidate.feature] or for_pairs:
             candidate.status = Status.MISSED
-        elif source := self.known.source_of(candidate.text):
+        elif (source := self.known.source_of(candidate.text)) is not None:
             candidate.reject(Rejection.NEAR_DUPLICATE, source)
         else:
             candidate.status = Status.HIT

@@ -92,9 +92,17 @@ def sample_prompt(
     return [*_system(task), {"role": "user", "content": "\n".join(line.rstrip(" ") for line in text.split("\n"))}]
 
 
-def list_prompt(task: Task, feature: FeatureHints) -> tuple[list[Message], str]:
-    """Returns, for a small model, a conversation and the prefill of its answer: a numbered list of the feature's texts
-    that ends with the next number. The model continues the list; `read_list` reads what it adds.
+class ListPrompt(NamedTuple):
+    """A conversation, the prefill of its answer, a list that ends with `next_number`, which the model continues."""
+
+    conversation: list[Message]
+    prefill: str
+    next_number: int
+
+
+def list_prompt(task: Task, feature: FeatureHints) -> ListPrompt:
+    """Returns, for a small model, a prompt whose answer continues a numbered list of the feature's texts; `read_list`
+    reads what it adds.
 
     Raises: ValueError when neither an explanation nor a span describes the feature.
     """
@@ -102,7 +110,8 @@ def list_prompt(task: Task, feature: FeatureHints) -> tuple[list[Message], str]:
     items = [visible(text[:300], keep="") for text in dict.fromkeys(texts) if text]
     order = f"Write a numbered list. Each entry is {task.parts[task.target_field]}, on one line.\n"
     prefill = "\n".join(f"{number}. {text}" for number, text in enumerate([*items, ""], 1)).rstrip(" ")
-    return [*_system(task), {"role": "user", "content": f"{order}The pattern: {_pattern(feature)}"}], prefill
+    request = {"role": "user", "content": f"{order}The pattern: {_pattern(feature)}"}
+    return ListPrompt([*_system(task), request], prefill, len(items) + 1)
 
 
 def next_part_prompt(task: Task, parts: Mapping[str, str]) -> tuple[str, list[Message]] | None:

@@ -172,7 +172,12 @@ def test_what_was_cut_off_ends_with_its_last_whole_sentence(text, expected):
 
 def test_texts_of_rows_of_every_type():
     turn = [{"role": "user", "content": "b"}]
-    rows = ["a", {"messages": turn}, {"prompt": turn, "completion": "c", "fac_way": "words", "n": 3}, {"text": None}]
+    rows = [
+        "a",
+        {"messages": turn},
+        {"prompt": turn, "completion": "c", "fac_method": "first_step", "n": 3},
+        {"text": None},
+    ]
     assert list(texts_of(rows)) == ["a", "b", "b", "c"]
 
 

@@ -33,6 +33,11 @@ from hf_fac.tasks.task import get_task
 TASKS = ["toxicity", "helpfulness", "instruction_following", "sycophancy"]
 
 
+def asked_of(chat):
+    """What each conversation asked for in its last message."""
+    return [json.loads(key)[0][-1]["content"] for key, _ in chat.asked]
+
+
 def assert_same(one, other):
     """Equal but for activations, which depend in their last digits on what else was measured at the time."""
     assert_same_rows(as_dicts(one), as_dicts(other))
@@ -133,11 +138,11 @@ def test_the_second_step_shows_the_strongest_and_the_weakest_text_of_the_first(f
     chat = WritingChat()
     settings = {"chat": chat, "prompt_format": "text", "rounds": 1, "samples_per_feature": 50}
     result = synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:4])
-    second = [json.loads(key)[0][-1]["content"] for key, seed in chat.asked if seed == 100]
+    second = [text for text in asked_of(chat) if "This text has it" in text]
     assert len(second) == 4
     assert all("This text has it (strength" in request for request in second)
     assert any("This text misses it" in request for request in second)
-    assert result.report.methods.keys() == {"words", "two_step", "all"}
+    assert result.report.methods.keys() == {"first_step", "second_step", "all"}
 
 
 def test_a_feature_without_spans_or_candidates_borrows_or_is_left(featurizer, dictionary, report):
@@ -150,7 +155,7 @@ def test_a_feature_without_spans_or_candidates_borrows_or_is_left(featurizer, di
     result = synthesizer(featurizer, dictionary, report, chat=chat, prompt_format="text").synthesize(report.missing[:3])
     assert len(result.dataset) == 0
     assert list(result.dataset.features)[:2] == ["prompt", "completion"]
-    assert any("This text has it (strength" in key for key, seed in chat.asked if seed == 100), "borrowed from a span"
+    assert any("This text has it (strength" in text for text in asked_of(chat)), "borrowed from a span"
     assert result.report.exhausted.tolist() == report.missing[:3].tolist()
 
 
@@ -167,7 +172,7 @@ def test_one_step_and_two_step_ask_for_as_many_texts(featurizer, dictionary, rep
     asked = []
     for ways in (("one_step",), ("two_step",)):
         chat = WritingChat()
-        settings = {"chat": chat, "methods": ways, "samples_per_feature": 10**6}
+        settings = {"chat": chat, "methods": ways, "samples_per_feature": 20}
         synthesizer(featurizer, dictionary, report, **settings).synthesize(report.missing[:5])
         asked.append(sum("numbered list" in key for key, _ in chat.asked))
     assert asked == [20, 20]
@@ -331,7 +336,7 @@ def test_rows_that_were_begun_are_finished_when_a_bound_is_reached(featurizer, d
     timed = slow.synthesize(report, max_seconds=0.5)
     assert timed.report.ended == "max_seconds 0.5"
     assert len(timed.dataset) > 3
-    assert set(timed.dataset["fac_method"]) == {"words"}
+    assert set(timed.dataset["fac_method"]) == {"first_step"}
     n = 4 * len(report.missing)
     counted = synthesizer(featurizer, dictionary, report).synthesize(report, max_requests=n + 60)
     assert counted.report.requests <= n + 60
@@ -377,7 +382,7 @@ def test_a_chat_at_its_end_is_asked_again_by_the_same_call(featurizer, dictionar
     whole = synthesizer(featurizer, dictionary, report, prompt_format=form).synthesize(report)
     for at_most in (0, 30, 150, whole.report.requests - 200):
         chat = WritingChat(at_most=at_most)
-        with pytest.warns(UserWarning, match="asks for the rest"):
+        with pytest.warns(UserWarning, match="asks for what is missing"):
             result = synthesizer(featurizer, dictionary, report, prompt_format=form, chat=chat).synthesize(
                 report, cache_dir=tmp_path
             )
@@ -635,7 +640,32 @@ def test_contrastive_samples_come_from_pairs_alone(featurizer, dictionary, repor
     )
     result = made.synthesize(report)
     assert len(result.dataset) > 2
-    assert set(result.dataset["fac_method"]) == {"two_step"}
-    asked = [json.loads(key)[0][-1]["content"] for key, seed in chat.asked if seed == 100]
+    assert set(result.dataset["fac_method"]) == {"second_step"}
+    asked = [text for text in asked_of(chat) if "This text has it" in text]
     assert len(asked) == len(report.missing), "every feature gets samples from its pair"
     assert all("This text has it" in request for request in asked)
+
+
+def test_a_number_of_requests_is_kept_to_when_hits_of_earlier_rounds_are_completed_too(featurizer, dictionary, report):
+    made = synthesizer(featurizer, dictionary, report, keep=lambda row: len(str(row)) % 2, samples_per_feature=3)
+    whole = made.synthesize(report).report.requests
+    for bound in range(40, whole, 97):
+        told = made.synthesize(report, max_requests=bound).report
+        assert told.requests <= bound
+        assert told.ended == f"max_requests {bound}"
+
+
+def test_a_lost_text_is_told_and_does_not_end_the_synthesis(featurizer, dictionary, report):
+    with pytest.warns(UserWarning, match=r"did not write 1 texts \(the first: the server is gone\)"):
+        result = synthesizer(featurizer, dictionary, report, chat=WritingChat(loses=[3])).synthesize(report)
+    assert result.report.ended is None
+    assert not result.report.chat_failed
+    assert result.report.dropped["the chat failed"] == 1
+
+
+def test_a_dictionary_of_the_anchor_rows_is_built_once(featurizer, report, tmp_path, monkeypatch):
+    made = FACSynthesizer(WritingChat(), featurizer, task="instruction_following", methods=("two_step",), rounds=0)
+    anchor = Dataset.from_list(rows(60, seed=3))
+    first = made.synthesize(report, anchor=anchor, cache_dir=tmp_path, max_requests=60)
+    monkeypatch.setattr("hf_fac.dictionary.build.build_dictionary", None)
+    assert as_dicts(made.synthesize(report, anchor=anchor, cache_dir=tmp_path, max_requests=60)) == as_dicts(first)

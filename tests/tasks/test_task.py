@@ -358,8 +358,9 @@ def test_variants_add_hints_in_turn():
 
 def test_a_list_prompt_ends_where_the_model_continues():
     spans = [*SPANS, ("line one\n", " two", "\tend"), SPANS[0], (" ", "\n", "")]
-    [user], prefill = begin(INSTRUCTION_FOLLOWING, "water", spans, ("the", " wide", " sea"))
+    [user], prefill, number = begin(INSTRUCTION_FOLLOWING, "water", spans, ("the", " wide", " sea"))
     assert user["role"] == "user"
+    assert number == 5
     assert "water" in user["content"]
     assert INSTRUCTION_FOLLOWING.parts["prompt"] in user["content"]
     # A span of several sentences or lines is cut to the one that its token stands in.

@@ -1,0 +1,47 @@
+"""Which prompt format suits a chat: each is tried on a few features.
+
+The trial's texts are not lost: the first round asks the same of these features and finds the answers in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .budget import Budget
+from .candidates import Rejection, Status
+from .generation import Generator
+from .settings import PROMPT_FORMATS, SynthesisSettings
+from .text_source import TextSource
+from .verification import Verifier
+
+PROBED_FEATURES, PROBES = 8, 2  # texts of so many features, so many for each
+
+
+def choose_prompt_format(
+    settings: SynthesisSettings, verifier: Verifier, source: TextSource, budget: Budget, features: Sequence[int]
+) -> tuple[str | None, str | None]:
+    """Returns the prompt format whose texts are hits most often, and else readable most often; or None, and why.
+
+    Args:
+        features: those to write for; the first few that the dictionary describes are tried.
+    """
+    first = next((r for r in settings.schedule() if r.kind == "first_step"), None)
+    generators = {
+        name: Generator(settings, verifier.dictionary, verifier.scorer.delta, name, source, None)
+        for name in PROMPT_FORMATS
+    }
+    described = [feature for feature in features if generators["text"].describes(feature)][:PROBED_FEATURES]
+    if first is None or not described:
+        return "text", None
+    shares = {}
+    for name, generator in generators.items():
+        if refusal := budget.refusal(0, PROBES * len(described), source.cache):
+            return None, refusal
+        candidates = generator.write(first, described, {feature: [] for feature in described}, n=PROBES)
+        lost = PROBES * len(described) - sum(c.rejection is not Rejection.CHAT_FAILED for c in candidates)
+        if source.gave_up is not None or 2 * lost > PROBES * len(described):
+            return None, f"the chat: {source.gave_up or source.first_loss}"  # not chosen by what happened to be lost
+        verifier.verify(candidates)
+        shares[name] = (sum(c.status is Status.HIT for c in candidates), sum(bool(c.text) for c in candidates))
+    # Of equal formats the one that makes whole samples: "json", then "text".
+    return max(reversed(PROMPT_FORMATS), key=lambda name: shares[name]), None
