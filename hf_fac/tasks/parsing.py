@@ -1,7 +1,7 @@
-"""What a model wrote, read strictly: one JSON object, one text, or the entries of a numbered list.
+"""Strict parsing of a model's answers: one JSON object, one text, or the entries of a numbered list.
 
-In: the raw text of an answer. Out: an `Answer`, the value or the reason why there is none. Mended is only what is
-certain; anything else is refused, so that the caller asks again.
+In: the text of a completion. Out: an `Answer`, the value or the reason why it was refused. Only deviations with one
+meaning are corrected (a code fence, "Sure, here is one:", quotation marks around everything).
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ import json
 import re
 from typing import Any, NamedTuple
 
-_SURE = r"(?:sure|certainly|of course|absolutely|okay|ok)\b[^\n{]{0,40}\bhere(?:'s|’s| is| are)\b[^\n{]{0,100}"
-_BEFORE_TEXT = re.compile(rf"\A{_SURE}:[ \t]*\n", re.IGNORECASE)
-_BEFORE_JSON = re.compile(rf"\A(?:{_SURE}|here(?:'s|’s| is)\b[^\n{{]{{0,100}}|json)[:.!]?[ \t]*\n", re.IGNORECASE)
+_PHRASE = r"(?:sure|certainly|of course|absolutely|okay|ok)\b[^\n{]{0,40}\bhere(?:'s|’s| is| are)\b[^\n{]{0,100}"
+_BEFORE_TEXT = re.compile(rf"\A{_PHRASE}:[ \t]*\n", re.IGNORECASE)
+_BEFORE_JSON = re.compile(rf"\A(?:{_PHRASE}|here(?:'s|’s| is)\b[^\n{{]{{0,100}}|json)[:.!]?[ \t]*\n", re.IGNORECASE)
 _NUMBERED = re.compile(r"\s*(\d{1,9})[.)](?:\s+(.*))?\Z")
 _MARKS = re.compile(r"<<[^\s<>](?:[^<>\n]{0,78}[^\s<>])?>>")  # not the shifts of C++, which stand between spaces
 _QUOTES = ('""', "''", "“”", "‘’", "«»", "„“")
 
 
 class Answer(NamedTuple):
-    """What was read: a value and no reason, or None and the reason why there is none."""
+    """A value and no reason, or no value and the reason why it was refused."""
 
     value: Any
     reason: str | None
 
 
 def read_json(text: str) -> Answer:
-    """Returns the one JSON object, a dict, that is the whole answer.
+    """Returns the JSON object, a dict, that is the whole answer.
 
-    Mended: white space, a code fence around it, a line such as "Sure, here is one:" before it, line breaks inside its
-    strings, the object written as one JSON string. Refused: anything more, a second object, a key that stands twice.
+    Corrected: white space, a code fence around it, a line such as "Sure, here is one:" before it, line breaks inside
+    its strings, the object written as one JSON string. Refused: anything more, a second object, a repeated key.
     """
     body = _BEFORE_JSON.sub("", text.strip()).strip()
     fence, _, inside = body.partition("\n")
     if fence.strip().lower() in ("```", "```json"):
         body = inside.removesuffix("```").strip()
-    decoder = json.JSONDecoder(strict=False, object_pairs_hook=_once)
+    decoder = json.JSONDecoder(strict=False, object_pairs_hook=_no_repeated_key)
     try:
         value = decoder.decode(body)
         if isinstance(value, str):
@@ -46,14 +46,14 @@ def read_json(text: str) -> Answer:
 
 
 def read_text(text: str) -> Answer:
-    """Returns the text that is the answer. Mended: white space around it, a line such as "Sure, here is one:" before
-    it, one pair of quotation marks around it. Refused: what `check_text` refuses."""
+    """Returns the answer as a text. Removed: white space around it, a line such as "Sure, here is one:" before it, one
+    pair of quotation marks around it. Refused: what `check_text` refuses."""
     return check_text(_unquoted(_BEFORE_TEXT.sub("", text.strip()).strip()))
 
 
 def check_text(text: Any) -> Answer:
-    """Returns the text without white space around it. Refused: other types, nothing, a bare ellipsis, lone surrogates
-    (no tokenizer reads them) and the marks << and >> of a prompt's spans."""
+    """Returns the text without white space around it. Refused: other types, an empty text or a bare ellipsis, lone
+    surrogates (no tokenizer reads them), and words marked with << and >> as in a prompt's spans."""
     if not isinstance(text, str):
         return Answer(None, f"it is of type {type(text).__name__}, not a text")
     text = text.strip()
@@ -67,11 +67,10 @@ def check_text(text: Any) -> Answer:
 
 
 def read_list(text: str, *, number: int, ended: bool = False) -> list[Answer]:
-    """Returns the entries of a numbered list that `text` goes on with, right after its `number` and the dot.
+    """Returns the entries of a numbered list that `text` continues after `number` and a dot.
 
-    An entry is one line, and the numbers count on; what follows the list is left out. Refused are an entry that goes
-    on over several lines, what `read_text` refuses and, unless the model `ended` its turn, a last line, which may be
-    cut off.
+    An entry is one line, and the numbers are consecutive; text after the list is left out. Refused are an entry of
+    several lines, what `read_text` refuses and, unless the model `ended` its turn, a last line, which may be cut off.
     """
     entries: list[str] = []
     reasons: dict[int, str] = {}
@@ -88,14 +87,14 @@ def read_list(text: str, *, number: int, ended: bool = False) -> list[Answer]:
             closed = True
         else:
             if not closed and not (unfinished and line.strip().isdigit()):
-                reasons[len(entries) - 1] = "it goes on over several lines"
+                reasons[len(entries) - 1] = "it has several lines"
             break
     return [Answer(None, reasons[i]) if i in reasons else read_text(entry) for i, entry in enumerate(entries)]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is repeated")
     return dict(pairs)
 
 

@@ -1,4 +1,4 @@
-"""Every prompt that asks for samples, in one place: a task and what is known of a feature in, conversations out.
+"""All prompts that ask for samples: a task and a feature's description in, conversations out.
 
 A feature is described by its explanation and by texts that activate it. The default wording below can be replaced by a
 task's own (`Task.prompt`, `Task.system_prompt`, `Task.examples`).
@@ -15,8 +15,8 @@ from ..inputs.token_context import MarkedSpan, mark_span
 from ..storage.terminal import visible
 from .task import ANSWER_FIELDS, Task
 
-PROMPT_VERSION = "2"  # changes with any word of a prompt, so that answers to another wording are told apart
-# What is added to a request when a feature is asked for again: `sample_prompt(..., variant=i)`.
+PROMPT_VERSION = "2"  # changes with any word of a prompt: answers to another wording are not reused
+# Added to the request when a feature is asked for again: `sample_prompt(..., variant=i)`.
 HINTS = (
     "",
     "Use the marked word or phrase itself, in a sentence of your own.",
@@ -42,12 +42,12 @@ _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?:\s|$)|[。！？]|\n")
 
 
 class FeatureHints(NamedTuple):
-    """What a prompt tells of a feature.
+    """A feature's description in a prompt.
 
-    explanation: what it responds to, None to leave that to the spans.
+    explanation: what it responds to; None leaves that to the spans.
     spans: texts that activate it.
-    positive, negative: the contrastive pair, a text that activates it most and one that does least.
-    threshold: a negative whose activation is above it is said to have less of the pattern, not to miss it.
+    positive, negative: the contrastive pair, texts with a high and a low activation.
+    threshold: a negative with a higher activation is said to have less of the pattern instead of none.
     """
 
     explanation: str | None
@@ -117,12 +117,12 @@ def list_prompt(task: Task, feature: FeatureHints) -> ListPrompt:
 def next_part_prompt(task: Task, parts: Mapping[str, str]) -> tuple[str, list[Message]] | None:
     """Returns the name of the part to write next and the conversation that asks for it, None when all parts are there.
 
-    This is how models that write text but no JSON get from a target field to a row, part by part.
+    Models that cannot write JSON complete a row this way, part by part, from its target field.
     """
     name = next((name for name in task.parts if name not in parts), None)
     if name is None:
         return None
-    if name in ANSWER_FIELDS:  # what the model says when the prompt is put to it
+    if name in ANSWER_FIELDS:  # the model's own answer to the prompt
         return name, [{"role": "user", "content": parts["prompt"]}]
     given = "".join(f"{part.capitalize()}:\n{parts[part]}\n\n" for part in task.parts if part in parts)
     if name == "label":
@@ -166,7 +166,7 @@ def _pair_lines(feature: FeatureHints) -> str:
 
 
 def _sentence(span: MarkedSpan) -> str:
-    """The sentence or line that holds the token: a model that reads fragments writes fragments."""
+    """The sentence or line that holds the token: a model that is shown fragments writes fragments."""
     before, token, after, _ = MarkedSpan(*span)
     start = max((m.end() for m in _SENTENCE_END.finditer(before)), default=0)
     # A token can hold the end itself.

@@ -1,7 +1,7 @@
-"""A task: what makes a feature relevant for it, the TRL type of its samples, and what a sample consists of.
+"""A task: when a feature is relevant for it, the TRL type of its samples, and the parts of a sample.
 
-In: a task's fields, from code or a YAML file, and the parts of a sample that a model wrote. Out: rows that the TRL
-trainer of the task's type takes, or the reason why the parts make none. How samples are asked for is in prompts.py.
+In: a task's fields, from code or a YAML file, and the parts of a sample that a model wrote. Out: rows for the TRL
+trainer of the task's type, or the reason why the parts were refused. The prompts for samples are in prompts.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _POOLS: dict[str, tuple[PoolOver, ...]] = dict.fromkeys(_PARTS, ("all", "user", 
     "messages": ("all", "user", "assistant"),
     "contrastive": ("all", "user"),  # the answer is a letter: what can activate a feature stands in the question
 }
-ANSWER_FIELDS = ("completion", "chosen")  # what the model says when the prompt is put to it: taken word for word
+ANSWER_FIELDS = ("completion", "chosen")  # the model's own answer to the prompt: taken word for word
 _PROMPT_FIELDS = ("task", "pattern", "spans", "pair", "examples", "parts", "hint", "answer")
 _BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_TASKS = tuple(sorted(path.stem for path in _BUILTIN.glob("*.yaml")))
@@ -55,23 +55,23 @@ class Task:
     """A task that features are rated and samples are written for; `dataclasses.replace` makes a variant of one.
 
     Args:
-        name: what ratings and samples are filed under.
+        name: recorded with ratings and samples.
         guideline: when a feature matters for the task, and what the ratings yes, probably, maybe and no mean for it.
         type: the columns of a row, conversational but for the first type:
             labelled: text, label. messages: messages. prompt_completion: prompt, completion.
             preference: prompt, chosen, rejected. implicit_preference: chosen, rejected, both with the prompt.
             contrastive: prompt (a question with choices A and B), chosen and rejected (a letter each).
-        pool_over: whose tokens are read for features, as `ConversationReader` takes it.
+        pool_over: whose tokens are pooled, as in `ConversationReader`.
         parts: what a model is told to write, by part: text and label; prompt and completion; prompt, chosen and
-            rejected; question, matching and other (the choices that show a behaviour, and that do not).
+            rejected; question, matching and other (the choices that show a behaviour, and do not).
         labels: of a labelled task, their names; the label of a row is the index.
         system_prompt: put before every request for samples; "" for none.
-        prompt: own wording of the request for a sample, with the fields $pattern (what the feature responds to), $spans
-            (texts that activate it), $pair (the contrastive pair), $parts and $answer (what to write, in which form),
-            $examples, $hint and $task; "" for the built-in wording (`tasks.prompts`).
+        prompt: your own request for a sample, with the fields $pattern (what the feature responds to), $spans (texts
+            that activate it), $pair (the contrastive pair), $parts and $answer (what to write, in which format),
+            $examples, $hint and $task; "" for the built-in one (`tasks.prompts`).
         examples: samples of the task that the request shows.
 
-    Raises: ValueError for anything else, naming the field.
+    Raises: ValueError for other values, naming the field.
     """
 
     name: Text
@@ -108,17 +108,18 @@ class Task:
 
     @property
     def target_field(self) -> str:
-        """The part of a sample that has to activate the feature: it holds the tokens that are pooled."""
+        """The part of a sample whose tokens are pooled: the one that must activate the feature."""
         return _PARTS[self.type][self.pool_over in ("assistant", "completion")]
 
     @property
     def reads_answers(self) -> bool:
-        """Whether the target field is what the assistant says."""
+        """Whether the target field is the assistant's answer."""
         return self.target_field in ANSWER_FIELDS
 
     def target_text(self, row: Mapping[str, Any]) -> str:
-        """Returns the text of a row that has to activate the feature (of a contrastive item question and choices): of a
-        conversation the user's, or the assistant's, last message, "" where there is none; of a standard column all."""
+        """Returns the text of a row that must activate the feature: of a conversation the last message of the user or
+        of the assistant, "" where there is none; of a standard column all of it; of a contrastive row question and
+        choices."""
         columns = _COLUMNS[self.type]
         value = row[self.target_field if self.target_field in columns else columns[0]]
         if isinstance(value, str):
@@ -127,7 +128,7 @@ class Task:
         return next((message["content"] for message in reversed(value) if message["role"] == role), "")
 
     def wrap_target(self, text: str) -> dict[str, Any]:
-        """Returns a row for a featurizer with this `pool_over` whose pooled tokens are those of the text alone."""
+        """Returns a row whose pooled tokens, for a featurizer with this `pool_over`, are those of the text only."""
         if self.type == "labelled":
             return {"text": text}
         if self.reads_answers:
@@ -136,20 +137,20 @@ class Task:
         return {"messages": [{"role": "user", "content": text}]}
 
     def read(self, text: str) -> Answer:
-        """Returns the row in a chat's JSON answer, or the reason why there is none (see `read_json`, `row`)."""
+        """Returns the row in a chat's JSON answer, or the reason why it was refused (see `read_json`, `row`)."""
         found = read_json(text)
         return found if found.value is None else self.row(found.value)
 
     def read_part(self, name: str, text: str) -> Answer:
-        """Returns the text of a part in a chat's answer, or the reason why there is none (see `read_text`)."""
+        """Returns the text of a part in a chat's answer, or the reason why it was refused (see `read_text`)."""
         return check_text(text) if name in ANSWER_FIELDS else read_text(text)
 
     def row(self, parts: Mapping[str, str]) -> Answer:
-        """Returns the row made of all parts, in the columns of the task's type, or the reason why there is none.
+        """Returns the row made of all parts, in the columns of the task's type, or the reason why it was refused.
 
-        A label is named in any case, with or without a full stop. Refused are wrong keys, values that `check_text`
-        refuses, pairs whose two answers are equal, and questions that give choices. Which of a contrastive item's
-        choices is A is fixed by its question, one half each; "A)" and "B)" before the two choices are taken off.
+        A label may be in upper or lower case and end in a full stop. Refused are wrong keys, values that `check_text`
+        refuses, pairs of equal answers, and questions that hold choices. A hash of a contrastive row's question decides
+        which choice is A; "A)" and "B)" before the two choices are removed.
         """
         if set(parts) != set(self.parts):
             return Answer(None, f"its keys are {sorted(parts)}, not {sorted(self.parts)}")
@@ -168,12 +169,12 @@ class Task:
             return Answer({"text": first, "label": names.index(label)}, None)
         if self.type == "contrastive":
             if re.search(r"^\s*\(?[AB][).:]\s", first, re.MULTILINE):
-                return Answer(None, "question: it gives choices")
+                return Answer(None, "question: it holds choices")
             letters = [_CHOICE.match(other) for other in others]
             if all(letters) and letters[0][1] != letters[1][1]:
                 others = [other[letter.end() :] for other, letter in zip(others, letters, strict=True)]
             elif any(letters):
-                return Answer(None, f"its choices carry letters that do not fit: {others}")
+                return Answer(None, f"the letters of its choices do not fit: {others}")
             matching_is_b = zlib.crc32(first.encode()) % 2
             a, b = others[::-1] if matching_is_b else others
             first = f"{first}\n\nChoices:\n(A) {a}\n(B) {b}"
@@ -186,13 +187,13 @@ class Task:
         return Answer(dict(zip(_COLUMNS[self.type], values, strict=True)), None)
 
     def example(self) -> dict[str, Any]:
-        """Returns a row that says nothing, to see whether rows of this task can be read."""
+        """Returns a dummy row, to check whether a tokenizer can read rows of this task."""
         labels = {"label": self.labels[0]} if self.labels else {}
         return self.row({name: f"This is the {name}." for name in self.parts} | labels).value
 
     def featurizer_row(self, row: Mapping[str, Any], pool_over: PoolOver | None = None) -> Mapping[str, Any]:
-        """Returns a row as a featurizer with `pool_over` (None: the task's) takes it: where a labelled task's user is
-        read, its text becomes a user's message (plain text has no user); every other row stays as it is."""
+        """Returns a row for a featurizer with `pool_over` (None: the task's). A labelled row whose user is pooled
+        becomes a user's message, as plain text has no user; every other row is returned unchanged."""
         if self.type == "labelled" and (pool_over or self.pool_over) == "user":
             return {"messages": [{"role": "user", "content": row["text"]}]}
         return row
@@ -214,17 +215,9 @@ class Task:
         """
         import yaml
 
-        class WithoutAliases(yaml.SafeLoader):
-            """A few lines of aliases can stand for more than fits into memory."""
-
-            def compose_node(self, parent: Any, index: Any) -> Any:
-                if self.check_event(yaml.AliasEvent):
-                    raise yaml.YAMLError("aliases (*name) are not read: write it out")
-                return super().compose_node(parent, index)
-
         try:
-            found = yaml.load(Path(path).read_text(encoding="utf-8"), WithoutAliases)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         keys = ", ".join(f.name for f in fields(cls))
         remedy = f"the keys of a task are {keys} (YAML wants quotes around texts such as 'yes', 'no' and '1')"
@@ -235,13 +228,10 @@ class Task:
         import yaml
 
         class Readable(yaml.SafeDumper):
-            """Texts of several lines stay as they are."""
+            """Keeps the lines of texts."""
 
         def represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-            # YAML takes these for line breaks or drops them, unless they are escaped.
-            odd = any(c in text for c in "\r\x85\u2028\u2029\ufeff")
-            style = '"' if odd else "|" if "\n" in text else None
-            return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+            return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
         Readable.add_representer(str, represent)
         content = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v}

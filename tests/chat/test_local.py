@@ -61,7 +61,7 @@ def test_greedy_is_what_generate_writes(family: str, batch_size: int) -> None:
     assert {answer.finish for answer in expected} == {"stop", "length"}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     batch_size=st.integers(1, 40),

