@@ -46,21 +46,19 @@ class FlakyServer:
     """A context manager. A share `rate` of the requests fails, each fault as often as the others.
 
     Args:
-        key: the bearer token asked for; None asks for none, and "" forbids one.
-        hang: seconds for which a hanging answer is silent.
-        statuses: content of the last message -> status that is always answered.
-        messages: content of the last message -> the choice that is always answered.
-        usage: what every answer holds as its usage; True for the right one, False for none.
-        redirect: where every request is sent on to.
+        key: the bearer token required; None requires none.
+        hang: seconds before a reply that hangs is reset.
+        statuses: the status of every reply to a request whose last message has this content.
+        messages: the choice in every such reply.
+        usage: the usage in every reply; True for the right figures, False for none.
+        redirect: the address to which every request is redirected.
     """
 
     def __init__(
         self,
         *,
-        port: int = 0,
         rate: float = 0.0,
         faults: tuple[str, ...] = FAULTS,
-        seed: int = 0,
         key: str | None = None,
         hang: float = 5.0,
         statuses: dict[str, int] | None = None,
@@ -68,15 +66,15 @@ class FlakyServer:
         usage: Any = True,
         redirect: str | None = None,
     ):
-        self.rate, self.faults, self.seed, self.key, self.hang = rate, faults, seed, key, hang
+        self.rate, self.faults, self.key, self.hang = rate, faults, key, hang
         self.statuses, self.messages, self.usage = statuses or {}, messages or {}, usage
         self.retry_after, self.redirect = "0", redirect
-        self.came: Counter[str] = Counter()  # requests by body
-        self.paid: Counter[str] = Counter()  # whole, proper answers by body
-        self.failed: Counter[str] = Counter()  # requests that failed, by fault
-        self.keys: list[str | None] = []  # of every request, its Authorization
+        self.came: Counter[str] = Counter()  # requests, by body
+        self.paid: Counter[str] = Counter()  # replies without a fault, by body
+        self.failed: Counter[str] = Counter()  # replies with a fault, by fault
+        self.keys: list[str | None] = []  # the Authorization of every request
         self.most_at_once = self.at_once = 0
-        self.answered = threading.Semaphore(0)  # released once for each proper answer
+        self.answered = threading.Semaphore(0)  # released once for each reply without a fault
         self.lock = threading.Lock()
         flaky = self
 
@@ -100,7 +98,7 @@ class FlakyServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
@@ -126,7 +124,7 @@ class FlakyServer:
         name = json.dumps(asked, sort_keys=True)
         with self.lock:
             self.came[name] += 1
-            luck = Random(f"{self.seed} {self.came[name]} {name}")
+            luck = Random(f"{self.came[name]} {name}")
         if luck.random() < self.rate:
             fault = luck.choice(self.faults)
             with self.lock:
@@ -201,7 +199,7 @@ class FlakyServer:
 
 
 class SlowServer(FlakyServer):
-    """Answers nothing until `open` is set; `waiting` is released once for each request that came."""
+    """Replies to nothing until `open` is set; `waiting` is released once for each request received."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A double for the `Chat` protocol that writes sentences of random words, whatever form it is asked for."""
+"""A `Chat` for tests that writes sentences of random words in the format it is asked for."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ def sentence(rng: random.Random, *, n: int = 9) -> str:
 
 
 class WritingChat:
-    """Its answers follow from conversation, seed and number alone. `asked`: every conversation with its settings.
+    """Its completions depend on conversation, prefill, seed and number only.
 
-    dies_after: kill the process once so many texts were written. wrong: the share of answers that are cut off, empty,
-    talk about the request, repeat what they were shown or fail. gives_up_after: raise ChatError in the call in which so
-    many conversations were answered, three answers of that call in it. seconds: what each call takes at least.
-    at_most: texts after so many are not asked for. loses: numbers of texts (in the order asked) that fail.
+    Args:
+        dies_after: kill the process once so many texts were written.
+        wrong: the share of completions that are cut off, empty, about the request, a copy of their prompt, or failed.
+        gives_up_after: raise ChatError in the call that answers the conversation of this number, with three answers.
+        seconds: each call takes at least as long.
+        at_most: the number of texts written; others are "not_asked".
+        loses: numbers of texts, in the order asked for, that fail.
+
+    asked: every conversation and prefill, with its seed.
     """
 
     def __init__(
