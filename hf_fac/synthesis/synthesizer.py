@@ -6,6 +6,7 @@ the task's TRL type in which every row was measured to activate the feature it w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -135,6 +136,10 @@ class FACSynthesizer:
         self.avoid = {name: list(texts_of(rows)) for name, rows in (avoid or {}).items()}
         self._steered: SteeredChat | None = None
 
+    @functools.cached_property
+    def _avoided(self) -> NearDuplicates:
+        return NearDuplicates(self.avoid)
+
     def fingerprint(self) -> str:
         """Returns a hash of all settings that shape results; the weights of the model that measures are among them."""
         delta = None if self.threshold is None else np.asarray(self.threshold, np.float64).tolist()
@@ -200,7 +205,7 @@ class FACSynthesizer:
         wanted, delta = self._missing(missing, features), self._delta(missing)
         cache = Cache(cache_dir, processes)
         scorer = SampleScorer(self.featurizer, self.task, wanted, delta, cache)
-        known = NearDuplicates(self.avoid)
+        known = self._avoided
         from_pool = FromPool([], [], wanted)
         if pool is not None:
             measurement = self.featurizer.measurement
