@@ -166,7 +166,7 @@ def test_a_command_is_stopped_though_a_server_does_not_answer(dictionary_folder,
         for _ in range(8):
             assert server.waiting.acquire(timeout=120)
         child.send_signal(signal.SIGINT)
-        assert any("Interrupted: waiting for 8 requests under way, at most 77 s" in line for line in child.stderr)
+        assert any("Interrupted: waiting for the replies to 8 requests, at most 77 s" in line for line in child.stderr)
         child.send_signal(signal.SIGINT)
         said = child.stderr.read()
         assert child.wait(timeout=30) == 130
