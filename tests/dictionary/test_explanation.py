@@ -348,7 +348,7 @@ def test_an_endpoint_keeps_each_answer_as_it_comes(tmp_path) -> None:
         own = EndpointChat("m", base_url=server.url, cache_dir=tmp_path)
         own.complete([question.conversation], temperature=0.0, seed=3, max_tokens=5)
     assert own.spent.requests == 0
-    assert own.spent.from_disk == 1
+    assert own.spent.from_cache == 1
 
 
 def test_shuffled_explanations_score_no_better_than_chance() -> None:
