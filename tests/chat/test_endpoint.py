@@ -506,7 +506,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.slow
 def test_transformers_serve_answers_over_the_wire(tmp_path: Path) -> None:
     model = generating_model("llama").float()
     model.generation_config.update(do_sample=True, eos_token_id=2, pad_token_id=0, top_k=0)
