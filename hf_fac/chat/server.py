@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MAX_WAIT_S = 300.0  # a server that asks for a longer pause has refused the request
 _TOKEN_BYTES = 1024  # no token is longer, escaped in JSON
 _REPLY_BYTES = 1 << 20  # room for all else in a reply
+_TOKEN_CHARACTERS = 256  # no token is longer
+_UNBOUNDED_TOKENS = 100_000  # more than a server's own prompt, or thinking that max_tokens does not bound, can have
 _RETRIED = (408, 409, 425, 429)  # and everything from 500 up
 _REQUEST_REFUSED = (400, 413, 414, 415, 422)  # another request may succeed
 _HF_HOSTS = (".huggingface.co", ".huggingface.cloud")
@@ -107,6 +109,8 @@ class Reply(NamedTuple):
             error = f"The answer has no text (finish_reason {self.finish_reason!r})."
             if self.finish_reason == "length":
                 error += " Thinking may have taken all tokens: raise max_tokens."
+        elif len(self.text) > _TOKEN_CHARACTERS * request.max_tokens:
+            error = f"The answer has {len(self.text):,} characters, more than max_tokens={request.max_tokens} can hold."
         if error:
             return Completion("", "failed", error, self.prompt_tokens, self.completion_tokens)
         text = self.text.removeprefix(request.prefill or "") if repeats_prefill else self.text
@@ -170,9 +174,9 @@ class Server:
             ) from None
         if not response.is_success:
             raise self._failure(response, bytes(data))
-        return self._read(bytes(data))
+        return self._read(bytes(data), len(body), max_tokens)
 
-    def _read(self, data: bytes) -> Reply:
+    def _read(self, data: bytes, n_request_bytes: int, max_tokens: int) -> Reply:
         try:
             reply = _ReplyJson.model_validate_json(data)
         except ValidationError as error:
@@ -185,8 +189,8 @@ class Server:
             self._mask(choice.message.content or ""),
             choice.finish_reason and self._clean(choice.finish_reason),
             choice.message.refusal and self._clean(choice.message.refusal),
-            _token_count(reply.usage, "prompt_tokens"),
-            _token_count(reply.usage, "completion_tokens"),
+            _token_count(reply.usage, "prompt_tokens", most=n_request_bytes),
+            _token_count(reply.usage, "completion_tokens", most=max_tokens),
         )
 
     def _failure(self, response: Response, data: bytes) -> Exception:
@@ -238,9 +242,10 @@ class _ReplyJson(BaseModel):
     usage: Any = None  # an answer is not thrown away for odd figures
 
 
-def _token_count(usage: Any, name: str) -> int:
+def _token_count(usage: Any, name: str, most: int) -> int:
+    """The server's count, 0 where it gives none or one that cannot be."""
     count = usage.get(name) if isinstance(usage, dict) else None
-    return count if type(count) is int and count >= 0 else 0
+    return count if type(count) is int and 0 <= count <= most + _UNBOUNDED_TOKENS else 0
 
 
 @cache

@@ -215,9 +215,17 @@ class Task:
         """
         import yaml
 
+        class WithoutAliases(yaml.SafeLoader):
+            """A few lines of aliases can stand for more than fits into memory."""
+
+            def compose_node(self, parent: Any, index: Any) -> Any:
+                if self.check_event(yaml.AliasEvent):
+                    raise yaml.YAMLError("aliases (*name) are not read; write the text out")
+                return super().compose_node(parent, index)
+
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            found = yaml.load(Path(path).read_text(encoding="utf-8"), WithoutAliases)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         keys = ", ".join(f.name for f in fields(cls))
         remedy = f"the keys of a task are {keys} (YAML wants quotes around texts such as 'yes', 'no' and '1')"

@@ -534,3 +534,16 @@ def test_a_task_brings_its_own_wording_system_prompt_and_examples():
 def test_wording_that_cannot_work_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(TOXICITY, **change)
+
+
+# Nine levels of nine aliases each: 3 GB of text, were they followed.
+BOMB = b"a0: &a0 [lol]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, BOMB])
+def test_a_task_file_that_would_fill_the_memory_is_refused_by_name(content, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"mine\.yaml is not YAML"):
+        Task.from_yaml(tmp_path / "mine.yaml")
