@@ -15,7 +15,7 @@ from hf_fac.cli import app, commands
 
 def run(*arguments: Any, fails: bool = False) -> str:
     """Returns what a command prints, on one line; an error is raised, or with `fails` returned as text."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
     if fails:
         assert result.exit_code != 0
         raised = "" if isinstance(result.exception, SystemExit) else str(result.exception)
@@ -27,6 +27,7 @@ def run(*arguments: Any, fails: bool = False) -> str:
 
 def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     """Returns what `hf-fac` prints to stderr when it ends with an error."""
+    monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(sys, "argv", ["hf-fac", *map(str, arguments)])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # main() changes it
     with pytest.raises(SystemExit) as ended:

@@ -606,11 +606,11 @@ def test_a_run_that_died_while_measuring_goes_on_where_it_was(tmp_path, monkeypa
         callback = callback_for(trainer, "messages")
         counted = callback.synthesizer.featurizer.read
 
-        def reading(rows):
+        def reading(rows, **settings):
             if len(read) == dies_after:
                 raise KeyboardInterrupt
             read.append(len(rows))
-            return counted(rows)
+            return counted(rows, **settings)
 
         callback.synthesizer.featurizer.read = reading
         trained(trainer)
