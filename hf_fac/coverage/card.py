@@ -32,7 +32,7 @@ def push_coverage_to_hub(
         coverage: a mapping is `FACReport.to_dict()`, as `hf-fac missing --output` writes it.
         anchor: the anchor set's name on the card, for example that of a Hub data set.
         sae: the SAE's name on the card, as `load_sae` takes it.
-        others: those of `hub.update_card`. create_pr: for someone else's data set.
+        revision, token, commit_message, create_pr: as in `hub.update_card`; create_pr is for someone else's data set.
 
     Raises:
         HubError: the push was refused or failed, or the repo does not exist.

@@ -1,7 +1,8 @@
 """Coverage of a data set in a model's feature space, and Feature Activation Coverage (FAC) against an anchor set.
 
 In: rows scored by `FACScorer`, or a sparse matrix of activations. Out: `FeatureCoverage`, a summary that merges in any
-order and answers any delta and feature subset without rows or model, and from two of them a `FACReport`.
+order and answers any delta and feature subset without rows or model, and from two of them a `FACReport`. Arguments
+call delta `threshold`, and the floor, below which scoring keeps no activations, `keep_above`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..storage.scored_rows import REMEDY, scored_batches
 from ..storage.validation import Measurement, checked, read_measurement
 from .grid import ActivationGrid
 from .report import FACReport
-from .statistics import jackknife_interval, kl_divergence
+from .statistics import fac_curve, jackknife_interval, kl_divergence
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -48,12 +49,12 @@ class FeatureCoverage:
     Every attribute is bit for bit the same for any order of rows and merges. Parts with different `measurement`s refuse
     to merge or compare.
 
-    measurement: how the rows were measured. d_sae, keep_above: its width of the SAE, and floor, which all kept
-        activations exceed.
+    measurement: how the rows were measured. d_sae: the SAE's width. keep_above: the floor; every stored activation is
+        above it.
     rows, rows_without_tokens: numbers of rows.
     maximum, second_maximum: float32 [d_sae], the two largest activations over rows; 0 is none.
     maximum_row: uint64 [d_sae], a content hash of the row with the largest, on ties the smallest hash. With the maxima
-        it gives the delete-1 jackknife at any delta: which features hang on one row, and on which.
+        it gives the delete-1 jackknife at any delta: it is known which features only one row activates, and which row.
     level_counts: int64 [levels, d_sae], rows whose activation is in (grid[k], grid[k + 1]]: 35 MB for 65,536 features.
     active_counts: int64 [levels, buckets], rows by the number of their features above grid[k], in buckets of
         `ActivationGrid`.
@@ -118,14 +119,14 @@ class FeatureCoverage:
         tokens = np.ones(acts.shape[0]) if tokens is None else np.asarray(tokens)
         if (expected := (len(tokens), coverage.d_sae)) != acts.shape:
             raise ValueError(f"activations have shape {acts.shape}, tokens and the measurement say {expected}")
-        for row in range(0, len(tokens), _BATCH):
-            part = acts[row : row + _BATCH]
-            coverage._add(row, part.indices, part.data, np.diff(part.indptr), tokens[row : row + _BATCH])
+        for start in range(0, len(tokens), _BATCH):
+            part = acts[start : start + _BATCH]
+            coverage._add(start, part.indices, part.data, np.diff(part.indptr), tokens[start : start + _BATCH])
         return coverage
 
-    def _add(self, row: int, ids: np.ndarray, acts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> None:
+    def _add(self, first_row: int, ids: np.ndarray, acts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> None:
         ids, rows = ids.astype(np.int64, copy=False), np.repeat(np.arange(len(lengths)), lengths)
-        self._refuse_bad(row, rows, ids, acts, tokens)
+        self._refuse_bad(first_row, rows, ids, acts, tokens)
         self.rows += len(lengths)
         self.rows_without_tokens += int(np.count_nonzero(tokens == 0))
         self._count(rows, ids, self._grid.level_of(acts), len(lengths))
@@ -140,17 +141,20 @@ class FeatureCoverage:
 
     def _count(self, rows: np.ndarray, ids: np.ndarray, level: np.ndarray, n_rows: int) -> None:
         np.add.at(self.level_counts.reshape(-1), level * self.d_sae + ids, 1)
+        # Of each row, how many features it activates above each level: a histogram over levels, summed from the top.
         levels, buckets = self.active_counts.shape
         in_level = np.bincount(rows * levels + level, minlength=n_rows * levels).reshape(-1, levels)
         above = np.cumsum(in_level[:, ::-1], axis=1)[:, ::-1]
-        place = self._grid.bucket_of[above] + np.arange(levels) * buckets
-        np.add.at(self.active_counts.reshape(-1), place.reshape(-1), 1)
+        cell = self._grid.bucket_of[above] + np.arange(levels) * buckets
+        np.add.at(self.active_counts.reshape(-1), cell.reshape(-1), 1)
 
-    def _refuse_bad(self, row: int, rows: np.ndarray, ids: np.ndarray, acts: np.ndarray, tokens: np.ndarray) -> None:
+    def _refuse_bad(
+        self, first_row: int, rows: np.ndarray, ids: np.ndarray, acts: np.ndarray, tokens: np.ndarray
+    ) -> None:
         def refuse(bad: np.ndarray, problem: str) -> None:
             if bad.any():
                 k = int(np.argmax(bad))
-                raise ValueError(f"row {row + rows[k]:,}: feature {ids[k]} at {acts[k]:g} {problem}: {REMEDY}")
+                raise ValueError(f"row {first_row + rows[k]:,}: feature {ids[k]} at {acts[k]:g} {problem}: {REMEDY}")
 
         refuse((ids < 0) | (ids >= self.d_sae), f"is not in [0, {self.d_sae:,}), the width of the SAE")
         refuse(~np.isfinite(acts), "is not finite (some models overflow in float16)")
@@ -161,10 +165,12 @@ class FeatureCoverage:
             order = np.argsort(key)
             refuse(np.isin(key, key[order][1:][np.diff(key[order]) == 0]), "stands twice in its row")
 
-    def _raise_maxima(self, i: np.ndarray | slice, maximum: np.ndarray, second: np.ndarray, row: np.ndarray) -> None:
-        old, old_row = self.maximum[i], self.maximum_row[i]
-        larger = np.where(old > maximum, old_row, row)
-        self.maximum_row[i] = np.where(old == maximum, np.minimum(old_row, row), larger)
+    def _raise_maxima(
+        self, i: np.ndarray | slice, maximum: np.ndarray, second: np.ndarray, row_hash: np.ndarray
+    ) -> None:
+        old, old_hash = self.maximum[i], self.maximum_row[i]
+        larger = np.where(old > maximum, old_hash, row_hash)
+        self.maximum_row[i] = np.where(old == maximum, np.minimum(old_hash, row_hash), larger)
         self.second_maximum[i] = np.maximum(np.minimum(old, maximum), np.maximum(self.second_maximum[i], second))
         self.maximum[i] = np.maximum(old, maximum)  # last, as a slice makes old a view of it
 
@@ -245,7 +251,7 @@ class FeatureCoverage:
         _agreed(self.measurement, anchor.measurement, "data and anchor were measured differently")
         if features is not None:
             features = np.unique(check_feature_ids(np.atleast_1d(features), self.d_sae, may_repeat=True))
-        report = self._report(anchor, features, *anchor._choose_threshold(threshold, relative))
+        report = self._report(anchor, features, *_choose_threshold(anchor, threshold, relative))
         report.warn(stacklevel=3)
         return report
 
@@ -253,17 +259,18 @@ class FeatureCoverage:
         self, anchor: FeatureCoverage, features: np.ndarray | None, delta: np.ndarray, source: str
     ) -> FACReport:
         wanted = np.arange(self.d_sae) if features is None else features
-        data_rows, anchor_rows = self._rows_above(delta), anchor._rows_above(delta)
+        data_support, anchor_support = self._support(delta), anchor._support(delta)
         in_anchor = wanted[(anchor.maximum > delta)[wanted]]
+        data_only = wanted[((anchor.maximum <= delta) & (self.maximum > delta))[wanted]]
         covered = (self.maximum > delta)[in_anchor]
         missing = in_anchor[~covered]
-        missing = missing[np.lexsort((missing, -anchor.maximum[missing], -anchor_rows[missing]))]
+        missing = missing[np.lexsort((missing, -anchor.maximum[missing], -anchor_support[missing]))]
         columns = {
-            "anchor_max": anchor.maximum, "anchor_rows": anchor_rows, "data_max": self.maximum, "data_rows": data_rows,
-            "delta": np.broadcast_to(delta, self.d_sae),
+            "anchor_max": anchor.maximum, "anchor_support": anchor_support, "data_max": self.maximum,
+            "data_support": data_support, "delta": np.broadcast_to(delta, self.d_sae),
         }  # fmt: skip
         table = {"feature": in_anchor, "covered": covered} | {name: all_[in_anchor] for name, all_ in columns.items()}
-        fac = float(covered.mean()) if len(covered) else math.nan
+        fac = float(fac_curve(np.where(covered, 0, 1), 0)[0])
         return FACReport(
             fac=fac,
             interval=jackknife_interval(fac, self._lost_without_a_row(in_anchor, delta), len(in_anchor), self.rows),
@@ -272,9 +279,9 @@ class FeatureCoverage:
             features=features,
             covered=in_anchor[covered],
             missing=missing,
-            missing_support=anchor_rows[missing],
+            missing_support=anchor_support[missing],
             support_exact=bool(np.isin(delta, self.grid).all()),
-            kl_divergence=kl_divergence(anchor_rows[wanted], data_rows[wanted]),
+            kl_divergence=kl_divergence(anchor_support[wanted], data_support[wanted]),
             rows=self.rows,
             rows_without_tokens=self.rows_without_tokens,
             anchor_rows=anchor.rows,
@@ -283,45 +290,12 @@ class FeatureCoverage:
             anchor_active_share=anchor._active_share(delta),
             measurement=self.measurement,
             table=table,
+            data_only={"feature": data_only, "data_support": data_support[data_only]},
         )
 
-    def _choose_threshold(self, threshold: float | ArrayLike | None, relative: float | None) -> tuple[np.ndarray, str]:
-        """Returns delta, float64 [] or [d_sae], with this coverage as the anchor, and how it was chosen."""
-        if threshold is not None and relative is not None:
-            raise ValueError("give threshold or relative, not both")
-        if threshold is not None:
-            return self._given_threshold(threshold)
-        return self._calibrated_threshold() if relative is None else self._relative_threshold(relative)
-
-    def _given_threshold(self, threshold: float | ArrayLike) -> tuple[np.ndarray, str]:
-        delta = check_threshold(threshold, self.d_sae)
-        if (least := delta.min()) < self.keep_above:
-            remedy = "score both data sets again with a lower keep_above, or raise the threshold"
-            raise ValueError(f"threshold {least:g} is below the floor keep_above = {self.keep_above:g}: {remedy}")
-        values = f"{least:.4g}" if not delta.ndim else f"{least:.4g} to {delta.max():.4g}, one for each feature"
-        return delta, f"{values}, as given"
-
-    def _relative_threshold(self, relative: float) -> tuple[np.ndarray, str]:
-        if not isinstance(relative, int | float | np.number) or not 0 < relative < 1:
-            raise ValueError(f"relative must be a number between 0 and 1, got {relative!r:.100}")
-        floor, is_live = self.keep_above, self.maximum > 0
-        delta = relative * self.maximum.astype(np.float64)
-        raised, live = np.count_nonzero((delta < floor) & is_live), np.count_nonzero(is_live)
-        note = f", but the floor {floor:g} for {raised:,} of {live:,} features that it exceeds" if raised else ""
-        return np.maximum(delta, floor), f"{relative:g} of each feature's maximum in the anchor{note}"
-
-    def _calibrated_threshold(self) -> tuple[np.ndarray, str]:
-        live = np.count_nonzero(self.maximum)
-        limit = f"at most 1 % ({(allowed := max(1, live // 100)):,}) of its {live:,} live features"
-        for delta in self.grid[1:]:
-            if (median := self._median_active(delta)) <= allowed:
-                source = "calibrated on the anchor: the smallest level of the grid above the floor"
-                rows = f"the median of its {self.rows:,} rows activates {limit}; it activates {median:,}"
-                return np.array(delta), f"{delta:.4g}, {source} {self.keep_above:g} at which {rows}"
-        raise ValueError(f"the median anchor row never activates {limit}: give threshold= or relative=")
-
-    def _rows_above(self, delta: np.ndarray) -> np.ndarray:
-        """Returns int64 [d_sae]: exact for delta on the grid, else a lower bound, the count at the next level above."""
+    def _support(self, delta: np.ndarray) -> np.ndarray:
+        """Returns the rows that activate each feature, int64 [d_sae]: exact on the grid, off it the count at the
+        next level above, a lower bound."""
         above = np.vstack([np.cumsum(self.level_counts[::-1], axis=0)[::-1], np.zeros(self.d_sae, np.int64)])
         at_next_level = above[np.searchsorted(self.grid, delta), np.arange(self.d_sae)]
         return np.maximum(at_next_level, (self.maximum > delta).astype(np.int64) + (self.second_maximum > delta))
@@ -336,9 +310,50 @@ class FeatureCoverage:
         return math.nan if delta.ndim else self._median_active(delta) / self.d_sae
 
     def _lost_without_a_row(self, features: np.ndarray, delta: np.ndarray) -> np.ndarray:
-        """Of each row without which features are lost, their number: those that no other row activates."""
+        """For each row that alone activates some of the features: how many."""
         by_one_row = features[((self.maximum > delta) & (self.second_maximum <= delta))[features]]
         return np.unique(self.maximum_row[by_one_row], return_counts=True)[1]
+
+
+def _choose_threshold(
+    anchor: FeatureCoverage, threshold: float | ArrayLike | None, relative: float | None
+) -> tuple[np.ndarray, str]:
+    """Returns delta, float64 [] or [d_sae], and how it was chosen."""
+    if threshold is not None and relative is not None:
+        raise ValueError("give threshold or relative, not both")
+    if threshold is not None:
+        return _given_threshold(anchor, threshold)
+    return _calibrated_threshold(anchor) if relative is None else _relative_threshold(anchor, relative)
+
+
+def _given_threshold(anchor: FeatureCoverage, threshold: float | ArrayLike) -> tuple[np.ndarray, str]:
+    delta = check_threshold(threshold, anchor.d_sae)
+    if (least := delta.min()) < anchor.keep_above:
+        remedy = "score both data sets again with a lower keep_above, or raise the threshold"
+        raise ValueError(f"threshold {least:g} is below the floor keep_above = {anchor.keep_above:g}: {remedy}")
+    values = f"{least:.4g}" if not delta.ndim else f"{least:.4g} to {delta.max():.4g}, one for each feature"
+    return delta, f"{values}, as given"
+
+
+def _relative_threshold(anchor: FeatureCoverage, relative: float) -> tuple[np.ndarray, str]:
+    if not isinstance(relative, int | float | np.number) or not 0 < relative < 1:
+        raise ValueError(f"relative must be a number between 0 and 1, got {relative!r:.100}")
+    floor, is_live = anchor.keep_above, anchor.maximum > 0
+    delta = relative * anchor.maximum.astype(np.float64)
+    raised, live = np.count_nonzero((delta < floor) & is_live), np.count_nonzero(is_live)
+    note = f", but the floor {floor:g} for {raised:,} of {live:,} features that it exceeds" if raised else ""
+    return np.maximum(delta, floor), f"{relative:g} of each feature's maximum in the anchor{note}"
+
+
+def _calibrated_threshold(anchor: FeatureCoverage) -> tuple[np.ndarray, str]:
+    live = np.count_nonzero(anchor.maximum)
+    limit = f"at most 1 % ({(allowed := max(1, live // 100)):,}) of its {live:,} live features"
+    for delta in anchor.grid[1:]:
+        if (median := anchor._median_active(delta)) <= allowed:
+            source = "calibrated on the anchor: the smallest level of the grid above the floor"
+            rows = f"the median of its {anchor.rows:,} rows activates {limit}; it activates {median:,}"
+            return np.array(delta), f"{delta:.4g}, {source} {anchor.keep_above:g} at which {rows}"
+    raise ValueError(f"the median anchor row never activates {limit}: give threshold= or relative=")
 
 
 def check_threshold(threshold: float | ArrayLike, d_sae: int) -> np.ndarray:

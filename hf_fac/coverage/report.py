@@ -12,17 +12,22 @@ import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pydantic import Field, NonNegativeInt
 
 from ..storage.files import write_whole
 from ..storage.validation import Strict, WholeMeasurement, checked
-from .statistics import CONFIDENCE
+from .statistics import CONFIDENCE, fac_curve, kl_divergence
 
 if TYPE_CHECKING:
     import pandas as pd
+    from scipy.sparse import csr_array
+
+
+_TABLES = ("table", "data_only")
 
 
 class SavedReport(Strict):
@@ -47,6 +52,21 @@ class SavedReport(Strict):
     anchor_active_share: float | None
     measurement: WholeMeasurement
     table: dict[str, list[Any]] = Field(default_factory=dict)
+    data_only: dict[str, list[NonNegativeInt]] = Field(default_factory=dict)
+
+
+class AddedRows(NamedTuple):
+    """What a report's figures become when rows are added to the data.
+
+    fac: with all of the rows. curve: float64 [n + 1], FAC before and after each row in order.
+    covered: int64 ids, rising, with all of the rows.
+    kl_divergence: with all of the rows; NaN for a report that was read without its table.
+    """
+
+    fac: float
+    curve: np.ndarray
+    covered: np.ndarray
+    kl_divergence: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +75,9 @@ class FACReport:
 
     It is a flat record, as wide as what a comparison finds: each figure is read by its name, in Python and in JSON.
 
-    Everything is exact at any delta but numbers of rows that activate a feature, and with them the order of `missing`
-    and the KL divergence. Off the grid these are lower bounds, the count at the next level above, and active shares are
-    upper bounds.
+    Everything is exact at any delta but numbers of rows that activate a feature (support), and with them the order of
+    `missing` and the KL divergence. Off the grid these are lower bounds, the count at the next level above, and active
+    shares are upper bounds. A calibrated delta is on the grid; one that was given, or is relative, seldom is.
     """
 
     fac: float  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
@@ -68,7 +88,7 @@ class FACReport:
     covered: np.ndarray  # int64 ids, rising
     missing: np.ndarray  # int64 ids, by anchor rows above delta and then anchor maximum, strongest first
     missing_support: np.ndarray  # int64: anchor rows above delta of each of missing
-    support_exact: bool  # delta is on FeatureCoverage.grid, so that numbers of rows are exact
+    support_exact: bool  # delta is on FeatureCoverage.grid
     kl_divergence: float  # KL(anchor || data) in nats, see `kl_divergence`
     rows: int
     rows_without_tokens: int
@@ -77,19 +97,64 @@ class FACReport:
     active_share: float  # features above delta in the median row, of d_sae; NaN where delta is [d_sae]
     anchor_active_share: float
     measurement: dict[str, Any]
-    table: dict[str, np.ndarray] = field(repr=False)
+    table: dict[str, np.ndarray] = field(repr=False)  # see `to_pandas`
+    data_only: dict[str, np.ndarray] = field(
+        repr=False
+    )  # feature, data_support: what the data activates beyond F(anchor)
     confidence: float = CONFIDENCE
 
     def to_pandas(self) -> pd.DataFrame:
-        """Returns a row for each feature of F(anchor): covered, anchor_max, anchor_rows, data_max, data_rows, delta."""
+        """Returns a row for each feature of F(anchor).
+
+        Columns: feature, covered, delta, and for anchor and data the maximum (anchor_max, data_max) and the number of
+        rows above delta (anchor_support, data_support).
+        """
         import pandas as pd
 
         return pd.DataFrame(self.table)
 
+    def with_added(self, activations: csr_array | ArrayLike) -> AddedRows:
+        """Returns what FAC and KL become when rows are added to the data, over this report's features and delta.
+
+        On the grid this is what `compare` finds for data and rows together. For FAC alone one row of maxima is enough:
+        `report.with_added([coverage.maximum]).fac`.
+
+        Args:
+            activations: [n, d_sae], measured as the report's rows were.
+        """
+        from scipy.sparse import csr_array
+
+        added = csr_array(activations).tocoo()
+        n_rows, d_sae = added.shape
+        is_above = added.data > np.broadcast_to(np.float64(self.threshold), d_sae)[added.col]
+        row, feature = added.row[is_above], added.col[is_above]
+        first_row = np.full(d_sae, n_rows + 1)
+        np.minimum.at(first_row, feature, row + 1)
+        first_row[self.covered] = 0
+        in_anchor = np.union1d(self.covered, self.missing)
+        curve = fac_curve(first_row[in_anchor], n_rows)
+        return AddedRows(
+            fac=float(curve[-1]),
+            curve=curve,
+            covered=in_anchor[first_row[in_anchor] <= n_rows],
+            kl_divergence=self._kl_with(np.bincount(feature, minlength=d_sae)),
+        )
+
+    def _kl_with(self, added_support: np.ndarray) -> float:
+        if not self.table:
+            return math.nan
+        anchor_support, data_support = np.zeros((2, len(added_support)), np.int64)
+        anchor_support[self.table["feature"]] = self.table["anchor_support"]
+        for part in (self.table, self.data_only):
+            data_support[part["feature"]] = part["data_support"]
+        data_support += added_support
+        wanted = slice(None) if self.features is None else self.features
+        return kl_divergence(anchor_support[wanted], data_support[wanted])
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()` and the table as JSON, whole or not at all."""
-        table = {name: column.tolist() for name, column in self.table.items()}
-        write_whole(path, json.dumps(self.to_dict() | {"table": table}))
+        """Write all of it as JSON, whole or not at all."""
+        tables = {name: getattr(self, name) for name in _TABLES}
+        write_whole(path, json.dumps(self.to_dict() | tables, default=np.ndarray.tolist))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -108,12 +173,15 @@ class FACReport:
         values["measurement"] = saved.measurement.model_dump(exclude_unset=True)
         if isinstance(saved.threshold, list):
             values["threshold"] = np.array(saved.threshold)
-        values["table"] = {name: np.array(column) for name, column in saved.table.items()}
+        for name in _TABLES:
+            values[name] = {
+                column: np.array(entries, None if entries else np.int64) for column, entries in values[name].items()
+            }
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all but the table, and hf_fac's version, for JSON: arrays become lists, NaN None."""
-        values = {"hf_fac": version("hf-fac")} | {name: v for name, v in vars(self).items() if name != "table"}
+        """Returns all but the tables, and hf_fac's version, for JSON: arrays become lists, NaN None."""
+        values = {"hf_fac": version("hf-fac")} | {name: v for name, v in vars(self).items() if name not in _TABLES}
         return json.loads(json.dumps(values, default=np.ndarray.tolist), parse_constant=lambda _: None)
 
     def __str__(self) -> str:

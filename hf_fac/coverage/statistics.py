@@ -1,26 +1,41 @@
-"""The statistics of a comparison, from counts: divergence and interval. In: arrays. Out: numbers."""
+"""The statistics of a comparison, from counts: FAC, divergence and interval. In: arrays. Out: numbers."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 CONFIDENCE = 0.95
 _DEVIATIONS = 1.96  # of a normal distribution, for this confidence
 
 
-def kl_divergence(anchor_rows: np.ndarray, data_rows: np.ndarray) -> float:
+def fac_curve(first_row: ArrayLike, n_rows: int) -> np.ndarray:
+    """Returns FAC before and after each of n rows: float64 [n_rows + 1], NaN where F(anchor) is empty.
+
+    FAC = |F(D) & F(anchor)| / |F(anchor)| (arXiv 2602.10388).
+
+    Args:
+        first_row: int [|F(anchor)|], for each feature of the anchor the number, from 1, of the first row that activates
+            it; 0 where it is covered before, more than n_rows where no row activates it.
+    """
+    first_row = np.asarray(first_row)
+    newly_covered = np.bincount(first_row[first_row <= n_rows], minlength=n_rows + 1)
+    return np.cumsum(newly_covered) / (len(first_row) or math.nan)
+
+
+def kl_divergence(anchor_support: np.ndarray, data_support: np.ndarray) -> float:
     """Returns KL(anchor || data) in nats (arXiv 2602.10388, Eq. 3); NaN where neither set activates a feature.
 
     Args:
-        anchor_rows, data_rows: int64 [n_features], rows that activate each feature. p_i ~ rows + 1/2, over the features
-            active in either set: smoothing those of neither would only measure the width of the SAE.
+        anchor_support, data_support: int64 [n_features], rows that activate each feature. p_i ~ rows + 1/2, over the
+            features active in either set: smoothing those of neither would only measure the width of the SAE.
     """
-    is_active = anchor_rows + data_rows > 0
+    is_active = anchor_support + data_support > 0
     if not is_active.any():
         return math.nan
-    p, q = ((rows[is_active] + 0.5) / np.sum(rows[is_active] + 0.5) for rows in (anchor_rows, data_rows))
+    p, q = ((rows[is_active] + 0.5) / np.sum(rows[is_active] + 0.5) for rows in (anchor_support, data_support))
     return float(np.sum(p * np.log(p / q)))
 
 
@@ -31,7 +46,7 @@ def jackknife_interval(fac: float, lost: np.ndarray, n_features: int, n_rows: in
     large side (Efron & Stein 1981).
 
     Args:
-        lost: for each row that alone activates features of the anchor, how many.
+        lost: for each row that alone activates some features of the anchor: how many.
     """
     if n_rows < 2 or not n_features:
         return math.nan, math.nan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..inputs import hidden_states as acts
+from ..inputs.hidden_states import hidden_states, sink_cutoff
 from ..inputs.rows import ConversationReader
 from ..sae.loading import fvu
 
@@ -35,21 +35,14 @@ _SENTENCES = (
 )
 
 
-def calibrate_sinks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layer: int,
-    *,
-    prepend_bos: bool = False,
-    causal: bool | None = None,
-) -> float:
+def calibrate_sinks(model: PreTrainedModel, reader: ConversationReader, layer: int, *, causal: bool) -> float:
     """Returns 10 x the median norm of the content tokens of the built-in sentences, in three digits.
 
     Three digits are the same on every machine; further ones depend on the order of summation.
     Raises: ValueError when no hidden state is finite.
     """
-    norms = _content_norms(model, tokenizer, layer, prepend_bos=prepend_bos, causal=causal)
-    return float(f"{acts.sink_cutoff(norms):.3g}")
+    plain = ConversationReader(reader.tokenizer, prepend_bos=reader.prepend_bos)
+    return float(f"{sink_cutoff(_content_norms(model, plain, layer, causal)):.3g}")
 
 
 def mean_content_norm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int) -> float:
@@ -57,21 +50,16 @@ def mean_content_norm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
     Raises: ValueError when no hidden state is finite.
     """
-    norms = _content_norms(model, tokenizer, layer)
-    return float(f"{norms[norms <= acts.sink_cutoff(norms)].mean():.3g}")
+    norms = _content_norms(model, ConversationReader(tokenizer), layer)
+    return float(f"{norms[norms <= sink_cutoff(norms)].mean():.3g}")
 
 
 def _content_norms(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layer: int,
-    *,
-    prepend_bos: bool = False,
-    causal: bool | None = None,
+    model: PreTrainedModel, reader: ConversationReader, layer: int, causal: bool | None = None
 ) -> np.ndarray:
-    pieces = ConversationReader(tokenizer, prepend_bos=prepend_bos)(list(_SENTENCES))
+    pieces = reader(list(_SENTENCES))
     norms = []
-    for batch in acts.hidden_states(model, pieces.ids, layer, batch_tokens=512, causal=causal):
+    for batch in hidden_states(model, pieces.ids, layer, batch_tokens=512, causal=causal):
         for i, hidden in zip(batch.pieces.tolist(), batch.hidden, strict=True):
             norms.append(hidden[: len(pieces.ids[i])].float().norm(dim=-1).cpu().numpy()[pieces.content[i]])
     norms = np.concatenate(norms)

@@ -28,7 +28,7 @@ class Encoder:
     """Maxima of an SAE's features over groups of tokens.
 
     Args:
-        activation: "native", or "relu" with the top k (or the threshold) lifted.
+        activation: "native", or "relu", without top-k or threshold.
         features: ids to compute; None is all.
     Attributes:
         columns: int64, ascending: the ids of the columns returned, None for all.
@@ -124,7 +124,7 @@ class Encoder:
         left_out = None if x.device.type == "cpu" and bool(counts.all()) else ~counts[:, None]
         # An SAE that is not element-wise computes all its columns, whichever are wanted.
         computed = self.width if self.elementwise else self.d_sae
-        for rows, tokens, whole in _spans(lengths, max(_CHUNK // computed, 1)):
+        for rows, tokens, whole in _chunks(lengths, max(_CHUNK // computed, 1)):
             n = tokens.stop - tokens.start
             parts = sizes[rows] if whole else sizes.new_full((1,), n)
             values = self._values(x[tokens])
@@ -191,7 +191,7 @@ def _reduced(values: Tensor, parts: Tensor, how: Literal["max", "min"], initial:
     return torch.segment_reduce(values, how, lengths=parts, axis=0, initial=initial, unsafe=True)
 
 
-def _spans(lengths: np.ndarray, limit: int) -> Iterator[tuple[slice, slice, bool]]:
+def _chunks(lengths: np.ndarray, limit: int) -> Iterator[tuple[slice, slice, bool]]:
     """Yields runs of whole rows with at most `limit` tokens as `(rows, tokens, True)`.
 
     A longer row comes by itself, in parts, as `(row, tokens, False)`.

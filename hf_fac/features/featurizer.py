@@ -10,32 +10,23 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from ..inputs import hidden_states as acts
+from ..inputs.hidden_states import Batch, check_layer, default_batch_tokens, hidden_states, is_causal, to_device
+from ..inputs.pieces import UniquePieces, unique_pieces
 from ..inputs.rows import ConversationReader, PoolOver, RowError, Side
 from ..inputs.token_context import MarkedSpan, cut_span
 from ..sae.loading import SAESettings, check_sae, load_sae, read_settings
 from .calibration import FitCheck, calibrate_sinks
 from .encoder import Encoder
 from .fingerprint import TensorHash, change_marks, model_settings, parameters_up_to, tokenizer_settings
-from .pooling import (
-    FeatureActivations,
-    HostBatch,
-    LeftOut,
-    PooledActivations,
-    Transfer,
-    UniquePieces,
-    merge_windows,
-    unique_pieces,
-)
+from .pooling import BatchMaxima, FeatureActivations, LeftOut, PieceMaxima
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -61,7 +52,7 @@ if os.name == "posix":
 class FeaturizerSettings:
     """How a featurizer measures, beside what its reader and its encoder say.
 
-    sink_norm: the cut-off given or the SAE's own; None where it is calibrated.
+    sink_norm: tokens with a larger norm are sinks. calibrated: it was measured, as neither caller nor SAE gave one.
     center: the mean over d_in is subtracted from each hidden state first.
     causal: later tokens leave earlier hidden states alone.
     The others are arguments of `SAEFeaturizer`.
@@ -70,7 +61,8 @@ class FeaturizerSettings:
     layer: int
     activation: Literal["native", "relu"]
     keep_above: float
-    sink_norm: float | None
+    sink_norm: float
+    calibrated: bool
     batch_tokens: int
     preset: Literal["paper"] | None
     center: bool
@@ -87,7 +79,8 @@ class SAEFeaturizer:
         model, tokenizer: of transformers; the model's head is never run.
         sae: a SAELens SAE of the residual stream; it is moved to the model's device and must not change afterwards.
         layer: 0 is the embedding, L the output of the L-th block; None takes the SAE's own.
-        activation: "native" is the SAE's own; "relu" lifts the top k, the paper's measuring mode, element-wise.
+        activation: "native" is the SAE's own; "relu", the paper's measuring mode, leaves out top-k and threshold
+            and is element-wise.
         features: compute and report these ids only (the columns keep their numbers); saves the encoder's product for
             the rest where the activation is element-wise.
         keep_above: the floor; activations at or below it are not stored.
@@ -128,7 +121,7 @@ class SAEFeaturizer:
         layer = expected.layer if layer is None else layer
         if layer is None:
             raise ValueError("The SAE does not say which layer it reads: give layer=.")
-        blocks = acts.check_layer(model, layer)
+        blocks = check_layer(model, layer)
         check_sae(sae, d_in=model.config.get_text_config().hidden_size, n_layers=len(blocks))
         if preset == "paper":
             activation, sink_norm = "relu", float("inf")
@@ -145,19 +138,18 @@ class SAEFeaturizer:
             skip_first=31 if preset == "paper" else None,
             on_error=on_error,
         )
+        causal, given = is_causal(model, layer), sink_norm or expected.sink_norm
         self.settings = FeaturizerSettings(
             layer=layer,
             activation=activation,
             keep_above=float(keep_above),
-            sink_norm=sink_norm or expected.sink_norm,
-            batch_tokens=batch_tokens or acts.default_batch_tokens(model.device),
+            sink_norm=given or calibrate_sinks(model, self.reader, layer, causal=causal),
+            calibrated=given is None,
+            batch_tokens=batch_tokens or default_batch_tokens(model.device),
             preset=preset,
             # TransformerLens centres what is written into the stream of models with LayerNorm only.
             center=expected.center and any(isinstance(module, torch.nn.LayerNorm) for module in blocks.modules()),
-            causal=acts.is_causal(model, layer),
-        )
-        self.sink_norm = self.settings.sink_norm or calibrate_sinks(
-            model, tokenizer, layer, prepend_bos=self.reader.prepend_bos, causal=self.settings.causal
+            causal=causal,
         )
         self._fit = FitCheck(self.sae, expected=expected.fvu, layer=layer)
         self._source: dict[str, Any] | None = None
@@ -191,7 +183,7 @@ class SAEFeaturizer:
         """
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-        place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(model, **hub)
         try:
@@ -201,35 +193,42 @@ class SAEFeaturizer:
             if "Unrecognized configuration class" not in str(error):
                 raise
             loaded = AutoModel.from_pretrained(model, dtype=dtype, **hub)
-        loaded_sae = load_sae(sae, sae_id=sae_id, revision=sae_revision, token=token, device=place)
-        featurizer = cls(loaded.to(place), tokenizer, loaded_sae, **settings)
-        if featurizer.encoder.columns is not None:
-            settings["features"] = featurizer.encoder.columns.tolist()
+        loaded_sae = load_sae(sae, sae_id=sae_id, revision=sae_revision, token=token, device=chosen)
+        featurizer = cls(loaded.to(chosen), tokenizer, loaded_sae, **settings)
         featurizer._source = {
             "model": str(model), "sae": str(sae), "sae_id": sae_id, "revision": revision, "sae_revision": sae_revision,
-            "device": device and place, "dtype": dtype, "trust_remote_code": trust_remote_code, **settings,
+            "device": device and chosen, "dtype": dtype, "trust_remote_code": trust_remote_code,
+            **_as_source(settings, featurizer),
         }  # fmt: skip
         return featurizer
+
+    def with_settings(self, **changes: Any) -> SAEFeaturizer:
+        """Returns a featurizer of the same model, tokenizer, SAE and layer that differs in these settings alone.
+
+        The weights are shared, a calibrated sink cut-off is kept, and the fit of the SAE is checked only once.
+        """
+        own, reader = self.settings, self.reader
+        same = {
+            "activation": own.activation, "features": self.encoder.columns, "keep_above": own.keep_above,
+            "pool_over": reader.pool_over, "side": reader.side, "max_length": reader.max_length,
+            "stride": reader.stride, "sink_norm": own.sink_norm, "batch_tokens": own.batch_tokens,
+            "on_error": reader.on_error, "preset": own.preset,
+        }  # fmt: skip
+        made = SAEFeaturizer(self.model, self.tokenizer, self.sae, layer=own.layer, **same | changes)
+        if own.calibrated and made.settings.sink_norm == own.sink_norm:
+            made.settings = replace(made.settings, calibrated=True)
+        made._fit, made._weights_hash = self._fit, self._weights_hash
+        if self._source is not None:
+            made._source = self._source | _as_source(changes, made)
+        return made
 
     @property
     def layer(self) -> int:
         return self.settings.layer
 
     @property
-    def activation(self) -> Literal["native", "relu"]:
-        return self.settings.activation
-
-    @property
     def keep_above(self) -> float:
         return self.settings.keep_above
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.settings.batch_tokens
-
-    @property
-    def preset(self) -> Literal["paper"] | None:
-        return self.settings.preset
 
     @property
     def d_sae(self) -> int:
@@ -256,18 +255,15 @@ class SAEFeaturizer:
             first_row: number of the first row, in messages.
         Raises: RowError for a row that cannot be read or whose hidden states are not finite.
         """
-        from scipy.sparse import csr_array
-
         pieces = self.reader(rows, first_row=first_row)
         unique = unique_pieces(pieces, causal=self.settings.causal)
-        pooled = PooledActivations(len(unique.ids))
-        for batch in self._batches(unique, positions):
-            pooled.add(batch, self.keep_above)
-        piece_row = np.array(pieces.row, dtype=np.int64)
-        totals = np.zeros((pieces.n_rows, 3), np.int64)
-        np.add.at(totals, piece_row, pooled.counted[unique.owner])
-        not_finite = totals[:, 2] > 0
-        for index in np.flatnonzero(not_finite).tolist():
+        maxima = PieceMaxima(len(unique.ids), keep_above=self.settings.keep_above, columns=self.encoder.columns)
+        for batch in hidden_states(
+            self.model, unique.ids, self.layer, batch_tokens=self.settings.batch_tokens, causal=self.settings.causal
+        ):
+            maxima.add(self._maxima(batch, unique, positions))
+        result, not_finite = maxima.of_rows(pieces, unique.owner, d_sae=self.d_sae, positions=positions)
+        for index in not_finite.tolist():
             reason = "it has hidden states that are NaN or infinite"
             if self.reader.on_error == "raise":
                 start = self.tokenizer.decode(pieces.ids[pieces.row.index(index)][:20])
@@ -275,31 +271,32 @@ class SAEFeaturizer:
                     f"Row {first_row + index} cannot be measured: {reason}. Check the model's weights, or load it in "
                     f"float32. The row begins: {start!a}"
                 )
-            pieces.skipped[index] = reason
-        sizes, column, value, position = pooled.gather(unique.owner, np.array(pieces.offset, dtype=np.int64))
-        entry_row = np.repeat(piece_row, sizes)
-        if len(pieces.ids) > pieces.n_rows:
-            entry_row, column, value, position = merge_windows(entry_row, column, value, position)
-        if not_finite.any():
-            keep = ~not_finite[entry_row]
-            entry_row, column, value = entry_row[keep], column[keep], value[keep]
-            position = position[keep] if len(position) else position
-        if self.encoder.columns is not None:
-            column = self.encoder.columns[column].astype(np.int32)
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(entry_row, minlength=pieces.n_rows))])
-        if len(value) < 2**31:
-            indptr = indptr.astype(np.int32)
-        result = FeatureActivations(
-            activations=csr_array((value, column, indptr), shape=(pieces.n_rows, self.d_sae)),
-            tokens=np.where(not_finite, 0, totals[:, 0]).astype(np.int32),
-            positions=position if positions else None,
-            skipped=pieces.skipped,
-            truncated=pieces.truncated,
-            sinks=int(totals[:, 1].sum()),
-            special_in_content=pieces.special_in_content,
-        )
+            result.skipped[index] = reason
         self.left_out.add(result, first_row)
         return result
+
+    def _maxima(self, batch: Batch, unique: UniquePieces, positions: bool) -> BatchMaxima:
+        device, overlap = self.sae.W_dec.device, self.reader.stride or 0
+        content = [np.flatnonzero(unique.content[i]) for i in batch.pieces]
+        lengths = np.array([len(c) for c in content])
+        at, piece = np.concatenate(content), np.repeat(np.arange(len(content)), lengths)
+        # A token in the overlap was counted in the window before.
+        continues = np.array([unique.continues[i] for i in batch.pieces])
+        is_new = at >= np.where(continues, overlap, 0)[piece]
+        index = np.stack([piece * batch.hidden.shape[1] + at, piece, is_new])
+        where, piece, is_new = to_device(index, batch.hidden.device)
+        x = batch.hidden.flatten(0, 1)[where].to(device, torch.float32)
+        piece, is_new = piece.to(device), is_new.to(device).bool()
+        norms = x.norm(dim=-1)
+        finite = norms.isfinite()
+        counts = finite & (norms <= self.settings.sink_norm)
+        if self.settings.center:
+            x = x - x.mean(-1, keepdim=True)
+        self._fit.add(x, counts)
+        values, first = self.encoder.maxima(x, counts, lengths, positions=positions)
+        kinds = torch.stack([counts & is_new, finite & ~counts & is_new, ~finite], dim=1)
+        counted, sinks, not_finite = torch.zeros(len(content), 3, device=device).index_add_(0, piece, kinds.float()).T
+        return BatchMaxima(batch.pieces, at, values, first, counted, sinks, not_finite)
 
     def span(self, row: Any, position: int, *, before: int = 10, after: int = 5) -> MarkedSpan:
         """Returns a token of a row with the text around it.
@@ -323,7 +320,7 @@ class SAEFeaturizer:
             "model": self.model.config._name_or_path or type(self.model).__name__,
             "layer": self.layer,
             "d_sae": self.d_sae,
-            "activation": self.activation,
+            "activation": self.settings.activation,
             "pool_over": self.reader.pool_over,
             "side": self.reader.side,
             "keep_above": self.keep_above,
@@ -342,9 +339,9 @@ class SAEFeaturizer:
             "version": VERSION, "weights": self._weights_hash(self._tensors()), "layer": self.layer,
             "model": model_settings(self.model), "tokenizer": tokenizer_settings(self.tokenizer),
             "sae": {key: value for key, value in self.sae.cfg.to_dict().items() if key not in elsewhere},
-            "activation": self.activation, "keep_above": self.keep_above,
+            "activation": self.settings.activation, "keep_above": self.keep_above,
             # A calibrated cut-off follows from the other values, except for its last digits.
-            "sink_norm": self.settings.sink_norm or "calibrated",
+            "sink_norm": "calibrated" if self.settings.calibrated else self.settings.sink_norm,
             "features": None if self.encoder.columns is None else self.encoder.columns.tolist(),
             "pool_over": reader.pool_over, "side": reader.side, "max_length": reader.max_length,
             "stride": reader.stride, "prepend_bos": reader.prepend_bos, "skip_first": reader.skip_first,
@@ -411,37 +408,11 @@ class SAEFeaturizer:
             )
         return SAEFeaturizer.restored, (source,)
 
-    def _batches(self, unique: UniquePieces, positions: bool) -> Iterator[HostBatch]:
-        waiting: deque[Transfer] = deque()
-        overlap = np.array(unique.continues, dtype=bool) * (self.reader.stride or 0)
-        place = self.sae.W_dec.device
-        for batch in acts.hidden_states(
-            self.model, unique.ids, self.layer, batch_tokens=self.batch_tokens, causal=self.settings.causal
-        ):
-            content = [np.flatnonzero(unique.content[i]) for i in batch.pieces]
-            lengths = np.array([len(c) for c in content])
-            at, row = np.concatenate(content), np.repeat(np.arange(len(content)), lengths)
-            # A token in the overlap was counted in the window before.
-            first_seen = at >= overlap[batch.pieces][row]
-            index = np.stack([row * batch.hidden.shape[1] + at, row, first_seen])
-            where, row, first_seen = acts.to_device(index, batch.hidden.device)
-            x = batch.hidden.flatten(0, 1)[where].to(place, torch.float32)
-            row, first_seen = row.to(place), first_seen.to(place)
-            norms = x.norm(dim=-1)
-            finite = norms.isfinite()
-            counts = finite & (norms <= self.sink_norm)
-            if self.settings.center:
-                x = x - x.mean(-1, keepdim=True)
-            self._fit.add(x, counts)
-            maxima, first = self.encoder.maxima(x, counts, lengths, positions=positions)
-            kinds = torch.stack([counts & first_seen.bool(), (finite & ~counts) & first_seen.bool(), ~finite], dim=1)
-            counted = torch.zeros(len(content), 3, device=place).index_add_(0, row, kinds.float())
-            waiting.append(Transfer(batch.pieces, at, maxima, counted, first))
-            # A GPU computes the next batch while the one before is collected here.
-            if len(waiting) > 1:
-                yield waiting.popleft().wait()
-        while waiting:
-            yield waiting.popleft().wait()
+
+def _as_source(settings: dict[str, Any], featurizer: SAEFeaturizer) -> dict[str, Any]:
+    """Settings as JSON values, so that they can be pickled without arrays."""
+    columns = featurizer.encoder.columns
+    return settings | ({} if columns is None else {"features": columns.tolist()})
 
 
 def _check_numbers(*, keep_above: float, sink_norm: float | None, batch_tokens: int | None) -> None:

@@ -1,10 +1,11 @@
 """From dense maxima of each batch to sparse activations of each row: copied off the device, gathered, windows merged.
 
-A piece is a row's token ids, or one window of a long row; equal pieces are computed once.
+In: the maxima of pieces (a row's token ids, or one window of a long row). Out: `FeatureActivations`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,60 +64,126 @@ class LeftOut:
         return f"Of {self.rows:,} rows {told}{self.first}." if told else ""
 
 
-class PooledActivations:
-    """Collects the sparse maxima of pieces, batch by batch."""
+class BatchMaxima(NamedTuple):
+    """The maxima of one batch of pieces, and how many of each piece's content tokens count, are sinks, are not finite.
 
-    def __init__(self, n_pieces: int) -> None:
-        self.piece, self.column, self.value, self.position = [], [], [], []
-        self.counted = np.zeros((n_pieces, 3), np.int64)
+    The fields that are tensors on the model's device become arrays on their way to the CPU.
 
-    def add(self, maxima: HostBatch, keep_above: float) -> None:
-        place, column = np.nonzero(maxima.values > keep_above)
-        self.piece.append(maxima.pieces[place])
-        self.column.append(column.astype(np.int32))
-        self.value.append(maxima.values[place, column])
-        if maxima.positions is not None:
-            self.position.append(maxima.at[maxima.positions[place, column]].astype(np.int32))
-        self.counted[maxima.pieces] = maxima.counted
+    pieces: [n], indices of the pieces. at: [tokens], the index in its piece of each content token of the batch.
+    values: [n, columns] float32. first: [n, columns], the first token that reaches the maximum, as an index into `at`;
+        None unless asked for.
+    counted, sinks, not_finite: [n].
+    """
 
-    def gather(self, pieces: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns the number of entries of each piece, and their columns, values and positions, piece after piece.
+    pieces: np.ndarray
+    at: np.ndarray
+    values: Tensor | np.ndarray
+    first: Tensor | np.ndarray | None
+    counted: Tensor | np.ndarray
+    sinks: Tensor | np.ndarray
+    not_finite: Tensor | np.ndarray
+
+
+class PieceMaxima:
+    """Collects the sparse maxima of pieces, batch by batch.
+
+    Args:
+        keep_above: the floor; activations at or below it are left out.
+        columns: int64, the ids of the columns of a batch; None where they are those of the SAE.
+    """
+
+    def __init__(self, n_pieces: int, *, keep_above: float, columns: np.ndarray | None) -> None:
+        self._keep_above, self._columns = keep_above, columns
+        self._waiting: deque[_Transfer] = deque()
+        # Of each activation kept, its piece, feature, value and the index of its token in the piece.
+        self._entries = [(np.zeros(0, np.int64), *(np.zeros(0, kind) for kind in (np.int32, np.float32, np.int32)))]
+        self._counted, self._sinks, self._not_finite = np.zeros((3, n_pieces), np.int64)
+
+    def add(self, batch: BatchMaxima) -> None:
+        # A GPU computes the next batch while the one before is collected here.
+        self._waiting.append(_Transfer(batch))
+        if len(self._waiting) > 1:
+            self._collect(self._waiting.popleft().wait())
+
+    def _collect(self, batch: BatchMaxima) -> None:
+        index, column = np.nonzero(batch.values > self._keep_above)
+        position = np.zeros(len(index), np.int32)
+        if batch.first is not None:
+            position = batch.at[batch.first[index, column]].astype(np.int32)
+        feature = (column if self._columns is None else self._columns[column]).astype(np.int32)
+        self._entries.append((batch.pieces[index], feature, batch.values[index, column], position))
+        self._counted[batch.pieces] = batch.counted
+        self._sinks[batch.pieces] = batch.sinks
+        self._not_finite[batch.pieces] = batch.not_finite
+
+    def of_rows(
+        self, rows: TokenizedRows, owner: np.ndarray, *, d_sae: int, positions: bool
+    ) -> tuple[FeatureActivations, np.ndarray]:
+        """Returns what the rows activate, and the indices of rows with states that are not finite: these have nothing.
 
         Args:
-            pieces: indices of pieces, in the order wanted; one may occur twice.
-            offsets: for each of them, what is added to its positions.
+            owner: int64, for each piece of the rows the index of its maxima.
         """
-        owner = np.concatenate([*self.piece, np.zeros(0, np.int64)])
-        order = np.argsort(owner, kind="stable")
-        starts = np.searchsorted(owner[order], [pieces, pieces + 1])
+        from scipy.sparse import csr_array
+
+        while self._waiting:
+            self._collect(self._waiting.popleft().wait())
+        piece_row = np.array(rows.row, dtype=np.int64)
+        counted, sinks, not_finite = (
+            np.bincount(piece_row, weights=of_piece[owner], minlength=rows.n_rows).astype(np.int32)
+            for of_piece in (self._counted, self._sinks, self._not_finite)
+        )
+        counted[not_finite > 0] = 0
+        piece, feature, value, position = self._gather(owner)
+        row, position = piece_row[piece], position + np.array(rows.offset, dtype=np.int32)[piece]
+        if len(rows.ids) > rows.n_rows:
+            row, feature, value, position = _merge_windows(row, feature, value, position)
+        if not_finite.any():
+            keep = not_finite[row] == 0
+            row, feature, value, position = row[keep], feature[keep], value[keep], position[keep]
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows.n_rows))])
+        if len(value) < 2**31:
+            starts = starts.astype(np.int32)
+        return FeatureActivations(
+            activations=csr_array((value, feature, starts), shape=(rows.n_rows, d_sae)),
+            tokens=counted,
+            positions=position if positions else None,
+            skipped=rows.skipped,
+            truncated=rows.truncated,
+            sinks=int(sinks.sum()),
+            special_in_content=rows.special_in_content,
+        ), np.flatnonzero(not_finite)
+
+    def _gather(self, owner: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Index into `owner`, feature, value and position of each activation, piece after piece of the rows."""
+        unique, *others = (np.concatenate(parts) for parts in zip(*self._entries, strict=True))
+        order = np.argsort(unique, kind="stable")
+        starts = np.searchsorted(unique[order], [owner, owner + 1])
         sizes = starts[1] - starts[0]
         ends = np.cumsum(sizes)
-        take = order[np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts[0] - (ends - sizes), sizes)]
-        column = np.concatenate([*self.column, np.zeros(0, np.int32)])[take]
-        value = np.concatenate([*self.value, np.zeros(0, np.float32)])[take]
-        position = np.concatenate([*self.position, np.zeros(0, np.int32)])
-        position = position[take] + np.repeat(offsets, sizes).astype(np.int32) if len(position) else position
-        return sizes, column, value, position
+        take = order[np.arange(sizes.sum()) + np.repeat(starts[0] - (ends - sizes), sizes)]
+        return np.repeat(np.arange(len(owner)), sizes), *(entries[take] for entries in others)
 
 
-class Transfer:
-    """Copies a batch's results to the CPU without making a GPU wait."""
+class _Transfer:
+    """Copies a batch to the CPU without making a GPU wait."""
 
-    def __init__(self, pieces: np.ndarray, at: np.ndarray, *results: Tensor | None) -> None:
-        self.pieces, self.at, self.arrived = pieces, at, None
-        place = results[0].device
-        if place.type != "cuda":
-            self.host = [None if r is None else r.cpu() for r in results]
+    def __init__(self, batch: BatchMaxima) -> None:
+        self._batch, self._arrived = batch, None
+        tensors = {name: part for name, part in batch._asdict().items() if isinstance(part, torch.Tensor)}
+        device = batch.values.device
+        if device.type != "cuda":
+            self._host = {name: tensor.cpu() for name, tensor in tensors.items()}
             return
-        self.host = [None if r is None else _pinned_copy(r) for r in results]
-        self.arrived = torch.cuda.Event()
+        self._host = {name: _pinned_copy(tensor) for name, tensor in tensors.items()}
+        self._arrived = torch.cuda.Event()
         # The stream of the results' own GPU, which need not be the current one.
-        self.arrived.record(torch.cuda.current_stream(place))
+        self._arrived.record(torch.cuda.current_stream(device))
 
-    def wait(self) -> HostBatch:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return HostBatch(self.pieces, self.at, *(None if h is None else h.numpy() for h in self.host))
+    def wait(self) -> BatchMaxima:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._batch._replace(**{name: tensor.numpy() for name, tensor in self._host.items()})
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
@@ -124,64 +191,12 @@ def _pinned_copy(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-class HostBatch(NamedTuple):
-    """A batch's results on the CPU.
-
-    pieces: [n], the indices of its pieces.
-    at: [tokens], the index in its piece of each content token of the batch.
-    values: [n, columns], maxima.
-    counted: [n, 3], how many of each piece's content tokens count, are sinks, are not finite.
-    positions: [n, columns], indices into `at`.
-    """
-
-    pieces: np.ndarray
-    at: np.ndarray
-    values: np.ndarray
-    counted: np.ndarray
-    positions: np.ndarray | None
-
-
-class UniquePieces(NamedTuple):
-    """Pieces, each distinct one once.
-
-    ids, content: of each piece, as in `TokenizedRows`.
-    continues: whether the piece is a later window of its row.
-    owner: int64, for each piece given, the index of its equal among these.
-    """
-
-    ids: list[np.ndarray]
-    content: list[np.ndarray]
-    continues: list[bool]
-    owner: np.ndarray
-
-
-def unique_pieces(pieces: TokenizedRows, *, causal: bool) -> UniquePieces:
-    """Returns the pieces that the model has to read, each once.
-
-    In a causal model the tokens after the last content token are cut off, as they change nothing. A piece without
-    content keeps no ids.
-    """
-    seen: dict[tuple[bytes, bytes, bool], int] = {}
-    unique = UniquePieces([], [], [], np.zeros(len(pieces.ids), np.int64))
-    for i, (ids, content, offset) in enumerate(zip(pieces.ids, pieces.content, pieces.offset, strict=True)):
-        counting = np.flatnonzero(content)
-        end = 0 if not len(counting) else counting[-1] + 1 if causal else len(ids)
-        ids, content = ids[:end], content[:end]
-        owner = seen.setdefault((ids.tobytes(), content.tobytes(), offset > 0), len(seen))
-        unique.owner[i] = owner
-        if owner == len(unique.ids):
-            unique.ids.append(ids)
-            unique.content.append(content)
-            unique.continues.append(offset > 0)
-    return unique
-
-
-def merge_windows(
-    row: np.ndarray, column: np.ndarray, value: np.ndarray, position: np.ndarray
+def _merge_windows(
+    row: np.ndarray, feature: np.ndarray, value: np.ndarray, position: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Returns the entries with one for each row and column: the largest value, at the first position that has it."""
-    order = np.lexsort((position if len(position) else value, -value, column, row))
-    row, column, value = row[order], column[order], value[order]
+    """The entries with one for each row and feature: the largest value, at the first position that has it."""
+    order = np.lexsort((position, -value, feature, row))
+    row, feature, value, position = row[order], feature[order], value[order], position[order]
     keep = np.ones(len(row), bool)
-    keep[1:] = (row[1:] != row[:-1]) | (column[1:] != column[:-1])
-    return row[keep], column[keep], value[keep], position[order][keep] if len(position) else position
+    keep[1:] = (row[1:] != row[:-1]) | (feature[1:] != feature[:-1])
+    return row[keep], feature[keep], value[keep], position[keep]

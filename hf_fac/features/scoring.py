@@ -57,8 +57,9 @@ class FACScorer:
 
         Args:
             extra: what `map` adds: the rows' numbers (`with_indices`), the process's rank (`with_rank`).
-            first_row: number of the data set's first row, where it is a part of another (`fn_kwargs` of `map`).
-        Raises: RowError, its row counted from the start of the batch, or as `with_indices` says.
+            first_row: number, in messages, of the first row, when this data set is a slice of a larger one (`fn_kwargs`
+                of `map`).
+        Raises: RowError. Without `with_indices` it counts rows from the start of the batch.
         """
         if type(batch).__name__ == "LazyRow":
             raise TypeError("FACScorer reads many rows at once: map(FACScorer(featurizer), batched=True).")
@@ -67,6 +68,7 @@ class FACScorer:
                 f"FACScorer reads whole rows and got a {type(batch).__name__}: leave input_columns= out of map, and "
                 "choose columns before it with select_columns."
             )
+        # `map` adds no names: the rank is an int, the rows' numbers are a list.
         if self._featurizer is None:
             self._pickled["rank"] = next((one for one in extra if isinstance(one, int)), None)
         first_row += next((one[0] for one in extra if isinstance(one, list) and one), 0)
@@ -83,7 +85,8 @@ class FACScorer:
         }
 
     def _measurement(self) -> str:
-        # A map hashes the scorer before its first batch, which forgets the measurement; the marks are for streams.
+        # `map` pickles the scorer to hash it, and __getstate__ then clears this. A stream is never pickled, so that the
+        # marks notice a changed model.
         marks = self.featurizer.change_marks()
         if self._measured is None or self._measured[0] != marks:
             self._measured = (marks, json.dumps(self.featurizer.measurement, sort_keys=True))
@@ -102,11 +105,15 @@ class FACScorer:
         return Features({**features, **Features.from_arrow_schema(arrow_schema())})
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fingerprint, and names to load the featurizer by; never weights."""
+        """Names to load the featurizer by, or None, and the fingerprint; never weights."""
         if self._featurizer is None:
             return self._pickled
         self._measured = None
-        return {"fingerprint": self._featurizer.fingerprint(), "featurizer": self._featurizer.source()}
+        source = self._featurizer.source()
+        return {
+            "featurizer": source,
+            "fingerprint": (source or {}).get("fingerprint") or self._featurizer.fingerprint(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._featurizer, self._pickled, self._measured = None, dict(state), None

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-SINK_FACTOR = 10.0
-
 
 class LayerError(ValueError):
     """The model has no such layer, or its blocks cannot be found."""
@@ -196,9 +194,9 @@ def hidden_states(
         # Each piece is padded with its own first token: a padding token whose embedding is NaN would make other pieces
         # NaN, even behind a mask.
         padded = np.empty((len(batch), lengths[0]), dtype=np.int64)
-        for place, i in enumerate(batch):
-            padded[place] = ids[i][0]
-            padded[place, : len(ids[i])] = ids[i]
+        for line, i in zip(padded, batch, strict=True):
+            line[:] = ids[i][0]
+            line[: len(ids[i])] = ids[i]
         mask = None
         if not causal and lengths[-1] < lengths[0]:
             mask = to_device((np.arange(lengths[0]) < lengths[:, None]).astype(np.int64), model.device)
@@ -207,4 +205,4 @@ def hidden_states(
 
 def sink_cutoff(norms: np.ndarray) -> float:
     """Returns the norm above which a token is a sink: 10 x the median norm of content tokens."""
-    return SINK_FACTOR * float(np.median(norms))
+    return 10.0 * float(np.median(norms))

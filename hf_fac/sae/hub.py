@@ -48,7 +48,7 @@ def push_sae_to_hub(
     Args:
         sae_id: the SAE's folder in the repo; by default its hook's name ("blocks.14.hook_resid_post").
         dtype: the dtype of the stored weights, as in `save_sae`: float16 for half the size.
-        others: those of `hub.push_folder`.
+        revision, private, token, commit_message, create_pr: as in `hub.push_folder`.
 
     Raises:
         HubError: the push was refused or failed.

@@ -65,7 +65,7 @@ def read_scored(table: pa.Table, *, columns: Sequence[str] = COLUMNS, first_row:
     Args:
         columns: those to read, fac_features and fac_activations among them. Columns of other widths are converted.
         first_row: the number of the table's first row.
-    Raises: ValueError for absent columns, other types, nulls, and rows with as many activations as not features.
+    Raises: ValueError for absent columns, other types, nulls, and rows whose two lists differ in length.
     """
     import pyarrow as pa
 

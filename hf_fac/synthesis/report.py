@@ -247,7 +247,7 @@ def _coverage(
     curve = np.vstack([covered, np.logical_or.accumulate(active, axis=0) | covered]).mean(axis=1)
     if missing is None:
         return (math.nan, math.nan), curve, (math.nan, math.nan)
-    anchor, data = (np.asarray(missing.table[name], np.float64) for name in ("anchor_rows", "data_rows"))
+    anchor, data = (np.asarray(missing.table[name], np.float64) for name in ("anchor_support", "data_support"))
     return (float(curve[0]), float(curve[-1])), curve, (_kl(anchor, data), _kl(anchor, data + active.sum(axis=0)))
 
 

@@ -96,16 +96,10 @@ class SampleScorer:
 
     def _reader(self, side: str) -> tuple[SAEFeaturizer, str]:
         """A featurizer that pools as the task says, and what identifies its scores."""
-        from ..features.featurizer import SAEFeaturizer
-
         if side not in self._readers:
-            own = self._featurizer
-            reader = SAEFeaturizer(
-                own.model, own.tokenizer, own.sae, layer=own.layer, activation=own.activation, features=self.wanted,
-                pool_over=self.task.pool_over, side=side, max_length=own.reader.max_length, stride=own.reader.stride,
-                sink_norm=own.sink_norm, batch_tokens=own.batch_tokens, on_error="skip", preset=own.preset,
-            )  # fmt: skip
-            reader._fit = own._fit  # whether the SAE fits the model was checked, or will be, by the caller's rows
+            reader = self._featurizer.with_settings(
+                features=self.wanted, keep_above=0.0, pool_over=self.task.pool_over, side=side, on_error="skip"
+            )
             self._readers[side] = reader, content_key(reader.fingerprint(), self.delta[self.wanted].tolist())
         return self._readers[side]
 

@@ -162,18 +162,67 @@ def test_a_saved_report_is_read_back_as_it_was_and_without_a_table_from_json(tmp
         FACReport.load(tmp_path / "report.json")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": GRID[24]},
+        {"threshold": 0.0},
+        {"threshold": GRID[30], "features": [3, 9, 30, 31]},
+        {"threshold": 3000.0},
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_added_rows_give_what_comparing_data_and_rows_together_gives(options, saved, tmp_path):
+    rng = np.random.default_rng(1)
+    data, anchor, added = (
+        random_rows(rng, density=0.02),
+        random_rows(rng, n=50, density=0.1),
+        random_rows(rng, n=9, density=0.05),
+    )
+    of = {"activation": "native", "pool_over": "all", "side": "chosen", "fingerprint": "f"}
+    report = quiet(cover_as(data, **of), cover_as(anchor, **of), **options)
+    if saved:
+        report.save(tmp_path / "report.json")
+        report = FACReport.load(tmp_path / "report.json")
+    together = [quiet(cover(np.vstack([data, added[:n]])), cover(anchor), **options) for n in range(10)]
+    after = report.with_added(csr_array(added))
+    assert after.curve.tolist() == pytest.approx([each.fac for each in together], nan_ok=True)
+    assert after.fac == pytest.approx(together[-1].fac, nan_ok=True)
+    assert after.covered.tolist() == together[-1].covered.tolist()
+    assert after.kl_divergence == pytest.approx(together[-1].kl_divergence, nan_ok=True)
+    assert report.with_added([cover(added).maximum]).fac == pytest.approx(after.fac, nan_ok=True)
+    none = report.with_added(csr_array((0, 40)))
+    assert (none.fac, none.kl_divergence) == pytest.approx((report.fac, report.kl_divergence), nan_ok=True)
+
+
+def test_added_rows_count_above_a_delta_of_each_feature(tmp_path):
+    data, anchor = np.float32([[0, 0, 2]]), np.float32([[4, 8, 0]])
+    report = quiet(cover(data), cover(anchor), threshold=[1.0, 5.0, 1.0])
+    after = report.with_added(np.float32([[0, 5, 0], [2, 6, 0]]))
+    assert (after.curve.tolist(), after.covered.tolist()) == ([0, 0, 1], [0, 1])
+    (tmp_path / "printed.json").write_text(
+        json.dumps(
+            report.to_dict()
+            | {"measurement": measurement(3) | dict.fromkeys(("activation", "pool_over", "side", "fingerprint"), "")}
+        )
+    )
+    loaded = FACReport.load(tmp_path / "printed.json").with_added(np.float32([[2, 6, 0]]))
+    assert loaded.fac == 1
+    assert math.isnan(loaded.kl_divergence), "without the table nobody knows how many rows activate a feature"
+
+
 def test_the_table_has_a_row_for_each_feature_of_the_anchor():
     rng = np.random.default_rng(0)
     data, anchor = random_rows(rng, density=0.05), random_rows(rng, n=50)
     report = quiet(cover(data), cover(anchor), threshold=GRID[24])
     expected = reference(data, anchor, GRID[24], range(40))
     table = report.to_pandas().set_index("feature")
-    assert list(table) == ["covered", "anchor_max", "anchor_rows", "data_max", "data_rows", "delta"]
+    assert list(table) == ["covered", "anchor_max", "anchor_support", "data_max", "data_support", "delta"]
     assert sorted(table.index) == sorted(expected["covered"] + expected["missing"])
     for i, row in table.iterrows():
         assert row.covered == (i in expected["covered"])
         assert (row.anchor_max, row.data_max, row.delta) == (anchor[:, i].max(), data[:, i].max(), GRID[24])
-        assert (row.anchor_rows, row.data_rows) == (expected["anchor_rows"][i], expected["own_rows"][i])
+        assert (row.anchor_support, row.data_support) == (expected["anchor_rows"][i], expected["own_rows"][i])
 
 
 entries = st.dictionaries(st.integers(0, 7), st.sampled_from([*GRID[20:30], 0.1, 0.7, 3.0]), max_size=5)
@@ -560,7 +609,7 @@ def test_a_floor_between_two_levels_is_a_level_of_its_own():
     assert coverage.grid[0] == 0.2501
     assert coverage.grid[1:].tolist() == [level for level in GRID if level > 0.2501]
     report = quiet(coverage, FeatureCoverage(coverage.measurement) | coverage, threshold=0.2501)
-    assert report.to_pandas().anchor_rows.tolist() == [3, 1]
+    assert report.to_pandas().anchor_support.tolist() == [3, 1]
 
 
 def test_importing_coverage_loads_nothing_heavy():

@@ -1,6 +1,7 @@
 import json
 import pickle
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -98,8 +99,8 @@ def check(featurizer, family, rows, *, layer=2, columns=None, **reader):
         featurizer.sae,
         rows,
         layer=layer,
-        activation=featurizer.activation,
-        sink_norm=featurizer.sink_norm,
+        activation=featurizer.settings.activation,
+        sink_norm=featurizer.settings.sink_norm,
         center=featurizer.settings.center,
         **{"max_length": 256, **reader},
     )
@@ -484,9 +485,11 @@ def test_a_sink_is_left_out_and_counted_whatever_its_company(family, tokenizer):
 
 def test_the_saes_own_cut_off_wins_over_a_measured_one_and_the_callers_over_both(tokenizer):
     model = tiny_model()
-    assert SAEFeaturizer(model, tokenizer, tiny_sae(metadata={"hf_fac": {"sink_norm": 21.0}})).sink_norm == 21.0
+    assert (
+        SAEFeaturizer(model, tokenizer, tiny_sae(metadata={"hf_fac": {"sink_norm": 21.0}})).settings.sink_norm == 21.0
+    )
     sae = tiny_sae(metadata={"hf_fac": {"sink_norm": 21.0}})
-    assert SAEFeaturizer(model, tokenizer, sae, sink_norm=12.5).sink_norm == 12.5
+    assert SAEFeaturizer(model, tokenizer, sae, sink_norm=12.5).settings.sink_norm == 12.5
     check(SAEFeaturizer(model, tokenizer, sae, sink_norm=40.0), "llama", TEXTS)
 
 
@@ -887,10 +890,47 @@ def test_an_adapter_its_strength_and_its_absence_are_part_of_the_fingerprint():
 
 def test_the_measured_sink_cut_off_is_the_same_on_every_machine():
     featurizer = SAEFeaturizer(tiny_model(), byte_level_tokenizer(), tiny_sae())
-    assert featurizer.sink_norm == float(f"{featurizer.sink_norm:.3g}")
+    assert featurizer.settings.sink_norm == float(f"{featurizer.settings.sink_norm:.3g}")
     before = featurizer.fingerprint()
-    featurizer.sink_norm *= 1 + 1e-6
+    featurizer.settings = replace(featurizer.settings, sink_norm=featurizer.settings.sink_norm * (1 + 1e-6))
     assert featurizer.fingerprint() == before
+
+
+# The same model and SAE with other settings
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"features": [30, 2, 17], "keep_above": 0.3},
+        {"pool_over": "assistant", "max_length": 12, "stride": 3},
+        {"sink_norm": 12.5, "activation": "relu", "batch_tokens": 60},
+        {"sink_norm": None, "features": None},
+        {"preset": "paper"},
+    ],
+)
+def test_other_settings_give_what_a_featurizer_made_with_them_gives(changes, tokenizer):
+    model, sae, given = tiny_model(), tiny_sae(), {"features": [1, 2, 30], "side": "rejected", "on_error": "skip"}
+    rows = [*ROWS["preference"], {"chosen": None}]
+    found = SAEFeaturizer(model, tokenizer, sae, **given).with_settings(**changes)
+    made = SAEFeaturizer(model, tokenizer, sae, **given | changes)
+    assert found.measurement == made.measurement
+    assert (found(rows) != made(rows)).nnz == 0
+    assert (found.settings, found.reader) == (made.settings, made.reader)
+
+
+def test_other_settings_keep_the_measured_cut_off_and_the_fit(tokenizer):
+    featurizer = SAEFeaturizer(tiny_model(), tokenizer, tiny_sae())
+    before = featurizer.settings.sink_norm
+    with torch.no_grad():
+        next(featurizer.model.parameters()).mul_(3)
+    other = featurizer.with_settings(pool_over="all")
+    assert other.settings.sink_norm == before
+    assert other._fit is featurizer._fit
+    assert other.fingerprint() == featurizer.fingerprint()
+    with pytest.raises(TypeError, match="layer"):
+        featurizer.with_settings(layer=1)
 
 
 def test_marks_show_every_change_of_a_tensor():
@@ -967,6 +1007,14 @@ def test_a_pickle_carries_names_and_no_weights(folders):
     assert pickle.dumps(again) == pickled
 
 
+def test_a_featurizer_with_other_settings_is_loaded_by_name_with_them(folders):
+    featurizer = SAEFeaturizer.from_pretrained(folders / "model", sae=folders / "sae", device="cpu", keep_above=0.1)
+    other = featurizer.with_settings(features=np.array([30, 2]), pool_over="user")
+    again = pickle.loads(pickle.dumps(other))
+    assert again.measurement == other.measurement
+    assert again.encoder.columns.tolist() == [2, 30]
+
+
 def test_a_featurizer_made_from_objects_is_not_pickled_and_says_what_to_do(tokenizer):
     with pytest.raises(TypeError, match=r"SAEFeaturizer\.from_pretrained"):
         pickle.dumps(SAEFeaturizer(tiny_model(), tokenizer, tiny_sae()))
@@ -993,7 +1041,13 @@ def test_an_encoder_is_loaded_by_name(kind, tmp_path):
     featurizer = SAEFeaturizer.from_pretrained(tmp_path / "model", sae=tmp_path / "sae")
     assert not featurizer.settings.causal
     expected = slow_rows(
-        model, "bert", featurizer.tokenizer, featurizer.sae, TEXTS, sink_norm=featurizer.sink_norm, max_length=256
+        model,
+        "bert",
+        featurizer.tokenizer,
+        featurizer.sae,
+        TEXTS,
+        sink_norm=featurizer.settings.sink_norm,
+        max_length=256,
     )
     assert_same_features(featurizer(TEXTS), values_of(expected))
 

@@ -253,6 +253,18 @@ def test_the_weights_are_hashed_once_for_all_batches_of_a_map(stream, dataset, m
     assert counts[0] == counts[1]
 
 
+def test_the_weights_are_hashed_once_for_a_pickle(folders, monkeypatch):
+    hashed, fingerprint = [], SAEFeaturizer.fingerprint
+    monkeypatch.setattr(SAEFeaturizer, "fingerprint", lambda self: hashed.append(1) or fingerprint(self))
+    for featurizer in (
+        SAEFeaturizer(tiny_model(), byte_level_tokenizer(), tiny_sae()),
+        SAEFeaturizer.from_pretrained(folders / "model", sae=folders / "sae", device="cpu"),
+    ):
+        hashed.clear()
+        pickle.dumps(FACScorer(featurizer))
+        assert len(hashed) == 1
+
+
 @pytest.mark.parametrize("way", ["trained", "copied", "adapters"])
 def test_rows_scored_after_the_model_changed_say_so_within_a_stream(way, dataset):
     model = tiny_model()
