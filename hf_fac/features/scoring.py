@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..inputs.rows import RowError
 from ..storage.scored_rows import ACTIVATIONS, COLUMNS, FEATURES, MEASUREMENT, TOKENS, arrow_schema
 from .featurizer import SAEFeaturizer
 
@@ -74,7 +75,12 @@ class FACScorer:
         first_row += next((one[0] for one in extra if isinstance(one, list) and one), 0)
         featurizer = self.featurizer
         size = len(next(iter(batch.values()))) if batch else 0
-        reading = featurizer.read({name: batch[name] for name in batch if name not in COLUMNS}, first_row=first_row)
+        try:
+            reading = featurizer.read({name: batch[name] for name in batch if name not in COLUMNS}, first_row=first_row)
+        except RowError as error:
+            if not any(isinstance(one, list) for one in extra):
+                error.add_note("The row is counted in its batch: map with with_indices=True for its number.")
+            raise
         activations = reading.activations
         ends = activations.indptr[1:-1]
         return {

@@ -38,8 +38,11 @@ class Place(NamedTuple):
 
 
 class _Mark(NamedTuple):
-    """The content that a probe replaces: `content[start:end]`. thought: an assistant's text before a closing tag, which
-    the template may drop."""
+    """The content that a probe replaces: `content[start:end]`.
+
+    unit: number of the content, or of its text part, in the conversation. thought: an assistant's text before a closing
+    tag, which the template may drop.
+    """
 
     message: int
     unit: int

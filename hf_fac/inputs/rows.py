@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,22 @@ class Span:
     end: int
     role: str | None
     completion: bool
+
+
+class _RenderedRow(NamedTuple):
+    """A row as text. kind: its columns. content: what people and models wrote. is_plain: no chat template made it."""
+
+    kind: tuple[str, ...]
+    text: str
+    content: list[Span]
+    is_plain: bool
+
+    @property
+    def type_name(self) -> str:
+        return "/".join(self.kind) + ("" if self.is_plain or self.kind == ("messages",) else " (conversational)")
+
+
+_NO_TEXT = _RenderedRow((), "", [], True)
 
 
 @dataclass
@@ -140,26 +156,21 @@ class ConversationReader:
         Returns: `TokenizedRows`. A row that was skipped, or has no text, has one piece without tokens.
         Raises: `RowError` for a row that cannot be read, unless `on_error="skip"`.
         """
-        pieces = TokenizedRows()
-        texts: list[str] = []
-        spans: list[list[Span]] = []
-        plain: list[bool] = []
+        pieces, rendered = TokenizedRows(), []
         first_type: str | None = None
         for index, row in enumerate(as_rows(rows)):
-            pieces.n_rows += 1
-            text, row_spans, is_plain = "", [], True
+            rendered.append(_NO_TEXT)
             try:
-                kind, whole, found, in_plain = self._read(row)
-                name = _type_name(kind, in_plain)
-                if name != (first_type or name):
+                found = self._read(row)
+                if first_type not in (None, found.type_name):
                     raise ValueError(
-                        f"it is a row of type {name} among rows of type {first_type}; read rows of different types "
-                        "separately"
+                        f"it is a row of type {found.type_name} among rows of type {first_type}; read rows of "
+                        "different types separately"
                     )
-                pooled = self._pooled(found, kind)
-                first_type = name
-                if any(whole[span.start : span.end].strip() for span in found):
-                    text, row_spans, is_plain = whole, pooled, in_plain
+                counted = self._pooled(found)
+                first_type = found.type_name
+                if any(found.text[span.start : span.end].strip() for span in found.content):
+                    rendered[index] = found._replace(content=counted)
                 else:
                     pieces.skipped[index] = "it has no text: what it holds is empty or whitespace"
             except ValueError as error:
@@ -169,19 +180,11 @@ class ConversationReader:
                         f"and counts them.) The row: {excerpt(row)}"
                     ) from error
                 pieces.skipped[index] = str(error)
-            texts.append(text)
-            spans.append(row_spans)
-            plain.append(is_plain)
-        # Plain text gets the tokenizer's own special tokens; rendered conversations already contain theirs.
-        encoded: list[tuple[list[int], list[tuple[int, int]]]] = [([], [])] * len(texts)
-        for is_plain in (True, False):
-            chosen = [i for i, p in enumerate(plain) if p is is_plain and texts[i]]
-            if chosen:
-                batch = self._tokenize([texts[i] for i in chosen], add_special_tokens=is_plain)
-                for i, ids, offsets in zip(chosen, batch["input_ids"], batch["offset_mapping"], strict=True):
-                    encoded[i] = (ids, offsets)
-        for index, (ids, offsets) in enumerate(encoded):
-            self._add(pieces, index, texts[index], np.array(ids, dtype=np.int32), offsets, spans[index])
+        pieces.n_rows = len(rendered)
+        encoded = iter(self._tokenize([row for row in rendered if row.text]))
+        for index, row in enumerate(rendered):
+            ids, offsets = next(encoded) if row.text else ([], [])
+            self._add(pieces, index, row, np.array(ids, dtype=np.int32), offsets)
         return pieces
 
     def render(self, row: Any) -> tuple[str, list[Span], bool]:
@@ -189,40 +192,43 @@ class ConversationReader:
 
         Raises: ValueError, without the row's number, when the row cannot be read.
         """
-        kind, text, spans, is_plain = self._read(row)
-        return text, self._pooled(spans, kind), is_plain
+        found = self._read(row)
+        return found.text, self._pooled(found), found.is_plain
 
     def offsets(self, row: Any) -> tuple[str, list[tuple[int, int]]]:
         """Returns the row's text and the `[start, end)` characters of each of its token ids, before any truncation."""
-        text, _, is_plain = self.render(row)
-        batch = self._tokenize([text], add_special_tokens=is_plain)
-        offsets = batch["offset_mapping"][0]
-        if self.prepend_bos and batch["input_ids"][0][:1] != [self.tokenizer.bos_token_id]:
+        found = self._read(row)
+        [(ids, offsets)] = self._tokenize([found])
+        if self.prepend_bos and ids[:1] != [self.tokenizer.bos_token_id]:
             offsets = [(0, 0), *offsets]
-        return text, offsets
+        return found.text, offsets
 
-    def _tokenize(self, texts: list[str], *, add_special_tokens: bool) -> Mapping[str, Any]:
-        return self._offset_tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
+    def _tokenize(self, rows: list[_RenderedRow]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Token ids, and their characters, of rows of one type."""
+        if not rows:
+            return []
+        batch = self._offset_tokenizer(
+            [row.text for row in rows],
+            # Plain text gets the tokenizer's own special tokens; rendered conversations already contain theirs.
+            add_special_tokens=rows[0].is_plain,
             return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,
         )
+        return list(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
 
-    def _read(self, row: Any) -> tuple[tuple[str, ...], str, list[Span], bool]:
-        """The row's type, its text, all its content, and whether it is plain text."""
+    def _read(self, row: Any) -> _RenderedRow:
         kind = _row_type(row)
         if kind == ("text",):
             text = row if isinstance(row, str) else check_string(row["text"], "text")
             _check_unicode(text)
-            return kind, text, [Span(0, len(text), None, False)], True
+            return _RenderedRow(kind, text, [Span(0, len(text), None, False)], True)
         prompt, answer = self._parts(row, kind)
         if isinstance(prompt, str):
             text = prompt + answer
             _check_unicode(text)
             spans = [Span(0, len(prompt), "user", False), Span(len(prompt), len(text), "assistant", True)]
-            return kind, text, spans, True
+            return _RenderedRow(kind, text, spans, True)
         messages = [*prompt, *answer]
         text, places = self._renderer(
             messages,
@@ -232,7 +238,7 @@ class ConversationReader:
         )
         _check_unicode(text)
         spans = [Span(p.start, p.end, messages[p.message]["role"], p.message >= len(prompt)) for p in places]
-        return kind, text, spans, False
+        return _RenderedRow(kind, text, spans, False)
 
     def _parts(self, row: Mapping[str, Any], kind: tuple[str, ...]) -> tuple[Any, Any]:
         """The prompt and the completion; rows of type messages are all prompt."""
@@ -260,34 +266,30 @@ class ConversationReader:
             )
         return prompt, answer
 
-    def _pooled(self, spans: list[Span], kind: tuple[str, ...]) -> list[Span]:
+    def _pooled(self, row: _RenderedRow) -> list[Span]:
+        """The row's content that counts."""
+        kind, content = row.kind, row.content
         if self.pool_over == "all":
-            return spans
+            return content
         if kind == ("text",):
             raise ValueError(f"plain text has no roles, so pool_over={self.pool_over!r} selects nothing; use 'all'")
         if self.pool_over == "completion":
             if kind in (("messages",), ("prompt",)):
                 raise ValueError(f"a {kind[0]} row has no completion; use pool_over='assistant' or 'all'")
-            return [s for s in spans if s.completion]
-        return [s for s in spans if s.role == self.pool_over]
+            return [span for span in content if span.completion]
+        return [span for span in content if span.role == self.pool_over]
 
     def _add(
-        self,
-        pieces: TokenizedRows,
-        index: int,
-        text: str,
-        ids: np.ndarray,
-        offsets: list[tuple[int, int]],
-        spans: list[Span],
+        self, pieces: TokenizedRows, index: int, row: _RenderedRow, ids: np.ndarray, offsets: list[tuple[int, int]]
     ) -> None:
         counts = np.zeros(len(ids), dtype=bool)
         if len(ids):
             bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-            is_content = np.zeros(len(text) + 1, dtype=np.int64)
-            for span in spans:
+            is_content = np.zeros(len(row.text) + 1, dtype=np.int64)
+            for span in row.content:
                 is_content[span.start + 1 : span.end + 1] = 1
-            before = np.cumsum(is_content)
-            counts = before[bounds[:, 1]] > before[bounds[:, 0]]
+            content_up_to = np.cumsum(is_content)
+            counts = content_up_to[bounds[:, 1]] > content_up_to[bounds[:, 0]]
             special = np.isin(ids, self._special)
             if self.skip_first is None:
                 pieces.special_in_content += int((counts & special).sum())
@@ -381,10 +383,6 @@ def _row_type(row: Any) -> tuple[str, ...]:
         f"its columns are {excerpt(list(row))}; expected text, messages, prompt, prompt + completion, or "
         "chosen + rejected (rename the column that holds the text)"
     )
-
-
-def _type_name(kind: tuple[str, ...], is_plain: bool) -> str:
-    return "/".join(kind) + ("" if is_plain or kind == ("messages",) else " (conversational)")
 
 
 def _standard_or_messages(row: Mapping[str, Any], column: str) -> str | list[dict[str, Any]]:

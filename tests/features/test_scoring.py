@@ -146,8 +146,12 @@ def test_a_data_set_without_rows_stays_as_it_is(featurizer, dataset):
 
 def test_a_row_that_cannot_be_read_stops_the_map_or_is_skipped(featurizer):
     dataset = Dataset.from_dict({"text": ["hello", None, "world"]})
-    with pytest.raises(RowError, match="Row 1"):
+    with pytest.raises(RowError, match="Row 1") as error:
         dataset.map(FACScorer(featurizer), batched=True)
+    assert error.value.__notes__ == ["The row is counted in its batch: map with with_indices=True for its number."]
+    with pytest.raises(RowError, match="Row 1") as error:
+        dataset.map(FACScorer(featurizer), batched=True, with_indices=True)
+    assert not hasattr(error.value, "__notes__")
     skipping = FACScorer(SAEFeaturizer(tiny_model(), byte_level_tokenizer(), tiny_sae(), on_error="skip"))
     assert dataset.map(skipping, batched=True)["fac_tokens"][1] == 0
 
