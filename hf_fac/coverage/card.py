@@ -3,19 +3,18 @@ Out: the URL of the commit that adds a section with the figures to the card; the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from importlib.metadata import version
-from typing import Any
 
 from ..hub.cards import table
 from ..hub.repo import update_card
 from ..storage.validation import WholeMeasurement, checked
 from .coverage import FeatureCoverage
-from .report import FACReport, SavedReport
+from .report import FACReport
 
 
 def push_coverage_to_hub(
-    coverage: FACReport | FeatureCoverage | Mapping[str, Any],
+    coverage: FACReport | FeatureCoverage,
     repo_id: str,
     *,
     anchor: str | None = None,
@@ -29,16 +28,23 @@ def push_coverage_to_hub(
     a data set's repo. One section per model and layer: a later report of the same replaces it.
 
     Args:
-        coverage: a mapping is `FACReport.to_dict()`, as `hf-fac missing --output` writes it.
         anchor: the anchor set's name on the card, for example that of a Hub data set.
         sae: the SAE's name on the card, as `load_sae` takes it.
         revision, token, commit_message, create_pr: as in `hub.update_card`; create_pr is for someone else's data set.
 
     Raises:
         HubError: the push was refused or failed, or the repo does not exist.
-        ValueError: a mapping that is no report, or a coverage without its measurement (model, layer, ...).
+        ValueError: a coverage or report without its whole measurement (model, layer, ...).
     """
-    measurement, rows = _figures(coverage, anchor, sae)
+    remedy = "score the rows with FACScorer"
+    measurement = checked(WholeMeasurement, coverage.measurement, "the measurement", remedy)
+    rows = _of_report(coverage, anchor) if isinstance(coverage, FACReport) else _of_coverage(coverage)
+    rows |= {
+        "model": f"{measurement.model}, layer {measurement.layer}",
+        "SAE": f"{sae + ', ' if sae else ''}{measurement.d_sae:,} features",
+        "measured": f"activation {measurement.activation}, over {measurement.pool_over} content",
+        "fingerprint": measurement.fingerprint,
+    }
     model, layer = measurement.model, measurement.layer
     body = (
         f"## Feature Activation Coverage: {model}, layer {layer}\n\n"
@@ -58,27 +64,6 @@ def push_coverage_to_hub(
     )
 
 
-def _figures(
-    coverage: FACReport | FeatureCoverage | Mapping[str, Any], anchor: str | None, sae: str | None
-) -> tuple[WholeMeasurement, dict[str, str]]:
-    """How the coverage was measured, and the rows of the card's table."""
-    problem = "This is no report of hf_fac, nor a coverage of rows that FACScorer scored"
-    remedy = "give FACReport.to_dict(), or score the rows"
-    if isinstance(coverage, FeatureCoverage):
-        rows = _of_coverage(coverage)
-        measurement = checked(WholeMeasurement, coverage.measurement, problem, remedy)
-    else:
-        found = coverage.to_dict() if isinstance(coverage, FACReport) else coverage
-        report = checked(SavedReport, found, problem, remedy)
-        rows, measurement = _of_report(report, anchor), report.measurement
-    return measurement, rows | {
-        "model": f"{measurement.model}, layer {measurement.layer}",
-        "SAE": f"{sae + ', ' if sae else ''}{measurement.d_sae:,} features",
-        "measured": f"activation {measurement.activation}, over {measurement.pool_over} content",
-        "fingerprint": measurement.fingerprint,
-    }
-
-
 def _of_coverage(coverage: FeatureCoverage) -> dict[str, str]:
     live = int((coverage.maximum > 0).sum())
     return {
@@ -87,10 +72,10 @@ def _of_coverage(coverage: FeatureCoverage) -> dict[str, str]:
     }
 
 
-def _of_report(report: SavedReport, anchor: str | None) -> dict[str, str]:
-    low, high = (f"{end:.3f}" if end is not None else "?" for end in report.interval)
+def _of_report(report: FACReport, anchor: str | None) -> dict[str, str]:
+    low, high = ("?" if math.isnan(end) else f"{end:.3f}" for end in report.interval)
     covered, missing = len(report.covered), len(report.missing)
-    fac = f"{report.fac:.3f}" if report.fac is not None else "undefined"
+    fac = "undefined" if math.isnan(report.fac) else f"{report.fac:.3f}"
     some = "" if report.features is None else f", of {len(report.features):,} features looked at"
     return {
         "FAC": f"**{fac}** ({report.confidence:.0%} interval {low} to {high})",
@@ -99,7 +84,7 @@ def _of_report(report: SavedReport, anchor: str | None) -> dict[str, str]:
         "rows": _row_counts(report.rows, report.rows_without_tokens),
         "anchor set": f"{anchor + ', ' if anchor else ''}"
         + _row_counts(report.anchor_rows, report.anchor_rows_without_tokens),
-        "KL(anchor, data)": f"{report.kl_divergence:.3f} nats" if report.kl_divergence is not None else "?",
+        "KL(anchor, data)": "?" if math.isnan(report.kl_divergence) else f"{report.kl_divergence:.3f} nats",
     }
 
 

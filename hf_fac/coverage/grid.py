@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 _GEOMETRIC = (2.0 ** (np.arange(-24, 41) / 4)).astype(np.float32)  # in the activations' own type
-_CELL_BITS = np.uint32(15)  # of a float32: those left out of a cell's number
 
 
 class ActivationGrid:
@@ -25,16 +24,8 @@ class ActivationGrid:
         active = np.arange(d_sae + 1)
         shift = np.maximum(np.frexp(active)[1] - 9, 0)
         self.bucket_of = 256 * shift + (active >> shift)
-        # The leading bits of a positive float32 give its size to 2**-8: at most one level lies in such a cell.
-        ends = (np.arange(1, 0xFF01, dtype=np.uint32) << _CELL_BITS).view(np.float32)
-        self._level_of_cell = np.searchsorted(self.levels[1:], ends)
-
-    @property
-    def n_buckets(self) -> int:
-        return int(self.bucket_of[-1]) + 1
+        self.n_buckets = int(self.bucket_of[-1]) + 1
 
     def level_of(self, activations: np.ndarray) -> np.ndarray:
         """Returns int64 [n]: of activations, float32 [n] above the floor, the k with levels[k] < a <= levels[k + 1]."""
-        level = self._level_of_cell[activations.view(np.uint32) >> _CELL_BITS]
-        level -= activations <= self.levels[level]
-        return level
+        return np.searchsorted(self.levels, activations) - 1

@@ -122,7 +122,7 @@ class SAEFeaturizer:
         if layer is None:
             raise ValueError("The SAE does not say which layer it reads: give layer=.")
         blocks = check_layer(model, layer)
-        check_sae(sae, d_in=model.config.get_text_config().hidden_size, n_layers=len(blocks))
+        check_sae(sae, d_in=model.config.get_text_config().hidden_size)
         if preset == "paper":
             activation, sink_norm = "relu", float("inf")
         self.model, self.tokenizer = model, tokenizer

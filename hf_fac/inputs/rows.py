@@ -138,12 +138,6 @@ class ConversationReader:
                 f"stride is {self.stride} with max_length {self.max_length}; windows need a max_length, and a stride "
                 "(their overlap) from 0 to max_length - 1."
             )
-        if self.prepend_bos and self.tokenizer.bos_token_id is None:
-            raise ValueError("The SAE was trained with a BOS token (prepend_bos), but this tokenizer has none.")
-        if self.prepend_bos and self.stride is not None and self.max_length == 1:
-            raise ValueError("max_length is 1, and every window starts with a BOS token; it must be at least 2.")
-        if self.skip_first is not None and self.skip_first < 0:
-            raise ValueError(f"skip_first is {self.skip_first}; it must be 0 or more, or None for content tokens.")
         added = self.tokenizer.added_tokens_decoder
         special = set(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self._special = np.array(sorted(special), dtype=np.int64)

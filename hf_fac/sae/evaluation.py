@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ..inputs import hidden_states as acts
+from ..inputs.hidden_states import default_batch_tokens, evaluation_mode, hidden_states, is_causal, layer_hook
 from ..inputs.rows import ConversationReader, TokenizedRows
 from .loading import fvu
 
@@ -56,7 +56,7 @@ def evaluate_sae(
     reader = ConversationReader(tokenizer, max_length=max_length)
     pieces = reader(rows)
     hidden = torch.cat(
-        list(content_states(model, pieces, layer, acts.default_batch_tokens(model.device), sink_norm))
+        list(content_states(model, pieces, layer, default_batch_tokens(model.device), sink_norm))
         or [torch.zeros(0, sae.cfg.d_in)]
     )
     if len(hidden) < 2:
@@ -86,10 +86,10 @@ def content_states(
     causal: bool | None = None,
 ) -> Iterator[Tensor]:
     """Yields each batch's hidden states of content tokens, float32 [n, d_in]; with `sink_norm`, without sinks."""
-    for batch in acts.hidden_states(model, pieces.ids, layer, batch_tokens=batch_tokens, causal=causal):
+    for batch in hidden_states(model, pieces.ids, layer, batch_tokens=batch_tokens, causal=causal):
         counts = torch.zeros(batch.hidden.shape[:2], dtype=torch.bool)
-        for place, i in enumerate(batch.pieces):
-            counts[place, : len(pieces.content[i])] = torch.from_numpy(pieces.content[i])
+        for line, i in zip(counts, batch.pieces, strict=True):
+            line[: len(pieces.content[i])] = torch.from_numpy(pieces.content[i])
         states = batch.hidden[counts.to(batch.hidden.device)].float()
         if sink_norm is not None:
             states = states[states.norm(dim=-1) <= sink_norm]
@@ -99,11 +99,11 @@ def content_states(
 def _loss_recovered(
     model: PreTrainedModel, pieces: TokenizedRows, sae: SAE, layer: int, sink_norm: float, loss_rows: int
 ) -> float | None:
-    if model.get_output_embeddings() is None or not acts.is_causal(model, layer):
+    if model.get_output_embeddings() is None or not is_causal(model, layer):
         return None
     losses = np.zeros(3)
     replacements = (None, lambda x: sae.decode(sae.encode(x)), torch.zeros_like)
-    with acts.evaluation_mode(model):
+    with evaluation_mode(model):
         for ids, content in list(zip(pieces.ids, pieces.content, strict=True))[:loss_rows]:
             if len(ids) >= 2 and content.any():
                 losses += [_loss(model, ids, content, layer, sink_norm, replacement) for replacement in replacements]
@@ -132,7 +132,7 @@ def _loss(
         is_replaced = counts & (hidden.float().norm(dim=-1) <= sink_norm)
         return torch.where(is_replaced[..., None], replacement(hidden.float()).to(hidden.dtype), hidden)
 
-    with acts.layer_hook(model, layer, replace):
+    with layer_hook(model, layer, replace):
         logits = model(input_ids=batch).logits
     losses = torch.nn.functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:], reduction="none")
     return float(losses[counts[0, 1:]].sum())

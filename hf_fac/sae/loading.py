@@ -200,8 +200,8 @@ def read_settings(sae: SAE[Any]) -> SAESettings:
     )
 
 
-def check_sae(sae: SAE[Any], *, d_in: int | None = None, n_layers: int | None = None) -> None:
-    """Checks that hf_fac supports the SAE on a model of hidden size `d_in` with `n_layers` blocks.
+def check_sae(sae: SAE[Any], *, d_in: int | None = None) -> None:
+    """Checks that hf_fac supports the SAE, on a model of hidden size `d_in`.
 
     Raises:
         ValueError: in one sentence, what was found, what was expected and what to do.
@@ -224,15 +224,11 @@ def check_sae(sae: SAE[Any], *, d_in: int | None = None, n_layers: int | None = 
     for found, refused in refusals.items():
         if refused:
             raise ValueError(f"This SAE {found}: {ELSEWHERE}.")
-    layer = _layer(metadata)
-    remedy = f"use the model it was made for ({metadata.model_name or 'unknown'}), or {ELSEWHERE}"
+    _layer(metadata)
     if d_in is not None and cfg.d_in != d_in:
         raise ValueError(
-            f"This SAE reads activations of width {cfg.d_in}, the model's hidden size is {d_in}: {remedy}."
-        )
-    if layer is not None and n_layers is not None and not 0 <= layer <= n_layers:
-        raise ValueError(
-            f"This SAE reads layer {layer}, the model has layers 0 (the embedding) to {n_layers}: {remedy}."
+            f"This SAE reads activations of width {cfg.d_in}, the model's hidden size is {d_in}: use the model it was "
+            f"made for ({metadata.model_name or 'unknown'}), or {ELSEWHERE}."
         )
 
 
@@ -271,15 +267,10 @@ def fvu(sae: SAE[Any], x: torch.Tensor) -> float:
 
     `x` is [n, d_in], as the SAE takes it (raw; centred when its settings say so), of any floating dtype and device.
 
-    Raises:
-        ValueError: another shape, values that are not finite, or no variance.
+    Raises: ValueError for values without variance.
     """
     import torch
 
-    if x.ndim != 2 or x.shape[1] != sae.cfg.d_in:
-        raise ValueError(f"FVU takes activations of shape [n, {sae.cfg.d_in}], not {list(x.shape)}.")
-    if not x.isfinite().all():
-        raise ValueError("The activations hold NaN or infinite values, so FVU is undefined: leave those tokens out.")
     x = x.detach().to("cpu", torch.float64)
     mean, unexplained = x.mean(0), 0.0
     with torch.no_grad():

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..inputs import hidden_states as acts
+from ..inputs.hidden_states import check_layer, default_batch_tokens, is_causal, sink_cutoff
 from ..inputs.rows import ConversationReader
 from ..storage.files import try_output, whole_folder
 from ..storage.parquet import rows_digest
@@ -87,7 +87,7 @@ def train_sae(
     Raises: ValueError for settings that cannot be, RowError for a row that cannot be read; before any work, OSError
         when output_dir cannot be written to or another process trains an SAE there.
     """
-    acts.check_layer(model, layer)
+    check_layer(model, layer)
     d_in = model.config.get_text_config().hidden_size
     d_sae = 8 * d_in if d_sae is None else d_sae
     _check_settings(
@@ -97,7 +97,7 @@ def train_sae(
     with _Checkpoints(output_dir) as checkpoints:
         train, held_out = _split(dataset, eval_dataset, seed)
         reader = ConversationReader(tokenizer, max_length=max_length)
-        batch_tokens = batch_tokens or acts.default_batch_tokens(model.device)
+        batch_tokens = batch_tokens or default_batch_tokens(model.device)
         stream = _Stream(model, reader, train, layer, buffer_tokens, batch_tokens, seed)
         total = training_tokens or epochs * stream.count_tokens()
         if total < 1:
@@ -234,7 +234,7 @@ class _Stream:
     ) -> None:
         self.model, self.reader, self.dataset, self.layer = model, reader, dataset, layer
         self.buffer_tokens, self.batch_tokens, self.seed = buffer_tokens, batch_tokens, seed
-        self.causal = acts.is_causal(model, layer)
+        self.causal = is_causal(model, layer)
         self.n_tokens: int | None = None
         self.first: list[Tensor] = []
 
@@ -266,7 +266,7 @@ class _Stream:
         if not self.first:
             raise ValueError(f"The first {_SCALE_ROWS} rows have no content token to train on.")
         norms = torch.cat(self.first).norm(dim=-1).cpu().numpy()
-        cutoff = acts.sink_cutoff(norms)
+        cutoff = sink_cutoff(norms)
         d_in = self.model.config.get_text_config().hidden_size
         return float(norms[norms <= cutoff].mean()) / d_in**0.5, cutoff
 

@@ -1094,18 +1094,11 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
         ({"stride": 3}, "windows need a max_length"),
         ({"stride": 3, "max_length": 3}, "from 0 to max_length - 1"),
         ({"stride": -1, "max_length": 3}, "from 0 to max_length - 1"),
-        ({"skip_first": -1}, "skip_first is -1"),
-        ({"prepend_bos": True}, "prepend_bos.*this tokenizer has none"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, reason):
     with pytest.raises(ValueError, match=reason):
         ConversationReader(tiny.byte_level_tokenizer(), **settings)
-
-
-def test_windows_of_one_token_leave_no_room_for_a_bos():
-    with pytest.raises(ValueError, match="every window starts with a BOS token"):
-        ConversationReader(tiny.gpt2_tokenizer(), prepend_bos=True, max_length=1, stride=0)
 
 
 def test_a_thousand_short_conversations_are_read_in_less_than_a_second():

@@ -532,13 +532,9 @@ def test_a_transcoder_is_refused(tmp_path):
 def test_a_model_of_another_size_is_refused():
     sae = make_sae(metadata={"model_name": "user/model", "hook_name": "blocks.4.hook_resid_post"})
     check_sae(sae)
-    check_sae(sae, d_in=D_IN, n_layers=5)
+    check_sae(sae, d_in=D_IN)
     with pytest.raises(ValueError, match=r"width 8, the model's hidden size is 9: use .*\(user/model\), or take one"):
         check_sae(sae, d_in=9)
-    with pytest.raises(
-        ValueError, match=r"reads layer 5, the model has layers 0 \(the embedding\) to 4: use the model"
-    ):
-        check_sae(sae, n_layers=4)
 
 
 @pytest.mark.parametrize(
@@ -666,10 +662,6 @@ def test_fvu_is_its_definition(x):
 
 def test_fvu_of_what_it_cannot_measure_is_an_error(x):
     sae = make_sae()
-    with pytest.raises(ValueError, match=r"shape \[n, 8\], not \[50, 7\]"):
-        fvu(sae, x[:, :7])
-    with pytest.raises(ValueError, match="hold NaN or infinite values, so FVU is undefined"):
-        fvu(sae, x.index_fill(0, torch.tensor([3]), float("inf")))
     for alike in (x[:1], x[:0], x[:1].repeat(5, 1)):
         with pytest.raises(ValueError, match=f"activations that differ, not {len(alike)} without variance"):
             fvu(sae, alike)
