@@ -31,7 +31,7 @@ class Encoder:
         activation: "native", or "relu", without top-k or threshold.
         features: ids to compute; None is all.
     Attributes:
-        columns: int64, ascending: the ids of the columns returned, None for all.
+        columns: int64, ascending: the ids of the columns returned, None for all. width: their number.
         elementwise: whether a column can be computed without the others.
     Raises: ValueError for features or an activation that the SAE does not have, and for an SAE in training form.
     """
@@ -50,6 +50,7 @@ class Encoder:
             )
         self.sae, self.d_sae = sae, sae.cfg.d_sae
         self.columns = None if features is None else np.sort(check_feature_ids(features, self.d_sae))
+        self.width = self.d_sae if self.columns is None else len(self.columns)
         architecture = sae.cfg.architecture()
         known = architecture in ("standard", "jumprelu", "topk")
         if activation == "relu" and not known:
@@ -95,11 +96,6 @@ class Encoder:
             wrong &= expected > 0
         # Rounding may exchange the k-th feature for the next.
         return int(wrong.sum()) <= 0.02 * int((expected > 0).sum())
-
-    @property
-    def width(self) -> int:
-        """Columns that `maxima` returns."""
-        return self.d_sae if self.columns is None else len(self.columns)
 
     @torch.no_grad()
     def maxima(

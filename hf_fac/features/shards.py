@@ -96,12 +96,6 @@ def _score_shard(scorer: FACScorer, dataset: Dataset, part: range, file: Path, f
 
 def _check_manifest(path: Path, featurizer: SAEFeaturizer, dataset: Dataset, shard_rows: int) -> None:
     manifest = {"measurement": featurizer.measurement, "rows": len(dataset), "shard_rows": shard_rows}
-    # Shards first: another process writes its manifest before them.
-    shard = next(path.parent.glob("shard-*-of-*.parquet"), None)
-    if shard is not None and not path.exists():
-        raise ValueError(
-            f"{shard} lies there without {path.name}, which says how it was scored: choose another folder."
-        )
     if path.exists():
         found = checked(dict, path.read_bytes(), str(path), "choose another folder")
         if values := differences(found, manifest):

@@ -186,7 +186,6 @@ def hidden_states(
     """
     if not any(len(piece) for piece in ids):
         return
-    check_layer(model, layer)
     if causal is None:
         causal = is_causal(model, layer)
     for batch in pack([len(piece) for piece in ids], batch_tokens):

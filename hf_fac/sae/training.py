@@ -86,6 +86,8 @@ def train_sae(
         sink_norm, training_data, training_tokens, seed, and the figures of `SAEMetrics` on the held-out rows.
     Raises: ValueError for settings that cannot be, RowError for a row that cannot be read; before any work, OSError
         when output_dir cannot be written to or another process trains an SAE there.
+
+    It is longer than a screen for its arguments; its body is the run from the first row to the saved SAE.
     """
     check_layer(model, layer)
     d_in = model.config.get_text_config().hidden_size
@@ -108,11 +110,13 @@ def train_sae(
         torch.manual_seed(seed)
         config = _sae_config(model, layer, architecture, {"d_in": d_in, "d_sae": d_sae, **(sae_options or {})}, k=k)
         trainer = _trainer(config, architecture, steps, batch_size, learning_rate)
+        # The rows of a stream are not known yet.
+        keeps_rows = output_dir is not None and hasattr(train, "__len__")
         settings = {
             "config": {name: value for name, value in config.to_dict().items() if name != "metadata"},
             "layer": layer, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
             "buffer_tokens": buffer_tokens, "max_length": max_length, "scale": round(scale, 4),
-            "model": config.metadata.model_name, "rows": stream.digest() if output_dir is not None else None,
+            "model": config.metadata.model_name, "rows": rows_digest(train) if keeps_rows else None,
         }  # fmt: skip
         start = checkpoints.restore(trainer, settings)
         fills = stream.fills(start, sink_norm, scale, batch_size=batch_size, steps=steps - trainer.n_training_steps)
@@ -254,10 +258,6 @@ class _Stream:
             raise ValueError("A streaming data set has no length: say how many tokens to train on (training_tokens=).")
         self.n_tokens = sum(int(c.sum()) for group in self.groups(0, 0) for c in self.reader(group).content)
         return self.n_tokens
-
-    def digest(self) -> str | None:
-        """Returns a hash of the rows; None for a stream, whose rows are not known yet."""
-        return rows_digest(self.dataset) if hasattr(self.dataset, "__len__") else None
 
     def measure_scale(self) -> tuple[float, float]:
         """The mean norm over sqrt(d_in), and the norm above which a token is a sink, from the first rows."""

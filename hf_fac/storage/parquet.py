@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .files import whole_file
@@ -70,9 +70,5 @@ def digest_of_hashes(hashes: Iterable[int], *, after: str = "") -> str:
 
 def rows_digest(rows: Dataset) -> str:
     """Returns a hash of the rows' content in their order, whatever they lie in: 32 hexadecimal digits."""
-    return digest_of_hashes(map(row_hash, _each(rows)))
-
-
-def _each(rows: Dataset) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        yield from rows.select(range(start, min(start + _ROWS_AT_ONCE, len(rows)))).to_list()
+    parts = (rows.select(range(i, min(i + _ROWS_AT_ONCE, len(rows)))) for i in range(0, len(rows), _ROWS_AT_ONCE))
+    return digest_of_hashes(row_hash(row) for part in parts for row in part.to_list())
