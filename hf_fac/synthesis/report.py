@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..coverage.report import FACReport
 from ..storage.terminal import visible
@@ -22,6 +21,7 @@ from .candidates import SOUND_REJECTIONS, Candidate, Rejection, Status
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from scipy.sparse import csr_array
 
     from ..tasks.task import Task
     from .budget import Budget
@@ -39,7 +39,7 @@ class SynthesisReport:
     fac_before, fac_after: FAC of the data, and of the data and the samples, against the anchor of the `FACReport` that
         was given; NaN where ids were given. Samples may activate missing features that they were not written for.
     curve: float64 [samples + 1], FAC after each sample in order; where ids were given, the share of them activated.
-    kl_before, kl_after: KL(anchor || data) in nats over the features of the anchor (Eq. 3, see `FACReport`), or NaN.
+    kl_before, kl_after: KL(anchor || data) in nats (Eq. 3, see `FACReport`), or NaN.
     methods: by method, and "all" for all of them, hit rates beside the permutation baseline; texts that were rejected
         for what they are (truncated, copies, ...) are left out.
     copied: share of the texts that activate their feature that copy a span.
@@ -114,18 +114,14 @@ class SynthesisResult:
     dropped: Dataset
 
 
-def counted_features(missing: FACReport | ArrayLike) -> np.ndarray:
-    """Returns the ids over which FAC is counted: the anchor's features, or the given ids, rising."""
-    return missing.table["feature"] if isinstance(missing, FACReport) else np.sort(np.asarray(missing, np.int64))
-
-
 def make_result(
     *,
     task: Task,
     missing: FACReport | None,
     features: np.ndarray,
+    delta: np.ndarray,
     samples: Sequence[Candidate],
-    active: np.ndarray,
+    activations: csr_array,
     candidates: Sequence[Candidate],
     exhausted: Iterable[int],
     budget: Budget,
@@ -139,12 +135,11 @@ def make_result(
 
     Args:
         missing: the report that names the missing features, None where ids were given.
-        features: int64 ids, all that were asked for.
-        samples: accepted candidates, in order.
-        active: bool [n_samples, n], which of the `counted_features` they activate.
+        features: int64 ids, all that were asked for. delta: float64 [d_sae].
+        samples: accepted candidates, in order. activations: [n_samples, d_sae], of the samples, pooled as the data.
         provenance: what is recorded with the samples, by method.
     """
-    fac, curve, kl = _coverage(missing, active)
+    added = None if missing is None else missing.with_added(activations)
     activated = {c.feature for c in samples} | {f for c in samples for f in c.provenance.get("fills", [])}
     written = [c for c in candidates if c.method != "pool"]
     activating = [c for c in written if c.score is not None and c.feature in c.score.activates]
@@ -154,11 +149,11 @@ def make_result(
         activated=np.array([f for f in features.tolist() if f in activated], np.int64),
         exhausted=np.array([f for f in features.tolist() if f in set(exhausted) - activated], np.int64),
         samples=len(samples),
-        fac_before=fac[0],
-        fac_after=fac[1],
-        curve=curve,
-        kl_before=kl[0],
-        kl_after=kl[1],
+        fac_before=math.nan if missing is None else missing.fac,
+        fac_after=math.nan if added is None else added.fac,
+        curve=_curve(features, delta, activations) if added is None else added.curve,
+        kl_before=math.nan if missing is None else missing.kl_divergence,
+        kl_after=math.nan if added is None else added.kl_divergence,
         methods=by_method(written, seed=seed),
         copied=sum(c.rejection is Rejection.COPY for c in activating) / len(activating) if activating else 0.0,
         dropped=dict(Counter(_category(c) for c in rejected).most_common()),
@@ -237,20 +232,8 @@ def _dropped(rejected: Sequence[Candidate]) -> Dataset:
     return Dataset.from_dict({name: values for name, (_, values) in columns.items()}, features)
 
 
-def _coverage(
-    missing: FACReport | None, active: np.ndarray
-) -> tuple[tuple[float, float], np.ndarray, tuple[float, float]]:
-    """FAC before and after, the curve, and KL before and after."""
-    if not active.shape[1]:
-        return (math.nan, math.nan), np.full(len(active) + 1, math.nan), (math.nan, math.nan)
-    covered = np.zeros(active.shape[1], bool) if missing is None else missing.table["covered"]
-    curve = np.vstack([covered, np.logical_or.accumulate(active, axis=0) | covered]).mean(axis=1)
-    if missing is None:
-        return (math.nan, math.nan), curve, (math.nan, math.nan)
-    anchor, data = (np.asarray(missing.table[name], np.float64) for name in ("anchor_support", "data_support"))
-    return (float(curve[0]), float(curve[-1])), curve, (_kl(anchor, data), _kl(anchor, data + active.sum(axis=0)))
-
-
-def _kl(anchor_rows: np.ndarray, data_rows: np.ndarray) -> float:
-    p, q = ((rows + 0.5) / (rows + 0.5).sum() for rows in (anchor_rows, data_rows))
-    return float(np.sum(p * np.log(p / q)))
+def _curve(features: np.ndarray, delta: np.ndarray, activations: csr_array) -> np.ndarray:
+    """The share of the features that the samples activate, after each sample: float64 [n_samples + 1]."""
+    active = activations[:, features].toarray() > delta[features]
+    none = np.zeros((1, len(features)), bool)
+    return np.logical_or.accumulate(np.vstack([none, active])).mean(axis=1) if len(features) else none.mean(axis=1)

@@ -37,7 +37,7 @@ from .filters import NearDuplicates, texts_of
 from .generation import Generator, unconditional_prompt
 from .pool import FromPool, take_from_pool
 from .prompt_format import choose_prompt_format
-from .report import SynthesisResult, counted_features, in_order, make_result
+from .report import SynthesisResult, in_order, make_result
 from .rounds import Progress, run_rounds
 from .settings import SynthesisSettings
 from .text_source import TextSource
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from datasets import Dataset
+    from scipy.sparse import csr_array
 
     from ..chat.base import Chat
     from ..dictionary.dictionary import FeatureDictionary
@@ -225,7 +226,7 @@ class FACSynthesizer:
         samples = in_order([c for c in candidates if c.status is Status.ACCEPTED])[:max_samples]
         return make_result(
             task=self.task, missing=missing if isinstance(missing, FACReport) else None, features=wanted,
-            samples=samples, active=self._active(samples, delta, counted_features(missing)), candidates=candidates,
+            delta=delta, samples=samples, activations=self._activations(samples), candidates=candidates,
             exhausted=progress.exhausted(self.settings.schedule()), budget=budget, provenance=self._provenance(),
             seed=self.settings.seed, seconds=time.perf_counter() - started, ended=ended,
             chat_failed=source.gave_up is not None,
@@ -251,13 +252,14 @@ class FACSynthesizer:
         completer = RowCompleter(settings, source, budget, verifier.scorer, self.keep)
         return run_rounds(progress, generator, verifier, completer, budget, cache)
 
-    def _active(self, samples: Sequence[Candidate], delta: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Which of the features each sample activates, pooled as the data are: bool [n_samples, n_ids]."""
+    def _activations(self, samples: Sequence[Candidate]) -> csr_array:
+        """What the samples activate, pooled as the data are: [n_samples, d_sae]."""
+        from scipy.sparse import csr_array
+
         if not samples:
-            return np.zeros((0, len(ids)), bool)
+            return csr_array((0, self.featurizer.d_sae))
         pool_over = self.featurizer.reader.pool_over
-        activations = self.featurizer([self.task.featurizer_row(c.row, pool_over) for c in samples])
-        return activations[:, ids].toarray() > delta[ids]
+        return self.featurizer([self.task.featurizer_row(c.row, pool_over) for c in samples])
 
     @staticmethod
     def _warn_of_lost_texts(source: TextSource) -> None:
