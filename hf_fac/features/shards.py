@@ -96,11 +96,17 @@ def _score_shard(scorer: FACScorer, dataset: Dataset, part: range, file: Path, f
 
 def _check_manifest(path: Path, featurizer: SAEFeaturizer, dataset: Dataset, shard_rows: int) -> None:
     manifest = {"measurement": featurizer.measurement, "rows": len(dataset), "shard_rows": shard_rows}
+    # Looked for before the manifest, because another process writes its manifest before its shards.
+    shard = next(path.parent.glob("shard-*-of-*.parquet"), None)
     if path.exists():
         found = checked(dict, path.read_bytes(), str(path), "choose another folder")
         if values := differences(found, manifest):
             raise ValueError(f"{path.parent} holds shards of another run ({values}): choose another folder.")
         return
+    if shard is not None:
+        raise ValueError(
+            f"{shard} lies there without {path.name}, which says how it was scored: choose another folder."
+        )
     write_whole(path, json.dumps(manifest, indent=1), keep_first=True)
 
 

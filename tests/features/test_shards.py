@@ -109,7 +109,7 @@ def cut_short(rows, folder, other):
     [
         (changed, f"{FIRST} does not hold what is now in rows 0 to 9"),
         (reordered, f"{FIRST} does not hold what is now in rows 0 to 9"),
-        (reordered_without_manifest, f"{FIRST} does not hold what is now in rows 0 to 9"),
+        (reordered_without_manifest, "lies there without measurement.json"),
         (copied, f"{SECOND} does not hold what is now in rows 10 to 19"),
         (of_another_sae, f"{SECOND} was scored with another model, SAE or setting"),
         (without_a_note, f"{SECOND} was not written by score_shards, or is not whole"),
