@@ -194,7 +194,7 @@ class Task:
     def featurizer_row(self, row: Mapping[str, Any], pool_over: PoolOver | None = None) -> Mapping[str, Any]:
         """Returns a row for a featurizer with `pool_over` (None: the task's). A labelled row whose user is pooled
         becomes a user's message, as plain text has no user; every other row is returned unchanged."""
-        if self.type == "labelled" and (pool_over or self.pool_over) == "user":
+        if self.type == "labelled" and (pool_over or self.pool_over) == "user" and "text" in row:
             return {"messages": [{"role": "user", "content": row["text"]}]}
         return row
 

@@ -13,9 +13,10 @@ from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FeatureCoverage
 from ..inputs.rows import RowError
+from ..storage.differences import differences
 from ..storage.feature_ids import check_feature_ids
 from ..storage.validation import check_counts
-from .coverage_round import featurizer_row
+from .model_in_training import is_measuring, is_writing
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -98,10 +99,11 @@ def check_features(features: ArrayLike | None, synthesizer: FACSynthesizer) -> N
 
 def check_readable(synthesizer: FACSynthesizer, **sets: Dataset | FeatureCoverage) -> None:
     """Raises: RowError where the featurizer cannot read the first row of a set."""
+    reader = synthesizer.featurizer.reader
     for name, rows in sets.items():
         if isinstance(rows, Dataset):
             try:
-                synthesizer.featurizer.reader([featurizer_row(synthesizer, rows[0])])
+                reader([synthesizer.task.featurizer_row(rows[0], reader.pool_over)])
             except RowError as error:
                 raise RowError(f"The {name} set: {error}") from error
 
@@ -134,7 +136,8 @@ def check_models(
             "The model in training measures again each time, so the anchor set has to be measured again too: pass its "
             "rows as anchor=.",
         )
-        FeatureCoverage(synthesizer.featurizer.measurement) | anchor  # raises where they were measured differently
+        found = differences(anchor.measurement, synthesizer.featurizer.measurement)
+        _need(not found, f"The anchor set was measured with another featurizer ({found}): pass its rows as anchor=.")
 
 
 def check_output_folder(folder: Path, trainer_folder: Path) -> None:
@@ -154,7 +157,7 @@ def check_can_grow(trainer: Trainer, training_set: TrainingSet) -> None:
     problems = {
         "a run of one epoch has no second one: train longer": args.max_steps <= 0 and args.num_train_epochs <= 1,
         "max_steps leaves open how many epochs there are: set num_train_epochs": args.max_steps > 0,
-        "packing and shuffle_dataset rearrange all rows: leave them out": training_set.is_reordered,
+        "packing and shuffle_dataset rearrange all rows: leave them out": training_set.order != "kept",
         f"train_sampling_strategy={args.train_sampling_strategy!r} sorts by lengths that change": (
             args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         ),
@@ -174,7 +177,7 @@ def warn_of_cut_rows(trainer: Trainer, training_set: TrainingSet, featurizer: SA
     measured = reader.max_length if reader.stride is None else None
     ids = [name for name in ("input_ids", "prompt_ids", "chosen_ids") if name in training_set.columns]
     drops = ids == ["chosen_ids"]  # RewardTrainer drops long pairs whole
-    splits = training_set.is_reordered and trainer.args.packing and trainer.args.packing_strategy != "bfd"
+    splits = training_set.order == "packed" and trainer.args.packing_strategy != "bfd"
     if limit is None or drops or splits or (measured is not None and measured <= limit):
         return
     # SFTTrainer truncates when it prepares rows, so that none is longer than the limit; DPOTrainer in its collator.
@@ -187,23 +190,6 @@ def warn_of_cut_rows(trainer: Trainer, training_set: TrainingSet, featurizer: SA
                 stacklevel=3,
             )
             return
-
-
-def is_measuring(trainer: Trainer, synthesizer: FACSynthesizer) -> bool:
-    """Whether the featurizer reads the model in training."""
-    return _is_in_training(trainer, synthesizer.featurizer.model)
-
-
-def is_writing(trainer: Trainer, synthesizer: FACSynthesizer) -> bool:
-    """Whether the model in training writes the samples."""
-    return _is_in_training(trainer, getattr(synthesizer.chat, "model", None))  # an endpoint has a name there
-
-
-def _is_in_training(trainer: Trainer, model: Any) -> bool:
-    from torch import nn
-
-    trained = {id(parameter) for parameter in trainer.model.parameters()}
-    return isinstance(model, nn.Module) and any(id(parameter) in trained for parameter in model.parameters())
 
 
 def _need(condition: bool, problem: str) -> None:

@@ -1,4 +1,4 @@
-"""One coverage round: measure the training set against the anchor set, write what is missing, prepare the new rows.
+"""One coverage round: measure the training set against the anchor set, write what is missing, join the new rows.
 
 All processes of a run take part: each measures its share of the rows and writes its share of the samples, and all end
 with the same rows in the same order. Measurements and answers stay in the group's folder, so that a killed run reuses
@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,140 +20,139 @@ from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FeatureCoverage
 from ..coverage.report import FACReport
-from ..storage.cache import Processes, content_key
+from ..storage.cache import content_key
 from ..storage.parquet import rows_digest
 from .processes import ProcessGroup
-from .training_set import PreparedRows, TrainingSet
+from .training_set import Joined, TrainingSet
 
 if TYPE_CHECKING:
     from ..synthesis.report import SynthesisReport, SynthesisResult
     from ..synthesis.synthesizer import FACSynthesizer
 
-SAME_BOUNDS = "Give all processes the same bounds, and an unchanged work folder."
 _CHUNK = 1000  # rows measured at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """Limits of one round: of samples and seconds, and the features that are not written for."""
+class RoundResult:
+    """What one round found and adds.
 
-    max_samples: int | None = None
-    max_seconds: float | None = None
-    skip: Collection[int] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundReport:
-    """What one round found and did.
-
-    before: coverage of the training set. fac_after: FAC with the rows that the trainer keeps.
+    before: coverage of the training set. covered_after: features of the anchor set that are covered with the rows that
+        the trainer keeps.
     synthesis: None when nothing was written. synthesizer: its fingerprint.
-    samples, dropped: rows that were written, and how many of them the trainer's filters dropped.
-    activated, exhausted: features with a row of their own that the trainer keeps; features tried to the end in vain.
-    failure: why the chat stopped answering, None when it did not.
+    rows: all rows that were written. joined: the trainer's set with them, and those of them that the trainer keeps.
     """
 
     before: FACReport
-    fac_after: float
+    covered_after: int
     synthesis: SynthesisReport | None
     synthesizer: str
-    samples: int
-    dropped: int
-    activated: list[int]
-    exhausted: list[int]
-    failure: str | None
+    rows: Dataset
+    joined: Joined
 
     @property
-    def covered_after(self) -> int:
-        """Features of the anchor set that are covered after the round."""
-        n = len(self.before.covered) + len(self.before.missing)
-        return round(self.fac_after * n) if n else 0
+    def activated(self) -> list[int]:
+        """Features with a row of their own that the trainer keeps."""
+        own = self.joined.kept["fac_feature"][:] if len(self.joined.kept) else []
+        return [] if self.synthesis is None else np.intersect1d(self.synthesis.activated, own).astype(int).tolist()
+
+    @property
+    def exhausted(self) -> list[int]:
+        """Features tried to the end in vain. One whose rows the trainer dropped counts: it would drop the next ones
+        too."""
+        tried = [] if self.synthesis is None else [*self.synthesis.activated, *self.synthesis.exhausted]
+        return np.setdiff1d(tried, self.activated).astype(int).tolist()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the chat stopped answering, None when it did not."""
+        return self.synthesis.ended if self.synthesis is not None and self.synthesis.chat_failed else None
 
     def numbers(self) -> dict[str, float]:
         """Returns what is logged, by name."""
+        n_anchor = len(self.before.covered) + len(self.before.missing)
         return {
             "fac/before": self.before.fac,
-            "fac/after": self.fac_after,
+            "fac/after": self.covered_after / n_anchor if n_anchor else math.nan,
             "fac/covered": self.covered_after,
             "fac/missing": len(self.before.missing),
-            "fac/synthesized": self.samples,
-            "fac/dropped": self.dropped,
+            "fac/synthesized": len(self.rows),
+            "fac/dropped": len(self.rows) - len(self.joined.kept),
             "fac/requests": 0 if self.synthesis is None else self.synthesis.requests,
             "fac/completion_tokens": 0 if self.synthesis is None else self.synthesis.completion_tokens,
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it for JSON."""
+        """Returns all but the rows for JSON."""
+        numbers = self.numbers()
         return {
             "before": self.before.to_dict(),
-            "after": {"fac": self.fac_after, "covered": self.covered_after},
+            "after": {"fac": numbers["fac/after"], "covered": self.covered_after},
             "synthesis": None if self.synthesis is None else self.synthesis.to_dict(),
             "synthesizer": self.synthesizer,
-            "samples": self.samples,
-            "dropped": self.dropped,
+            "samples": numbers["fac/synthesized"],
+            "dropped": numbers["fac/dropped"],
             "activated": self.activated,
             "exhausted": self.exhausted,
-            "failure": self.failure,
         }
 
 
-@dataclass(frozen=True)
-class RoundResult:
-    """What a round adds: all rows that were written, those of them that the trainer keeps in its form, a report."""
-
-    rows: Dataset
-    prepared: PreparedRows
-    report: RoundReport
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CoverageRound:
     """A round for one training set.
 
     Args:
         anchor: rows, or their coverage.
+        group: the processes that take part.
         features: ids that count, None for all.
         threshold: delta; None calibrates it on the anchor set.
-        group: the processes that take part.
+        number: part of the answers' cache key: the model may have been trained since the last round.
+        max_samples, max_seconds: bounds of what is written; with a bound of 0 or less nothing is.
+        skip: features that are not written for.
     """
 
     synthesizer: FACSynthesizer
     anchor: Dataset | FeatureCoverage
-    features: ArrayLike | None
-    threshold: float | ArrayLike | None
     training_set: TrainingSet
     group: ProcessGroup
+    features: ArrayLike | None = None
+    threshold: float | ArrayLike | None = None
+    number: int = 0
+    max_samples: int | None = None
+    max_seconds: float | None = None
+    skip: Collection[int] = ()
 
-    def run(self, earlier: Sequence[Dataset], *, number: int, bounds: Bounds) -> RoundResult:
-        """Measure, have the missing features written, and prepare the new rows.
+    def run(self, kept: Sequence[Dataset] = (), *, to: Dataset | None = None) -> RoundResult:
+        """Measure, have the missing features written, and join the new rows.
 
         Args:
-            earlier: new rows of earlier rounds that the trainer keeps.
-            number: rounds with other numbers share no answers, as the chat's model may have been trained in between.
+            kept: of each earlier round, the new rows that the trainer keeps. to: the trainer's set with them.
 
         Raises: RuntimeError, in all processes and before anything is measured, when they have other rows, another model
             or another synthesizer; OtherProcessFailed when one of them failed.
         """
-        anchor, fingerprint = self.anchor, self.synthesizer.fingerprint()
-        rows_given = isinstance(anchor, Dataset)
-        anchor_digest = rows_digest(anchor) if rows_given else content_key(anchor.maximum.tolist())
-        self._check_same_inputs(anchor_digest, fingerprint)
-        if rows_given:
+        fingerprint, anchor, given_rows = self.synthesizer.fingerprint(), self.anchor, isinstance(self.anchor, Dataset)
+        anchor_digest = rows_digest(anchor) if given_rows else content_key(anchor.maximum.tolist())
+        seconds = self._agree(anchor_digest, fingerprint)
+        if given_rows:
             anchor = self._coverage(anchor, anchor_digest)
         coverage = self._coverage(self.training_set.content, self.training_set.digest)
-        for rows in earlier:
+        for rows in kept:
             coverage |= self._coverage_of_new(rows)
         before = coverage.compare(anchor, features=self.features, threshold=self.threshold)
 
-        result = self._write(before, fingerprint, number, bounds)
+        result = self._write(before, fingerprint, seconds)
         rows = empty_rows(self.synthesizer) if result is None else result.dataset
-        self.group.barrier({"new rows": rows_digest(rows)}, remedy=SAME_BOUNDS)
-        prepared = self.training_set.prepare(rows)
-        fac_after = self._fac_after(coverage, before, result, prepared.kept)
-        return RoundResult(rows, prepared, _report(before, fac_after, result, fingerprint, rows, prepared.kept))
+        # The trainers prepare rows one process after the other, in a collective.
+        self.group.barrier({"new rows": rows_digest(rows)}, remedy="Start again with an empty work folder.")
+        joined = self.training_set.join(rows, to=to)
+        return RoundResult(
+            before=before, covered_after=self._covered_after(coverage, before, result, joined.kept),
+            synthesis=None if result is None else result.report, synthesizer=fingerprint, rows=rows, joined=joined,
+        )  # fmt: skip
 
-    def _check_same_inputs(self, anchor_digest: str, fingerprint: str) -> None:
-        # The processes wait for one another's files, whose names depend on all of this.
+    def _agree(self, anchor_digest: str, fingerprint: str) -> float | None:
+        """The bound on seconds, as process 0 has it. The processes wait for one another's files, whose names depend on
+        the values that are compared here."""
         values = {
             "training set": self.training_set.digest,
             "anchor set": anchor_digest,
@@ -160,36 +160,33 @@ class CoverageRound:
             **{f"featurizer's {name}": value for name, value in self.synthesizer.featurizer.measurement.items()},
             "synthesizer": fingerprint,
         }
-        self.group.barrier(
-            values,
-            remedy="Give all processes the same rows in the same order (shuffle with a seed) and load models from the "
-            "same name or path.",
+        remedy = (
+            "Give all processes the same rows in the same order (shuffle with a seed) and load models from the same "
+            "name or path."
         )
+        return self.group.barrier(values, remedy=remedy, note=self.max_seconds)
 
-    def _write(self, before: FACReport, fingerprint: str, number: int, bounds: Bounds) -> SynthesisResult | None:
+    def _write(self, before: FACReport, fingerprint: str, seconds: float | None) -> SynthesisResult | None:
         """What was written for the missing features; None where there is nothing to write for."""
-        wanted = before.missing[~np.isin(before.missing, list(bounds.skip))]
-        if not len(wanted) or bounds.max_samples == 0:
+        wanted = before.missing[~np.isin(before.missing, list(self.skip))]
+        spent = any(bound is not None and bound <= 0 for bound in (self.max_samples, seconds))
+        if not len(wanted) or spent:
             return None
-        group = self.group
         return self.synthesizer.synthesize(
             before, features=wanted, anchor=self.anchor if isinstance(self.anchor, Dataset) else None,
-            cache_dir=group.folder / f"samples-{content_key(fingerprint, number)}", max_samples=bounds.max_samples,
-            max_seconds=bounds.max_seconds,
-            processes=Processes(group.rank, group.world_size, run=group.token, check=group.check),
+            cache_dir=self.group.folder / f"samples-{content_key(fingerprint, self.number)}",
+            max_samples=self.max_samples, max_seconds=seconds, processes=self.group.processes,
         )  # fmt: skip
 
-    def _fac_after(
+    def _covered_after(
         self, coverage: FeatureCoverage, before: FACReport, result: SynthesisResult | None, kept: Dataset
-    ) -> float:
-        if result is None or not len(kept):
-            return before.fac
-        if len(kept) == len(result.dataset):
-            return result.report.fac_after  # each sample was measured when it was written
-        # Over the features of the anchor set, above the same delta.
+    ) -> int:
+        if not len(kept):
+            return len(before.covered)
+        if len(kept) == len(result.dataset):  # the synthesizer has read these rows
+            return round(result.report.fac_after * len(before.table["feature"]))
         ids, delta = before.table["feature"], before.table["delta"]
-        maximum = (coverage | self._coverage_of_new(kept)).maximum
-        return float((maximum[ids] > delta).mean()) if len(ids) else before.fac
+        return int(((coverage | self._coverage_of_new(kept)).maximum[ids] > delta).sum())
 
     def _coverage_of_new(self, rows: Dataset) -> FeatureCoverage:
         rows = rows.select_columns(list(self.synthesizer.task.features()))
@@ -197,22 +194,21 @@ class CoverageRound:
 
     def _coverage(self, rows: Dataset, rows_hash: str) -> FeatureCoverage:
         """The coverage of all rows, of which each process measures a share; from disk where it is there."""
-        featurizer, group = self.synthesizer.featurizer, self.group
-        name = f"coverage-{content_key(featurizer.measurement, self.synthesizer.task.name, rows_hash)}"
+        measurement, group = self.synthesizer.featurizer.measurement, self.group
+        # A task's type is what decides how it gives its rows to the featurizer.
+        name = f"coverage-{content_key(measurement, self.synthesizer.task.type, rows_hash)}"
         whole = group.folder / f"{name}.safetensors"
         parts = [group.folder / f"{name}.{rank}-of-{group.world_size}" for rank in range(group.world_size)]
         own = parts[group.rank]
         if not own.exists() and not whole.exists():
             unfinished = own.with_name(f"{own.name}.unfinished")
-            coverage = (
-                FeatureCoverage.load(unfinished) if unfinished.exists() else FeatureCoverage(featurizer.measurement)
-            )
-            share = group.share(len(rows))
-            for start in range(share.start + coverage.rows, share.stop, _CHUNK):
+            coverage = FeatureCoverage.load(unfinished) if unfinished.exists() else FeatureCoverage(measurement)
+            size = max(1, min(_CHUNK, math.ceil(len(rows) / group.world_size)))
+            starts = group.processes.share(range(0, len(rows), size))
+            for start in starts[math.ceil(coverage.rows / size) :]:
                 group.check()
-                coverage |= measured(
-                    self.synthesizer, rows.select(range(start, min(start + _CHUNK, share.stop))), start
-                )
+                chunk = rows.select(range(start, min(start + size, len(rows))))
+                coverage |= measure_rows(self.synthesizer, chunk, start)
                 coverage.save(unfinished)
             coverage.save(own)
             unfinished.unlink(missing_ok=True)
@@ -225,43 +221,17 @@ class CoverageRound:
         return FeatureCoverage.load(whole)
 
 
-def measured(synthesizer: FACSynthesizer, rows: Dataset, start: int = 0) -> FeatureCoverage:
+def measure_rows(synthesizer: FACSynthesizer, rows: Dataset, start: int = 0) -> FeatureCoverage:
     """Returns the coverage of rows, the first of which has the number `start`."""
-    featurizer = synthesizer.featurizer
-    reading = featurizer.read([featurizer_row(synthesizer, row) for row in rows.to_list()], first_row=start)
+    featurizer, task = synthesizer.featurizer, synthesizer.task
+    given = [task.featurizer_row(row, featurizer.reader.pool_over) for row in rows.to_list()]
+    reading = featurizer.read(given, first_row=start)
     return FeatureCoverage.from_activations(
         reading.activations, measurement=featurizer.measurement, tokens=reading.tokens
     )
-
-
-def featurizer_row(synthesizer: FACSynthesizer, row: dict[str, Any]) -> Any:
-    """Returns a row as the featurizer takes it."""
-    # Only a labelled task changes its rows, which are plain text; an anchor set may be of any type.
-    if "text" in row:
-        return synthesizer.task.featurizer_row(row, synthesizer.featurizer.reader.pool_over)
-    return row
 
 
 def empty_rows(synthesizer: FACSynthesizer) -> Dataset:
     """Returns no new rows, in the task's columns."""
     features = synthesizer.task.features()
     return Dataset.from_dict({name: [] for name in features}, features=features)
-
-
-def _report(
-    before: FACReport, fac_after: float, result: SynthesisResult | None, fingerprint: str, rows: Dataset, kept: Dataset
-) -> RoundReport:
-    synthesis, activated, exhausted = None, [], []
-    if result is not None:
-        synthesis = result.report
-        own = kept["fac_feature"][:] if len(kept) else []
-        activated = np.intersect1d(synthesis.activated, own).astype(int).tolist()
-        # A feature whose rows the trainer dropped would lose the next ones too.
-        tried = [*synthesis.activated, *synthesis.exhausted]
-        exhausted = np.setdiff1d(tried, activated).astype(int).tolist()
-    failed = synthesis is not None and synthesis.chat_failed
-    return RoundReport(
-        before=before, fac_after=fac_after, synthesis=synthesis, synthesizer=fingerprint, samples=len(rows),
-        dropped=len(rows) - len(kept), activated=activated, exhausted=exhausted,
-        failure=synthesis.ended if failed else None,
-    )  # fmt: skip

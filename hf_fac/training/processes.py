@@ -1,83 +1,26 @@
-"""What keeps a training run as it was, and what its processes tell one another.
+"""What the processes of a training run tell one another during a coverage round.
 
-`preserved` restores random state, modes and settings. `ProcessGroup` lets the processes of a run exchange small files
-in a folder that they share, and stop together when one fails: none waits in a collective while another one writes.
+They exchange small files in a folder that they share, and stop together when one fails: none waits in a collective
+while another one writes.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from ..inputs.hidden_states import evaluation_mode
+from ..storage.cache import Processes
 from ..storage.files import try_output, write_whole
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from transformers import TrainingArguments
 
 _POLL_SECONDS = 0.2
 _VISIBLE_SECONDS = 60  # for a file of the first process to appear to the others, on a network file system
-
-
-@contextmanager
-def preserved(models: list[nn.Module], tokenizers: list[PreTrainedTokenizerBase]) -> Iterator[None]:
-    """While it lasts the models are in evaluation mode, without gradients. Afterwards their modes and `use_cache`, the
-    tokenizers' sides, and the random state of Python, NumPy and torch (every GPU) are as they were."""
-    configs = [getattr(model, name, None) for model in models for name in ("config", "generation_config")]
-    settings = [
-        (owner, name, getattr(owner, name))
-        for owners, names in ((configs, ["use_cache"]), (tokenizers, ["padding_side", "truncation_side"]))
-        for owner in owners
-        for name in names
-        if hasattr(owner, name)
-    ]
-    state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    try:
-        with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(evaluation_mode(model))
-            yield
-    finally:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
-        random.setstate(state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state_all(cuda_state)
-
-
-@contextmanager
-def reraise_oom() -> Iterator[None]:
-    """Raise another error where measuring or writing runs out of memory.
-
-    accelerate's `find_executable_batch_size` would take the original error for one of training, shrink the training
-    batch and start again.
-    Raises: RuntimeError with the remedy.
-    """
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    try:
-        yield
-    except Exception as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise RuntimeError(
-            "Measuring rows or writing samples, not training, ran out of memory: a smaller training batch would not "
-            "help. Make the SAEFeaturizer with a lower batch_tokens, the LocalChat with a lower batch_size, or let "
-            "another device or an EndpointChat write."
-        ) from error
 
 
 class OtherProcessFailed(RuntimeError):
@@ -120,9 +63,10 @@ class ProcessGroup:
             time.sleep(_POLL_SECONDS)
         return group
 
-    def share(self, n: int) -> range:
-        """Returns which of n things this process works on."""
-        return range(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
+    @property
+    def processes(self) -> Processes:
+        """How these processes share one job."""
+        return Processes(self.rank, self.world_size, run=self.token, check=self.check)
 
     def check(self) -> None:
         """Raises: OtherProcessFailed when another process has failed."""
@@ -137,7 +81,7 @@ class ProcessGroup:
             self.check()
             time.sleep(_POLL_SECONDS)
 
-    def barrier(self, values: dict[str, Any], *, remedy: str, note: Any = None) -> Any:
+    def barrier(self, values: dict[str, Any] | None = None, *, remedy: str = "", note: Any = None) -> Any:
         """Wait until every process has come here with the same values, by name, and return the note of process 0.
 
         Values and note are JSON.
@@ -145,7 +89,7 @@ class ProcessGroup:
         """
         if self.world_size == 1:
             return note
-        self._barriers += 1
+        self._barriers, values = self._barriers + 1, values or {}
         files = [self.folder / f"run-{self.token}-{self._barriers}-{rank}" for rank in range(self.world_size)]
         write_whole(files[self.rank], json.dumps({"values": values, "note": note}))
         self.wait(lambda: all(file.exists() for file in files))

@@ -7,28 +7,29 @@ New rows lie in `rows-<hash>.parquet` in the run's folder. Every checkpoint hold
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 from datasets import Dataset
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from ..storage.parquet import read_parquet, rows_digest, write_parquet
 from ..storage.validation import Strict, checked
-from .summary import summed_up
 
 if TYPE_CHECKING:
-    from .coverage_round import RoundReport
+    from .coverage_round import RoundResult
 
 RECORD = "fac_synthesis.json"
 FOLDER = "_fac_synthesis"  # a name that starts with "_" is not pushed to the Hub with the model
+_FIRST = ("fac/before", "fac/missing")  # of the first round; later ones find less
+_SUMMED = ("fac/synthesized", "fac/dropped", "fac/requests", "fac/completion_tokens")
 
 
 class CheckpointRecord(Strict):
     """What a checkpoint says of the new rows that the run trains on.
 
     rows: hash of the new rows, in order. training_set, featurizer: hashes of what the rows were written for.
-    epoch: of the last coverage round, -1 before it. seconds: spent on all rounds.
+    epoch: of the last coverage round; -1 if there was none. seconds: spent on all rounds.
     threshold: delta; None before the first round and where each feature has its own.
     activated, exhausted: features with a row of their own that the trainer kept, and those tried to the end in vain.
     summary: the numbers that were logged, by name.
@@ -36,26 +37,17 @@ class CheckpointRecord(Strict):
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
-    rows: str
+    rows: str = ""
     training_set: str
     featurizer: str
     refresh: Literal["start", "epoch"]
     max_samples: int | None
-    epoch: int
-    seconds: float
-    threshold: float | None
-    activated: list[int]
-    exhausted: list[int]
-    summary: dict[str, int | float]
-
-    @classmethod
-    def before_first_round(
-        cls, training_set: str, featurizer: str, refresh: Literal["start", "epoch"], max_samples: int | None
-    ) -> Self:
-        return cls(
-            rows="", training_set=training_set, featurizer=featurizer, refresh=refresh, max_samples=max_samples,
-            epoch=-1, seconds=0.0, threshold=None, activated=[], exhausted=[], summary={},
-        )  # fmt: skip
+    epoch: int = -1
+    seconds: float = 0.0
+    threshold: float | None = None
+    activated: list[int] = Field(default_factory=list)
+    exhausted: list[int] = Field(default_factory=list)
+    summary: dict[str, int | float] = Field(default_factory=dict)
 
 
 def read_record(checkpoint: Path) -> CheckpointRecord:
@@ -92,21 +84,29 @@ def check_same_run(record: CheckpointRecord, own: CheckpointRecord, checkpoint: 
 
 
 def next_record(
-    last: CheckpointRecord, report: RoundReport | None, *, rows: Dataset, epoch: int, seconds: float
+    last: CheckpointRecord, result: RoundResult | None, *, rows: Dataset, epoch: int, seconds: float
 ) -> CheckpointRecord:
-    """Returns the record after one more round, of which there is no report when it failed."""
-    changes = {"rows": rows_digest(rows), "epoch": epoch, "seconds": last.seconds + seconds}
-    if report is not None:
-        activated = {*last.activated, *report.activated}
+    """Returns the record after one more round, which has no result when it failed. `rows`: all new rows by then."""
+    changes: dict[str, Any] = {"rows": rows_digest(rows), "epoch": epoch, "seconds": last.seconds + seconds}
+    numbers = {} if result is None else result.numbers()
+    if result is not None:
+        activated = {*last.activated, *result.activated}
         changes["activated"] = sorted(activated)
-        changes["exhausted"] = sorted({*last.exhausted, *report.exhausted} - activated)
-        delta = report.before.threshold
+        changes["exhausted"] = sorted({*last.exhausted, *result.exhausted} - activated)
+        delta = result.before.threshold
         changes["threshold"] = delta if isinstance(delta, float) else None
     record = last.model_copy(update=changes)
-    summary = summed_up(last.summary, {} if report is None else report.numbers()) | {
-        "fac/activated": len(record.activated), "fac/exhausted": len(record.exhausted), "fac/new_rows": len(rows),
+    earlier = last.summary
+    summary = {
+        **earlier,
+        **numbers,
+        **{name: earlier[name] for name in _FIRST if name in earlier},
+        **{name: earlier.get(name, 0) + numbers.get(name, 0) for name in _SUMMED},
+        "fac/activated": len(record.activated),
+        "fac/exhausted": len(record.exhausted),
+        "fac/new_rows": len(rows),
         "fac/seconds": record.seconds,
-    }  # fmt: skip
+    }
     return record.model_copy(update={"summary": summary})
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,6 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..storage.files import write_whole
 from ..storage.parquet import write_parquet
-from ..storage.validation import Strict, checked
-
-_FIRST = ("fac/before", "fac/missing")  # of the first round; later ones find less
-_SUMMED = ("fac/synthesized", "fac/dropped", "fac/requests", "fac/completion_tokens")
-
-
-def summed_up(earlier: dict[str, float], new: dict[str, float]) -> dict[str, float]:
-    """Returns the numbers of a run, by name, after one more round."""
-    both = earlier | new
-    both |= {name: earlier[name] for name in _FIRST if name in earlier}
-    return both | {name: earlier.get(name, 0) + new.get(name, 0) for name in _SUMMED}
 
 
 def model_card_section(summary: dict[str, float]) -> str:
@@ -56,48 +43,20 @@ def log_table(rows: Dataset, report_to: list[str]) -> None:
             tracker.log({"fac/rows": tracker.Table(dataframe=table)})
 
 
-class _Round(Strict):
-    epoch: int
-
-
 def write_report(new: dict[str, Any], path: Path) -> None:
-    """Append a round to those of earlier epochs; rounds of later epochs belong to an earlier run and go.
-
-    A file that holds anything else is renamed, with a UserWarning.
-    """
-    rounds: list[_Round] = []
-    if path.exists():
-        try:
-            rounds = checked(list[_Round], path.read_bytes(), str(path), "it holds no list of rounds")
-        except ValueError as error:
-            aside = path.with_name(f"{path.stem}-unreadable{path.suffix}")
-            os.replace(path, aside)
-            warnings.warn(f"{error} It was renamed to {aside.name}.", stacklevel=2)
-    earlier = [found.model_dump() for found in rounds if found.epoch < new["epoch"]]
-    write_whole(path, json.dumps([*earlier, new], indent=1))
+    """Append a round to those of earlier epochs; rounds of later epochs belong to an earlier run and go."""
+    rounds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_whole(path, json.dumps([*(found for found in rounds if found["epoch"] < new["epoch"]), new], indent=1))
 
 
 def write_enlarged(seed: Dataset, new: Dataset, path: Path) -> None:
     """Write the trainer's own rows and the new ones, in the types of the former (messages may have more keys there)."""
-    if "chosen" in new.column_names and ("prompt" in seed.column_names) != ("prompt" in new.column_names):
-        # DPOTrainer splits pairs that have no prompt of their own.
-        seed, new = _with_whole_pairs(seed), _with_whole_pairs(new)
     # A key that is null in all rows has a type that nothing can be cast to.
     seed_types, new_types = _without_nulls(seed.features), _without_nulls(new.features)
     if seed_types != seed.features:
         seed = seed.cast(seed_types)
     new = new.cast(Features({name: seed_types.get(name, kind) for name, kind in new_types.items()}))
     write_parquet(concatenate_datasets([seed, new]), path)
-
-
-def _with_whole_pairs(rows: Dataset) -> Dataset:
-    if "prompt" not in rows.column_names:
-        return rows
-    return rows.map(
-        lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")},
-        remove_columns="prompt", desc="Adding prompts to completions", keep_in_memory=True,
-        load_from_cache_file=False,
-    )  # fmt: skip
 
 
 def _without_nulls(kind: Any) -> Any:

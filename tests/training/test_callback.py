@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tiny_models import tiny_model, tiny_sae
 from trainer_runs import (
     TinySynthesizer,
@@ -761,7 +761,8 @@ def test_growing_leaves_no_trace_in_the_run_but_the_rows(tmp_path):
             had = run.had[int(state.epoch or 0)]
             if had[len(added) :]:
                 rows = Dataset.from_list(had[len(added) :]).select_columns(["messages"])
-                planned.add(sft(rows, tmp_path / "c").train_dataset.select_columns(["input_ids", "labels"]))
+                new = sft(rows, tmp_path / "c").train_dataset.select_columns(["input_ids", "labels"])
+                planned.fill(concatenate_datasets([planned.rows, new]))
                 added[:] = had
             set_state(*random_state)
 

@@ -32,9 +32,9 @@ from trainer_runs import (
 )
 
 from hf_fac import FeatureCoverage
-from hf_fac.training.coverage_round import Bounds, CoverageRound
+from hf_fac.training.coverage_round import CoverageRound
 from hf_fac.training.processes import ProcessGroup
-from hf_fac.training.summary import write_enlarged, write_report
+from hf_fac.training.summary import write_enlarged
 from hf_fac.training.trainers import training_set_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -137,7 +137,9 @@ def test_processes_with_other_rows_or_models_stop_before_they_measure(what, tmp_
         training_set = training_set_of(sft(rows, tmp_path), synthesizer.task)
 
         def run(group, synthesizer=synthesizer, anchor=anchor, training_set=training_set):
-            CoverageRound(synthesizer, anchor, None, THRESHOLD, training_set, group).run([], number=0, bounds=Bounds())
+            CoverageRound(
+                synthesizer=synthesizer, anchor=anchor, training_set=training_set, group=group, threshold=THRESHOLD
+            ).run()
 
         runs.append(run)
     for error in both(tmp_path, runs):
@@ -156,15 +158,15 @@ def test_a_resumed_run_that_fails_once_does_not_go_on_without_its_rows(refresh, 
     callback_for(whole, "messages", **extra)
     trained(whole)
     trainer = sft(rows, tmp_path, **settings)
-    callback = callback_for(trainer, "messages", **extra)
-    prepare, failures = callback._training_set.prepare, [OSError("no space left")]
+    callback_for(trainer, "messages", **extra)
+    prepare, failures = trainer._prepare_dataset, [OSError("no space left")]
 
-    def fails_once(rows):
+    def fails_once(*args):
         if failures:
             raise failures.pop()
-        return prepare(rows)
+        return prepare(*args)
 
-    callback._training_set.prepare = fails_once
+    trainer._prepare_dataset = fails_once
     checkpoint = str(min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
     with pytest.raises(OSError, match="no space left"):
         trained(trainer, resume_from_checkpoint=checkpoint)
@@ -404,15 +406,15 @@ def test_a_model_that_each_run_makes_again_cannot_measure_again(tmp_path):
     callback_for(trainer, "labelled", train_dataset=rows, synthesizer=frozen("labelled"), **extra)
 
 
-@pytest.mark.parametrize("content", ["garbage", "{}", "[1]", '[{"epoch": "last"}]', "[" * 10_000])
-def test_a_report_that_holds_something_else_is_set_aside(content, tmp_path):
-    path = tmp_path / "report.json"
-    path.write_text(content)
-    with pytest.warns(UserWarning, match=r"report.json: .*renamed to report-unreadable.json"):
-        write_report({"epoch": 1}, path)
-    assert (tmp_path / "report-unreadable.json").read_text() == content
-    write_report({"epoch": 2, "rows": "a"}, path)
-    assert json.loads(path.read_text()) == [{"epoch": 1}, {"epoch": 2, "rows": "a"}]
+def test_a_report_that_cannot_be_read_is_left_alone_and_ends_no_run(tmp_path):
+    trainer = sft(examples("messages", 7), tmp_path)
+    callback = callback_for(trainer, "messages")
+    callback.folder.mkdir()
+    (callback.folder / "report.json").write_text("garbage")
+    with pytest.warns(UserWarning, match="has no whole report.json"):
+        trained(trainer)
+    assert len(trainer.train_dataset) == 7 + len(callback.new_rows) > 7
+    assert (callback.folder / "report.json").read_text() == "garbage"
 
 
 @pytest.mark.parametrize("drops", [False, True])

@@ -99,18 +99,17 @@ def test_new_rows_have_the_format_of_the_set(form, tmp_path):
     }[form]()
     prepare = (lambda rows: rows) if form == "transform" else tokenized
     data = data_of(trainer, "labelled", train_dataset=rows, prepare=prepare)
-    planned = FixedLengthDataset(data.tokenized.select_columns(list(data.columns)), 3)
-    prepared = data.prepare(new)
-    planned.add(prepared.tokenized)
-    enlarged = data.enlarged(prepared)
+    planned = FixedLengthDataset(data.tokenized.select_columns(data.columns), 3)
+    joined = data.join(new)
+    planned.fill(joined.tokenized.select_columns(data.columns))
     kinds = {name: type(value) for name, value in data.tokenized[0].items()}
     assert kinds.keys() == {"input_ids", "labels"}
-    assert prepared.kept.to_list() == new.to_list()
-    for made in (planned, enlarged):
+    assert joined.kept.to_list() == new.to_list()
+    for made in (planned, joined.tokenized):
         assert [{name: type(value) for name, value in made[i].items()} for i in range(9)] == [kinds] * 9
     expected = tokenized(new)["input_ids"][:]
     assert [list(planned[i]["input_ids"]) for i in (7, 8)] == expected
-    assert [list(enlarged[i]["input_ids"]) for i in (7, 8)] == expected
+    assert [list(joined.tokenized[i]["input_ids"]) for i in (7, 8)] == expected
 
 
 OTHER_ROWS = {
@@ -181,7 +180,7 @@ def test_labels_that_are_not_the_tasks_are_refused(tmp_path):
     for given in (rows, right):
         trainer.train_dataset = tokenized(given)
         data = data_of(trainer, "labelled", train_dataset=given, prepare=tokenized)
-        assert data.prepare(rows).tokenized["labels"][:] == rows["label"][:]
+        assert data.join(rows).tokenized["labels"][7:] == rows["label"][:]
     with pytest.raises(ValueError, match=r"labels are \['yes', 'no'\], the task's \['no', 'yes'\]"):
         data_of(trainer, "labelled", train_dataset=wrong, prepare=tokenized)
     for given, prepare in ((words, by_name), (truths, tokenized)):

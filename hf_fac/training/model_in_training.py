@@ -1,0 +1,100 @@
+"""The model in training: what it is used for besides, and how it is left as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..features.fingerprint import TensorHash
+from ..inputs.hidden_states import evaluation_mode
+from ..storage.cache import content_key
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ..features.featurizer import SAEFeaturizer
+    from ..synthesis.synthesizer import FACSynthesizer
+
+
+def is_measuring(trainer: Trainer, synthesizer: FACSynthesizer) -> bool:
+    """Whether the featurizer reads the model in training."""
+    return _is_in_training(trainer, synthesizer.featurizer.model)
+
+
+def is_writing(trainer: Trainer, synthesizer: FACSynthesizer) -> bool:
+    """Whether the model in training writes the samples."""
+    return _is_in_training(trainer, getattr(synthesizer.chat, "model", None))  # an endpoint has a name there
+
+
+def _is_in_training(trainer: Trainer, model: Any) -> bool:
+    trained = {id(parameter) for parameter in trainer.model.parameters()}
+    return isinstance(model, nn.Module) and any(id(parameter) in trained for parameter in model.parameters())
+
+
+def featurizer_digest(trainer: Trainer, synthesizer: FACSynthesizer) -> str:
+    """Returns a hash of what measures; of the model in training, whose weights change, only the settings and SAE."""
+    featurizer = synthesizer.featurizer
+    if not is_measuring(trainer, synthesizer):
+        return featurizer.fingerprint()
+    names = sorted({*featurizer.measurement} - {"model", "fingerprint"})
+    settings = [featurizer.measurement[name] for name in names]
+    return content_key(settings, TensorHash()(featurizer.sae.state_dict().items()))
+
+
+@contextmanager
+def preserved(trainer: Trainer, featurizer: SAEFeaturizer) -> Iterator[None]:
+    """While it lasts the models of trainer and featurizer are in evaluation mode, without gradients. Afterwards their
+    modes and `use_cache`, the tokenizers' sides, and the random state of Python, NumPy and torch are as they were."""
+    models = list({id(model): model for model in (trainer.model, featurizer.model)}.values())
+    tokenizers = (trainer.processing_class, featurizer.tokenizer)
+    configs = [getattr(model, name, None) for model in models for name in ("config", "generation_config")]
+    settings = [
+        (owner, name, getattr(owner, name))
+        for owners, names in ((configs, ["use_cache"]), (tokenizers, ["padding_side", "truncation_side"]))
+        for owner in owners
+        for name in names
+        if hasattr(owner, name)
+    ]
+    state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(evaluation_mode(model))
+            yield
+    finally:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state_all(cuda_state)
+
+
+@contextmanager
+def reraise_oom() -> Iterator[None]:
+    """Raise another error where measuring or writing runs out of memory.
+
+    accelerate's `find_executable_batch_size` would take the original error for one of training, shrink the training
+    batch and start again.
+    Raises: RuntimeError with the remedy.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise RuntimeError(
+            "Measuring rows or writing samples, not training, ran out of memory: a smaller training batch would not "
+            "help. Make the SAEFeaturizer with a lower batch_tokens, the LocalChat with a lower batch_size, or let "
+            "another device or an EndpointChat write."
+        ) from error

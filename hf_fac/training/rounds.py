@@ -1,0 +1,123 @@
+"""The coverage rounds of a run: each adds its rows to the run's state, in all processes or in none.
+
+In: what the run has by now. Out: what it has after one more round, whose rows and reports are on disk by then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, concatenate_datasets
+
+from ..chat.base import ChatError
+from ..coverage.coverage import FeatureCoverage
+from .checks import CallbackSettings
+from .coverage_round import CoverageRound, RoundResult
+from .model_in_training import is_measuring, is_writing, reraise_oom
+from .processes import ProcessGroup
+from .run_folder import CheckpointRecord, next_record, save_rows
+from .summary import write_enlarged, write_report
+from .training_set import TrainingSet
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ..synthesis.synthesizer import FACSynthesizer
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run has by now.
+
+    new_rows: all rows that were written. kept: of each round, those of them that the trainer keeps.
+    tokenized: the trainer's set with them.
+    """
+
+    record: CheckpointRecord
+    new_rows: Dataset
+    kept: tuple[Dataset, ...]
+    tokenized: Dataset
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of one trainer's run. Arguments are those of `FACSynthesisCallback`."""
+
+    trainer: Trainer
+    synthesizer: FACSynthesizer
+    anchor: Dataset | FeatureCoverage
+    settings: CallbackSettings
+    training_set: TrainingSet
+    folder: Path
+
+    def run(self, state: RunState, epoch: int) -> RunState:
+        """Returns the state after a round before this epoch, the same in every process.
+
+        Raises: with on_error="raise" what the round raises, and ChatError when the chat gave up.
+        """
+        args, start = self.trainer.args, time.monotonic()
+        group = ProcessGroup.join(self.folder / "work", args)
+        try:
+            with reraise_oom():
+                result = self._round(group, state, epoch).run(state.kept, to=state.tokenized)
+            if result.failure and self.settings.on_error == "raise":
+                raise ChatError(f"Synthesis ended by {result.failure}. The same run asks for the rest.")
+            rows = concatenate_datasets([state.new_rows, result.rows]) if len(state.new_rows) else result.rows
+            if group.rank == 0:
+                save_rows(rows, self.folder)
+            group.barrier()  # from here on no process can fail alone
+        except BaseException as error:
+            group.leave(error)
+            if self.settings.on_error == "raise" or not isinstance(error, Exception):
+                raise
+            group.wait_for_all()
+            result, rows, failure = None, state.new_rows, f"{type(error).__name__}: {error}"
+            if group.rank == 0:
+                save_rows(rows, self.folder)
+        else:
+            group.leave()
+            failure = result.failure
+        if failure:
+            warnings.warn(f"FAC synthesis failed; the run has {len(rows):,} new rows: {failure}", stacklevel=2)
+        seconds = time.monotonic() - start
+        record = next_record(state.record, result, rows=rows, epoch=epoch, seconds=seconds)
+        if result is None:
+            state = replace(state, record=record)
+        else:
+            state = RunState(record, rows, (*state.kept, result.joined.kept), result.joined.tokenized)
+        if group.rank == 0:
+            self._tell(state, result, seconds, failure)
+        return state
+
+    def _round(self, group: ProcessGroup, state: RunState, epoch: int) -> CoverageRound:
+        settings, last, given = self.settings, state.record, self.synthesizer.threshold
+        samples, seconds = settings.max_samples, settings.max_seconds
+        if settings.refresh == "epoch":  # an equal share for each round that is left
+            n_rounds = len(range(epoch, math.ceil(self.trainer.args.num_train_epochs), settings.every))
+            samples = math.ceil((samples - len(state.new_rows)) / n_rounds)
+        # Nothing has changed for exhausted features, unless the model that measures or writes is in training.
+        changes = is_measuring(self.trainer, self.synthesizer) or is_writing(self.trainer, self.synthesizer)
+        return CoverageRound(
+            synthesizer=self.synthesizer, anchor=self.anchor, training_set=self.training_set, group=group,
+            features=settings.features, number=epoch, max_samples=samples,
+            # delta stays that of the first round, so that all rounds can be compared.
+            threshold=last.threshold if given is None else given,
+            max_seconds=None if seconds is None else seconds - last.seconds,
+            skip=() if changes else last.exhausted,
+        )  # fmt: skip
+
+    def _tell(self, state: RunState, result: RoundResult | None, seconds: float, failure: str | None) -> None:
+        """Write what a person reads."""
+        entry = {"epoch": state.record.epoch, "rows": state.record.rows, "seconds": seconds, "failure": failure}
+        try:
+            trained_on = concatenate_datasets(state.kept) if state.kept else state.new_rows
+            write_enlarged(self.training_set.raw, trained_on, self.folder / "enlarged.parquet")
+            write_report(entry | ({} if result is None else result.to_dict()), self.folder / "report.json")
+        except Exception as error:
+            # Other processes are in the run already, which has all that it needs.
+            warnings.warn(f"{self.folder} has no whole report.json and enlarged.parquet: {error!r}", stacklevel=2)
