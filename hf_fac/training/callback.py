@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ..coverage.coverage import FeatureCoverage
 from ..hub.cards import merge_card
+from ..storage.feature_ids import check_feature_ids
 from ..storage.files import write_whole
 from . import checks
 from .checks import CallbackSettings
@@ -114,13 +115,14 @@ class FACSynthesisCallback(TrainerCallback):
             refresh=refresh, every=every, features=features, max_samples=max_samples, max_seconds=max_seconds,
             on_error=on_error, log_rows=log_rows,
         )  # fmt: skip
-        checks.check_types(trainer, synthesizer, anchor)
+        checks.check_anchor(anchor, synthesizer)
         if any(isinstance(callback, FACSynthesisCallback) for callback in trainer.callback_handler.callbacks):
             raise ValueError("The trainer has a FACSynthesisCallback already: one is all it takes.")
         self.trainer, self.synthesizer = trainer, synthesizer
         self.folder = Path(output_dir or trainer.args.output_dir) / FOLDER
         checks.check_output_folder(self.folder.parent, Path(trainer.args.output_dir))
-        checks.check_features(features, synthesizer)
+        if features is not None:
+            check_feature_ids(features, synthesizer.featurizer.d_sae, may_repeat=True)
         checks.check_models(trainer, synthesizer, anchor, refresh=refresh)
         with self._preserved():
             own = training_set_of(trainer, synthesizer.task, train_dataset=train_dataset, prepare=prepare)
@@ -223,13 +225,6 @@ class FACSynthesisCallback(TrainerCallback):
         """Go back to the state of a checkpoint."""
         record = read_record(checkpoint)
         check_same_run(record, self._state.record, checkpoint)
-        if self._replaced is not None and self.settings.refresh == "start":
-            if record.rows != self._state.record.rows:
-                raise ValueError(
-                    f"{checkpoint} was trained on other new rows than this trainer has already: resume with a new "
-                    "trainer."
-                )
-            return
         rows = find_rows(record, checkpoint, self.folder)
         joined = self._training_set.join(rows)
         if self.trainer.args.process_index == 0:

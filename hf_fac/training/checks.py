@@ -5,16 +5,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from datasets import Dataset
 from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FeatureCoverage
 from ..inputs.rows import RowError
 from ..storage.differences import differences
-from ..storage.feature_ids import check_feature_ids
 from ..storage.validation import check_counts
 from .model_in_training import is_measuring, is_writing
 
@@ -42,59 +40,36 @@ class CallbackSettings:
     log_rows: bool
 
     def __post_init__(self) -> None:
-        _need(self.refresh in ("start", "epoch"), f'refresh is {self.refresh!r}; it must be "start" or "epoch".')
         check_counts(every=self.every, max_samples=self.max_samples)
-        _need(
-            self.every == 1 or self.refresh == "epoch",
-            f'every is {self.every}, which counts epochs: it goes with refresh="epoch".',
-        )
+        seconds, grows = self.max_seconds, self.refresh == "epoch"
+        _need(self.refresh in ("start", "epoch"), f'refresh is {self.refresh!r}; it must be "start" or "epoch".')
         _need(self.on_error in ("raise", "warn"), f'on_error is {self.on_error!r}; it must be "raise" or "warn".')
-        seconds = self.max_seconds
+        _need(grows or self.every == 1, f'every is {self.every}, which counts epochs: it goes with refresh="epoch".')
         _need(
             seconds is None or (isinstance(seconds, int | float) and seconds > 0),
             f"max_seconds is {seconds!r}; it must be a positive number, or None for no bound.",
         )
         _need(
-            self.refresh == "start" or self.max_samples is not None,
+            not grows or self.max_samples is not None,
             'refresh="epoch" fixes the length of the training set before the first step: pass max_samples=.',
         )
 
 
-def check_types(trainer: Trainer, synthesizer: FACSynthesizer, anchor: Dataset | FeatureCoverage) -> None:
-    """Raises: TypeError for a trainer, synthesizer or anchor set of another type; ValueError for an empty anchor set,
-    and for a coverage where a dictionary is to be built from rows."""
-    from transformers import Trainer
-
-    from ..synthesis.synthesizer import FACSynthesizer
-
-    for name, value, kinds in (
-        ("trainer", trainer, (Trainer,)),
-        ("synthesizer", synthesizer, (FACSynthesizer,)),
-        ("anchor", anchor, (Dataset, FeatureCoverage)),
-    ):
-        if not isinstance(value, kinds):
-            wanted = " or a ".join(kind.__name__ for kind in kinds)
-            raise TypeError(f"{name} is {_article(value)}; it must be a {wanted}.")
-    _need(not isinstance(anchor, Dataset) or len(anchor) > 0, "The anchor set has no rows.")
+def check_anchor(anchor: Dataset | FeatureCoverage, synthesizer: FACSynthesizer) -> None:
+    """Raises: TypeError for an anchor set of another type; ValueError for one without rows, for a coverage that another
+    featurizer measured, and for a coverage where a dictionary is to be built from rows."""
+    if not isinstance(anchor, Dataset | FeatureCoverage):
+        raise TypeError(f"anchor is a {type(anchor).__name__}; it must be a Dataset or a FeatureCoverage.")
+    if isinstance(anchor, Dataset):
+        _need(len(anchor) > 0, "The anchor set has no rows.")
+        return
+    found = differences(anchor.measurement, synthesizer.featurizer.measurement)
+    _need(not found, f"The anchor set was measured with another featurizer ({found}): pass its rows as anchor=.")
     _need(
-        isinstance(anchor, Dataset) or synthesizer.dictionary is not None,
+        synthesizer.dictionary is not None,
         "Without a dictionary the synthesizer builds one from the anchor set: pass rows as anchor=, or make the "
         "FACSynthesizer with dictionary=.",
     )
-
-
-def check_features(features: ArrayLike | None, synthesizer: FACSynthesizer) -> None:
-    """Raises: ValueError for features or a threshold that the featurizer does not have."""
-    featurizer = synthesizer.featurizer
-    if features is not None:
-        check_feature_ids(features, featurizer.d_sae, may_repeat=True)
-    if synthesizer.threshold is not None:
-        least = np.min(synthesizer.threshold)
-        _need(
-            least >= featurizer.keep_above,
-            f"The synthesizer's threshold {least:g} is below the featurizer's keep_above {featurizer.keep_above:g}: "
-            "raise it, or make the featurizer with a lower floor.",
-        )
 
 
 def check_readable(synthesizer: FACSynthesizer, **sets: Dataset | FeatureCoverage) -> None:
@@ -126,18 +101,10 @@ def check_models(
         "measure and write with a model of its own (SAEFeaturizer.from_pretrained, LocalChat.from_pretrained).",
     )
     _need(
-        refresh == "start" or trainer.model_init is None or not (measures or writes),
-        'refresh="epoch": with model_init each train() makes a new model, which is not the one that the synthesizer '
-        "has: pass the trainer a model, or let a model of its own measure and write.",
+        refresh == "start" or not measures or isinstance(anchor, Dataset),
+        "The model in training measures again each time, so the anchor set has to be measured again too: pass its "
+        "rows as anchor=.",
     )
-    if isinstance(anchor, FeatureCoverage):
-        _need(
-            refresh == "start" or not measures,
-            "The model in training measures again each time, so the anchor set has to be measured again too: pass its "
-            "rows as anchor=.",
-        )
-        found = differences(anchor.measurement, synthesizer.featurizer.measurement)
-        _need(not found, f"The anchor set was measured with another featurizer ({found}): pass its rows as anchor=.")
 
 
 def check_output_folder(folder: Path, trainer_folder: Path) -> None:
@@ -195,7 +162,3 @@ def warn_of_cut_rows(trainer: Trainer, training_set: TrainingSet, featurizer: SA
 def _need(condition: bool, problem: str) -> None:
     if not condition:
         raise ValueError(problem)
-
-
-def _article(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"

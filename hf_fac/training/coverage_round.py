@@ -83,14 +83,11 @@ class RoundResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all but the rows for JSON."""
-        numbers = self.numbers()
         return {
+            **self.numbers(),
             "before": self.before.to_dict(),
-            "after": {"fac": numbers["fac/after"], "covered": self.covered_after},
             "synthesis": None if self.synthesis is None else self.synthesis.to_dict(),
             "synthesizer": self.synthesizer,
-            "samples": numbers["fac/synthesized"],
-            "dropped": numbers["fac/dropped"],
             "activated": self.activated,
             "exhausted": self.exhausted,
         }
@@ -146,7 +143,7 @@ class CoverageRound:
         self.group.barrier({"new rows": rows_digest(rows)}, remedy="Start again with an empty work folder.")
         joined = self.training_set.join(rows, to=to)
         return RoundResult(
-            before=before, covered_after=self._covered_after(coverage, before, result, joined.kept),
+            before=before, covered_after=self._covered_after(coverage, anchor, before, result, joined.kept),
             synthesis=None if result is None else result.report, synthesizer=fingerprint, rows=rows, joined=joined,
         )  # fmt: skip
 
@@ -179,14 +176,15 @@ class CoverageRound:
         )  # fmt: skip
 
     def _covered_after(
-        self, coverage: FeatureCoverage, before: FACReport, result: SynthesisResult | None, kept: Dataset
-    ) -> int:
+        self, coverage: FeatureCoverage, anchor: FeatureCoverage, before: FACReport, result: SynthesisResult | None,
+        kept: Dataset,
+    ) -> int:  # fmt: skip
         if not len(kept):
             return len(before.covered)
         if len(kept) == len(result.dataset):  # the synthesizer has read these rows
             return round(result.report.fac_after * len(before.table["feature"]))
-        ids, delta = before.table["feature"], before.table["delta"]
-        return int(((coverage | self._coverage_of_new(kept)).maximum[ids] > delta).sum())
+        after = coverage | self._coverage_of_new(kept)
+        return len(after.compare(anchor, features=self.features, threshold=before.threshold).covered)
 
     def _coverage_of_new(self, rows: Dataset) -> FeatureCoverage:
         rows = rows.select_columns(list(self.synthesizer.task.features()))
@@ -197,38 +195,29 @@ class CoverageRound:
         measurement, group = self.synthesizer.featurizer.measurement, self.group
         # A task's type is what decides how it gives its rows to the featurizer.
         name = f"coverage-{content_key(measurement, self.synthesizer.task.type, rows_hash)}"
-        whole = group.folder / f"{name}.safetensors"
         parts = [group.folder / f"{name}.{rank}-of-{group.world_size}" for rank in range(group.world_size)]
         own = parts[group.rank]
-        if not own.exists() and not whole.exists():
+        if not own.exists():
             unfinished = own.with_name(f"{own.name}.unfinished")
             coverage = FeatureCoverage.load(unfinished) if unfinished.exists() else FeatureCoverage(measurement)
             size = max(1, min(_CHUNK, math.ceil(len(rows) / group.world_size)))
             starts = group.processes.share(range(0, len(rows), size))
             for start in starts[math.ceil(coverage.rows / size) :]:
                 group.check()
-                chunk = rows.select(range(start, min(start + size, len(rows))))
-                coverage |= measure_rows(self.synthesizer, chunk, start)
+                coverage |= self._measure(rows.select(range(start, min(start + size, len(rows)))), start)
                 coverage.save(unfinished)
             coverage.save(own)
             unfinished.unlink(missing_ok=True)
-        if group.rank == 0 and not whole.exists():
-            group.wait(lambda: all(part.exists() for part in parts))
-            functools.reduce(operator.or_, map(FeatureCoverage.load, parts)).save(whole)
-            for part in parts:  # last, so that a process that finds its part gone finds the whole
-                part.unlink()
-        group.wait(whole.exists)
-        return FeatureCoverage.load(whole)
+        group.wait(lambda: all(part.exists() for part in parts))
+        return functools.reduce(operator.or_, map(FeatureCoverage.load, parts))
 
-
-def measure_rows(synthesizer: FACSynthesizer, rows: Dataset, start: int = 0) -> FeatureCoverage:
-    """Returns the coverage of rows, the first of which has the number `start`."""
-    featurizer, task = synthesizer.featurizer, synthesizer.task
-    given = [task.featurizer_row(row, featurizer.reader.pool_over) for row in rows.to_list()]
-    reading = featurizer.read(given, first_row=start)
-    return FeatureCoverage.from_activations(
-        reading.activations, measurement=featurizer.measurement, tokens=reading.tokens
-    )
+    def _measure(self, rows: Dataset, first_row: int) -> FeatureCoverage:
+        featurizer, task = self.synthesizer.featurizer, self.synthesizer.task
+        given = [task.featurizer_row(row, featurizer.reader.pool_over) for row in rows.to_list()]
+        reading = featurizer.read(given, first_row=first_row)
+        return FeatureCoverage.from_activations(
+            reading.activations, measurement=featurizer.measurement, tokens=reading.tokens
+        )
 
 
 def empty_rows(synthesizer: FACSynthesizer) -> Dataset:

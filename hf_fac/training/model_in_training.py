@@ -50,42 +50,23 @@ def featurizer_digest(trainer: Trainer, synthesizer: FACSynthesizer) -> str:
 @contextmanager
 def preserved(trainer: Trainer, featurizer: SAEFeaturizer) -> Iterator[None]:
     """While it lasts the models of trainer and featurizer are in evaluation mode, without gradients. Afterwards their
-    modes and `use_cache`, the tokenizers' sides, and the random state of Python, NumPy and torch are as they were."""
-    models = list({id(model): model for model in (trainer.model, featurizer.model)}.values())
-    tokenizers = (trainer.processing_class, featurizer.tokenizer)
-    configs = [getattr(model, name, None) for model in models for name in ("config", "generation_config")]
-    settings = [
-        (owner, name, getattr(owner, name))
-        for owners, names in ((configs, ["use_cache"]), (tokenizers, ["padding_side", "truncation_side"]))
-        for owner in owners
-        for name in names
-        if hasattr(owner, name)
-    ]
-    state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    modes and the random state of Python, NumPy and torch are as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with ExitStack() as stack:
-            for model in models:
+            stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+            for model in {id(model): model for model in (trainer.model, featurizer.model)}.values():
                 stack.enter_context(evaluation_mode(model))
             yield
     finally:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
-        random.setstate(state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state_all(cuda_state)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager
 def reraise_oom() -> Iterator[None]:
-    """Raise another error where measuring or writing runs out of memory.
-
-    accelerate's `find_executable_batch_size` would take the original error for one of training, shrink the training
-    batch and start again.
-    Raises: RuntimeError with the remedy.
-    """
+    """Raise RuntimeError where measuring or writing runs out of memory. With auto_find_batch_size accelerate would take
+    the original error for one of training, shrink the training batch and start again."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     try:
@@ -93,8 +74,7 @@ def reraise_oom() -> Iterator[None]:
     except Exception as error:
         if not should_reduce_batch_size(error):
             raise
-        raise RuntimeError(
-            "Measuring rows or writing samples, not training, ran out of memory: a smaller training batch would not "
-            "help. Make the SAEFeaturizer with a lower batch_tokens, the LocalChat with a lower batch_size, or let "
-            "another device or an EndpointChat write."
+        raise RuntimeError(  # in words that accelerate does not look for
+            "Measuring rows or writing samples, not training, ran out of memory: make the SAEFeaturizer with a lower "
+            "batch_tokens, the LocalChat with a lower batch_size, or let another device or an EndpointChat write."
         ) from error

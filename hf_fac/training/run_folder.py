@@ -119,7 +119,7 @@ def save_rows(rows: Dataset, folder: Path) -> None:
 def find_rows(record: CheckpointRecord, checkpoint: Path, folder: Path) -> Dataset:
     """Returns the new rows of a checkpoint, from the run's folder or from the one beside the checkpoint.
 
-    Raises: FileNotFoundError when they are in neither; ValueError when the file has other content.
+    Raises: FileNotFoundError when they are in neither; ValueError when it has other content.
     """
     name = _rows_name(record.rows)
     folders = [folder, checkpoint.parent / FOLDER]
@@ -129,13 +129,15 @@ def find_rows(record: CheckpointRecord, checkpoint: Path, folder: Path) -> Datas
             f"{checkpoint} was trained on new rows that are not there: {name} is neither in {folders[0]} nor in "
             f"{folders[1]}. Copy it there, or start again without resuming."
         )
-    remedy = f"copy the file that the run wrote to {path.parent}, or start again without resuming"
     try:
         rows = read_parquet(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet ({error}): {remedy}.") from error
-    if rows_digest(rows) != record.rows:
-        raise ValueError(f"{path} does not hold the rows that {checkpoint} was trained on, it was changed: {remedy}.")
+    except (pa.ArrowException, OSError):
+        rows = None
+    if rows is None or rows_digest(rows) != record.rows:
+        raise ValueError(
+            f"{path} does not hold the rows that {checkpoint} was trained on: copy the file that the run wrote to "
+            f"{path.parent}, or start again without resuming."
+        )
     return rows
 
 

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, List, Value
 
 from ..storage.files import write_whole
 from ..storage.parquet import write_parquet
@@ -50,13 +51,10 @@ def write_report(new: dict[str, Any], path: Path) -> None:
 
 
 def write_enlarged(seed: Dataset, new: Dataset, path: Path) -> None:
-    """Write the trainer's own rows and the new ones, in the types of the former (messages may have more keys there)."""
-    # A key that is null in all rows has a type that nothing can be cast to.
-    seed_types, new_types = _without_nulls(seed.features), _without_nulls(new.features)
-    if seed_types != seed.features:
-        seed = seed.cast(seed_types)
-    new = new.cast(Features({name: seed_types.get(name, kind) for name, kind in new_types.items()}))
-    write_parquet(concatenate_datasets([seed, new]), path)
+    """Write the trainer's own rows and the new ones. What only some have, columns and keys, is null in the others."""
+    # A key that is null in all rows has a type that pyarrow cannot join with another.
+    typed = [rows.cast(_without_nulls(rows.features)).with_format("arrow") for rows in (seed, new)]
+    write_parquet(Dataset(pa.concat_tables([rows[:] for rows in typed], promote_options="permissive")), path)
 
 
 def _without_nulls(kind: Any) -> Any:

@@ -43,9 +43,8 @@ def training_set_of(
     Raises: ValueError for a trainer, a setting or a format with which new rows would be prepared differently from the
         rows that are there; it names the cause and the remedy.
     """
-    for name, rows in (("train_dataset", train_dataset), ("the trainer's training set", trainer.train_dataset)):
-        if rows is None and name == "train_dataset":
-            continue
+    sets = {"the trainer's training set": trainer.train_dataset}
+    for name, rows in (sets if train_dataset is None else sets | {"train_dataset": train_dataset}).items():
         if not isinstance(rows, Dataset):
             raise ValueError(
                 f"{name} is a {type(rows).__name__}; rows can be added to a datasets.Dataset only (an IterableDataset "
@@ -53,6 +52,12 @@ def training_set_of(
             )
         if not len(rows):
             raise ValueError(f"{name} has no rows, which the trainer's own filters may have dropped.")
+    args, columns = trainer.args, trainer.train_dataset.column_names
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance") and args.length_column_name in columns:
+        raise ValueError(
+            f"The training set has its rows' lengths in column {args.length_column_name!r}, new rows do not: remove "
+            "it, then the trainer measures them."
+        )
     made = _maker(trainer)(trainer, task, train_dataset, prepare)
     made.check(name="The training set" if train_dataset is None else "train_dataset=")
     return made
@@ -83,7 +88,6 @@ def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
     args, formatting_func, prepares = trainer.args, trainer._formatting_func, not trainer._skip_prepare_dataset
     packs, shuffles = prepares and args.packing, prepares and args.shuffle_dataset
     _refuse_images(trainer)
-    _refuse_length_column(trainer)
     _check_sft_rows_given(trainer, given, prepare, mixes=packs or shuffles)
     raw = _raw_rows(trainer, given)
     kind = _check_type(task, raw)
@@ -160,7 +164,6 @@ def _dpo(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
     """Of DPOTrainer, which takes a prompt that both completions start with off them, in the raw columns too."""
     raw, kind = _raw_rows(trainer, given), _kind_of(task.features())
     _refuse_images(trainer)
-    _refuse_length_column(trainer)
     if trainer.args.precompute_ref_log_probs:
         raise ValueError(
             "precompute_ref_log_probs computed the reference for the rows that are there, when the trainer was made: "
@@ -192,7 +195,6 @@ def _plain(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare
             f"{type(trainer).__name__} leaves preparing rows to you: pass prepare=, the function that made its "
             "training set of raw rows (a datasets.Dataset in, a datasets.Dataset out)."
         )
-    _refuse_length_column(trainer)
     missing = [name for name in new_columns if name not in raw.column_names]
     if missing:
         raise ValueError(
@@ -276,18 +278,6 @@ def _check_labels(kind: Any, labels: list[str]) -> None:
 def _refuse_images(trainer: Trainer) -> None:
     if trainer._is_vision_dataset:
         raise ValueError("The training set has images, whose rows are not prepared beforehand: not supported.")
-
-
-def _refuse_length_column(trainer: Trainer) -> None:
-    args = trainer.args
-    if (
-        args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-        and args.length_column_name in trainer.train_dataset.column_names
-    ):
-        raise ValueError(
-            f"The training set has its rows' lengths in column {args.length_column_name!r}, new rows do not: remove "
-            "it, then the trainer measures them."
-        )
 
 
 def _mapped(rows: Dataset, change: Any, **settings: Any) -> Dataset:

@@ -74,7 +74,7 @@ def task_of(kind: str):
 
 class TinySynthesizer(FACSynthesizer):
     """Writes one row for each missing feature, each process its share, and leaves the answers in a folder; and is a
-    bad guest: it draws random numbers and leaves modes and settings as it pleases.
+    bad guest: it draws random numbers and leaves the model in training mode.
 
     Args:
         fails_in: the process whose chat fails after `fails_after` answers. raises_in: the one whose disk fails.
@@ -160,7 +160,7 @@ class TinySynthesizer(FACSynthesizer):
             text = self.chat.complete([turn("user", sentence(feature))], max_tokens=6, seed=feature)[0][0].text
             row = {**row, "messages": [*row["messages"][:1], *turn("assistant", text + "!")]}
         found = self.featurizer([self.task.featurizer_row(row)])[:, [feature]].toarray()
-        row |= {"fac_feature": feature, "fac_activation": float(found[0, 0]), "fac_method": "drawn"}
+        row |= {"fac_feature": feature, "fac_activation": float(found[0, 0]), "fac_method": "first_step"}
         (folder / f"{feature}.partial").write_text(json.dumps(row))
         os.replace(folder / f"{feature}.partial", folder / f"{feature}.json")
 
@@ -169,8 +169,6 @@ class TinySynthesizer(FACSynthesizer):
         random.seed(99)
         np.random.seed(99)
         self.featurizer.model.train()
-        self.featurizer.model.config.use_cache = not self.featurizer.model.config.use_cache
-        self.featurizer.tokenizer.padding_side = "left"
 
 
 def featurizer_of(model, tokenizer, **settings) -> SAEFeaturizer:
