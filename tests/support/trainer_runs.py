@@ -175,7 +175,7 @@ def featurizer_of(model, tokenizer, **settings) -> SAEFeaturizer:
     return SAEFeaturizer(model, tokenizer, tiny_sae(), sink_norm=float("inf"), **settings)
 
 
-def real_synthesizer(trainer, kind):
+def real_synthesizer(trainer, kind, **chat):
     """The package's own, which writes for the model in training with random sentences. What it can know is not said:
     threshold and dictionary come from the anchor set."""
     from writing_chat import WritingChat
@@ -183,7 +183,7 @@ def real_synthesizer(trainer, kind):
     task = {"prompt_completion": "instruction_following", "preference": "helpfulness"}[kind]
     pool = {"prompt_completion": "user", "preference": "completion"}[kind]
     featurizer = featurizer_of(trainer.model, trainer.processing_class, pool_over=pool)
-    return FACSynthesizer(WritingChat(), featurizer, task=task, samples_per_feature=1, methods=("two_step",),
+    return FACSynthesizer(WritingChat(**chat), featurizer, task=task, samples_per_feature=1, methods=("two_step",),
                           prompt_format="list")  # fmt: skip
 
 

@@ -104,8 +104,9 @@ EXACT = {
     "classes": (plain, "labelled", {}),
 }
 # One of each kind every time, the others on demand: each is two runs.
-SELDOM = {"labelled text", "plain prompt/completion, loss on all", "packed, cut", "padding-free", "sorted by length",
-          "in order", "checkpointed activations", "pairs, plain", "DPO, implicit", "rows dropped"}  # fmt: skip
+SELDOM = {"text", "labelled text", "plain prompt/completion, loss on all", "packed, cut", "padding-free",
+          "sorted by length", "in order", "answers only", "checkpointed activations", "pairs, implicit", "pairs, plain",
+          "DPO, implicit", "rows dropped"}  # fmt: skip
 RAW_NEEDED = ("packed", "packed, cut", "shuffled", "formatted", "classes")
 
 
@@ -144,7 +145,9 @@ def test_the_model_in_training_may_be_the_one_that_writes(tmp_path):
     assert_same_run(trainer, trained(sft(with_new(rows, callback.new_rows), tmp_path / "other")))
 
 
-@pytest.mark.parametrize(("make", "kind"), [(sft, "prompt_completion"), (reward, "preference")])
+@pytest.mark.parametrize(
+    ("make", "kind"), [(sft, "prompt_completion"), pytest.param(reward, "preference", marks=pytest.mark.slow)]
+)
 def test_what_the_package_writes_fills_the_gaps(make, kind, tmp_path):
     rows = examples(kind, 7)
     trainer = make(rows, tmp_path / "one")
@@ -645,8 +648,9 @@ def equal_weights(folder, *names):
     return all(torch.equal(one[key], other[key]) for other in others for key in one)
 
 
-def test_two_processes_write_each_a_part_and_train_on_all(tmp_path):
-    first, second = two_processes(tmp_path, "start", seconds=1)
+@pytest.mark.slow
+def test_two_processes_write_each_a_part_while_none_sits_in_a_collective_and_train_on_all(tmp_path):
+    first, second = two_processes(tmp_path, "start", seconds=60)
     assert first["rows"] == second["rows"]
     assert first["n"] == second["n"] == 7 + len(first["rows"])
     assert first["calls"] == second["calls"] == 1
@@ -683,13 +687,6 @@ def test_two_processes_in_every_way(what, tmp_path):
         assert equal_weights(tmp_path, "weights-0", "expected-0")
     if "resume" in what:
         assert equal_weights(tmp_path, "weights-0", "resumed-0", "resumed-1")
-
-
-@pytest.mark.slow
-def test_no_process_sits_in_a_collective_while_another_writes(tmp_path):
-    first, second = two_processes(tmp_path, "start", seconds=60)
-    assert first["rows"] == second["rows"]
-    assert equal_weights(tmp_path, "weights-0", "weights-1", "expected-0")
 
 
 class Grown:

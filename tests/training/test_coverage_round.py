@@ -24,6 +24,7 @@ from trainer_runs import (
     featurizer_of,
     interrupted,
     plain,
+    real_synthesizer,
     reward,
     sft,
     tokenized,
@@ -203,6 +204,8 @@ def test_only_rows_that_the_trainer_keeps_count(tmp_path):
     assert fac[len(kept)] < fac[len(new)]
     assert numbers["fac/dropped"] == len(new) - len(kept)
     assert numbers["fac/activated"] <= len(kept)
+    assert [row["chosen"] for row in enlarged(tmp_path / "one")[-len(kept) :]] == [row["chosen"] for row in kept]
+    assert len(enlarged(tmp_path / "one")) == len(trainer.train_dataset)
     trainer.create_model_card()
     card = (tmp_path / "one" / "README.md").read_text()
     assert f"{len(kept)} rows of the training set were synthesized" in card
@@ -315,6 +318,30 @@ def test_what_was_written_before_a_failure_is_kept(tmp_path):
     assert entry["failure"] == "the endpoint is gone"
     assert entry["synthesis"]["requests"] == 3
     assert_same_run(trainer, trained(sft(with_new(rows, callback.new_rows), tmp_path / "other")))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_once_max_seconds_are_spent_nothing_is_written(fails, tmp_path):
+    trainer = sft(examples("messages", 7), tmp_path, num_train_epochs=3)
+    synthesizer = frozen("messages", fails_in=0 if fails else None)
+    callback = callback_for(trainer, "messages", synthesizer=synthesizer, refresh="epoch", max_samples=9,
+                            max_seconds=1e-3, on_error="warn")  # fmt: skip
+    trained(trainer)
+    assert synthesizer.calls == 1, "measuring for the first round took longer"
+    assert len(callback.new_rows) == (0 if fails else 3)
+    assert len(rounds(tmp_path)) == 3
+
+
+def test_texts_that_the_chat_lost_stop_no_run(tmp_path):
+    trainer = sft(examples("prompt_completion", 7), tmp_path)
+    callback = callback_for(
+        trainer, "prompt_completion", synthesizer=real_synthesizer(trainer, "prompt_completion", loses={3})
+    )
+    trained(trainer)
+    assert len(callback.new_rows) > 0
+    [entry] = rounds(tmp_path)
+    assert entry["failure"] is None
+    assert entry["synthesis"]["ended"] is None
 
 
 def test_a_round_that_raises_adds_no_rows(tmp_path):
