@@ -127,11 +127,11 @@ class CoverageRound:
         Raises: RuntimeError, in all processes and before anything is measured, when they have other rows, another model
             or another synthesizer; OtherProcessFailed when one of them failed.
         """
-        fingerprint, anchor, given_rows = self.synthesizer.fingerprint(), self.anchor, isinstance(self.anchor, Dataset)
-        anchor_digest = rows_digest(anchor) if given_rows else content_key(anchor.maximum.tolist())
+        fingerprint, anchor = self.synthesizer.fingerprint(), self.anchor
+        is_rows = isinstance(anchor, Dataset)
+        anchor_digest = rows_digest(anchor) if is_rows else content_key(anchor.maximum.tolist())
         seconds = self._agree(anchor_digest, fingerprint)
-        if given_rows:
-            anchor = self._coverage(anchor, anchor_digest)
+        anchor = self._coverage(anchor, anchor_digest) if is_rows else anchor
         coverage = self._coverage(self.training_set.content, self.training_set.digest)
         for rows in kept:
             coverage |= self._coverage_of_new(rows)
@@ -182,7 +182,7 @@ class CoverageRound:
         if not len(kept):
             return len(before.covered)
         if len(kept) == len(result.dataset):  # the synthesizer has read these rows
-            return round(result.report.fac_after * len(before.table["feature"]))
+            return round(result.report.fac_after * (len(before.covered) + len(before.missing)))
         after = coverage | self._coverage_of_new(kept)
         return len(after.compare(anchor, features=self.features, threshold=before.threshold).covered)
 
