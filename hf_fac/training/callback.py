@@ -64,7 +64,7 @@ class FACSynthesisCallback(TrainerCallback):
         anchor: rows (Dataset), or their FeatureCoverage as this featurizer measures them. Where the synthesizer has no
             threshold it is calibrated on them, where it has no dictionary one is built from the rows.
         train_dataset: the raw rows; needed where the trainer's set no longer holds them (packing, shuffle_dataset, a
-            formatting_func, rows tokenized by you).
+            formatting_func that changes its own column, rows tokenized by you).
         features: the ids that count, F_task; None for all.
         refresh: "start" fills the set once, before the first step. "epoch" measures and fills again before each epoch,
             with the model as it is then if the featurizer reads that one. The set has room for max_samples from the

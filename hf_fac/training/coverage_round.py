@@ -143,7 +143,7 @@ class CoverageRound:
         self.group.barrier({"new rows": rows_digest(rows)}, remedy="Start again with an empty work folder.")
         joined = self.training_set.join(rows, to=to)
         return RoundResult(
-            before=before, covered_after=self._covered_after(coverage, anchor, before, result, joined.kept),
+            before=before, covered_after=self._covered_after(before, result, joined.kept),
             synthesis=None if result is None else result.report, synthesizer=fingerprint, rows=rows, joined=joined,
         )  # fmt: skip
 
@@ -175,16 +175,12 @@ class CoverageRound:
             max_samples=self.max_samples, max_seconds=seconds, processes=self.group.processes,
         )  # fmt: skip
 
-    def _covered_after(
-        self, coverage: FeatureCoverage, anchor: FeatureCoverage, before: FACReport, result: SynthesisResult | None,
-        kept: Dataset,
-    ) -> int:  # fmt: skip
+    def _covered_after(self, before: FACReport, result: SynthesisResult | None, kept: Dataset) -> int:
         if not len(kept):
             return len(before.covered)
         if len(kept) == len(result.dataset):  # the synthesizer has read these rows
             return round(result.report.fac_after * (len(before.covered) + len(before.missing)))
-        after = coverage | self._coverage_of_new(kept)
-        return len(after.compare(anchor, features=self.features, threshold=before.threshold).covered)
+        return len(before.with_added([self._coverage_of_new(kept).maximum]).covered)
 
     def _coverage_of_new(self, rows: Dataset) -> FeatureCoverage:
         rows = rows.select_columns(list(self.synthesizer.task.features()))

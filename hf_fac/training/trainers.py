@@ -88,13 +88,13 @@ def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
     args, formatting_func, prepares = trainer.args, trainer._formatting_func, not trainer._skip_prepare_dataset
     packs, shuffles = prepares and args.packing, prepares and args.shuffle_dataset
     _refuse_images(trainer)
-    _check_sft_rows_given(trainer, given, prepare, mixes=packs or shuffles)
+    if "seq_lengths" in trainer.train_dataset.column_names and not packs:
+        raise ValueError(
+            "The training set was packed (seq_lengths) before the trainer got it, and new rows cannot be packed among "
+            "those that are there: give the trainer raw rows and packing=True, or rows that are not packed."
+        )
     raw = _raw_rows(trainer, given)
     kind = _check_type(task, raw)
-    if kind == (("text",), False) and args.dataset_text_field != "text":
-        raise ValueError(
-            f"dataset_text_field is {args.dataset_text_field!r}, new rows have their text in 'text': rename the column."
-        )
 
     def own(rows: Dataset, args: Any = args, packing: bool = args.packing) -> Dataset:
         return trainer._prepare_dataset(rows, trainer.processing_class, args, packing, formatting_func, "train")
@@ -115,44 +115,9 @@ def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
     )  # fmt: skip
 
 
-def _check_sft_rows_given(trainer: Trainer, given: Dataset | None, prepare: Prepare | None, *, mixes: bool) -> None:
-    args, columns, prepares = trainer.args, trainer.train_dataset.column_names, not trainer._skip_prepare_dataset
-    if "seq_lengths" in columns and not (prepares and args.packing):
-        raise ValueError(
-            "The training set was packed (seq_lengths) before the trainer got it, and new rows cannot be packed among "
-            "those that are there: give the trainer raw rows and packing=True, or rows that are not packed."
-        )
-    causes = {
-        "packing": prepares and args.packing,
-        "shuffle_dataset": prepares and args.shuffle_dataset,
-        "a formatting_func": prepares and trainer._formatting_func is not None,
-        "skip_prepare_dataset": not prepares,
-    }
-    cause = next((name for name, found in causes.items() if found), None)
-    if cause and given is None:
-        raise ValueError(
-            f"With {cause} the trainer's training set no longer holds the raw rows: pass train_dataset=, the rows that "
-            "the trainer was given."
-        )
-    if not prepares and prepare is None:
-        raise ValueError("With skip_prepare_dataset you prepared the rows: pass prepare=, the function that does.")
-    if prepare is None and not args.packing and _kind_of(trainer.train_dataset.features) is None:
-        raise ValueError(
-            "The training set was tokenized before the trainer got it: pass train_dataset=, its raw rows, and "
-            "prepare=, the function that tokenized them."
-        )
-    if mixes and prepare is not None:
-        raise ValueError(f"With {cause} the trainer has to prepare all rows itself: leave prepare= out.")
-
-
 def _reward(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare | None) -> TrainingSet:
     """Of RewardTrainer, which puts the prompt before both completions, in the raw columns too."""
-    strategy, raw = trainer.args.train_sampling_strategy, _raw_rows(trainer, given)
-    if strategy in ("group_by_length", "batch_rebalance"):
-        raise ValueError(
-            f"train_sampling_strategy is {strategy!r}, which RewardTrainer's rows have no lengths for: take "
-            '"random" or "sequential".'
-        )
+    raw = _raw_rows(trainer, given)
     if "margin" in trainer.train_dataset.column_names:
         raise ValueError("The training set has a margin for each pair, new pairs have none: remove the column.")
     if given is None and "prompt" in raw.column_names:

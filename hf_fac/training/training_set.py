@@ -180,12 +180,7 @@ class FixedLengthDataset(torch.utils.data.Dataset):
         self.rows, self._n_own, self._length = own, len(own), len(own) + places
 
     def fill(self, rows: Dataset) -> None:
-        """Hold these rows, the trainer's own and all new ones. A loader that exists reads them in its next epoch.
-
-        Raises: ValueError when they are too many.
-        """
-        if len(rows) > self._length:
-            raise ValueError(f"{len(rows)} rows for {self._length} places: max_samples was not kept.")
+        """Hold these rows, the trainer's own and all new ones. A loader that exists reads them in its next epoch."""
         self.rows = rows
 
     def __len__(self) -> int:

@@ -107,7 +107,7 @@ EXACT = {
 SELDOM = {"text", "labelled text", "plain prompt/completion, loss on all", "packed, cut", "padding-free",
           "sorted by length", "in order", "answers only", "checkpointed activations", "pairs, implicit", "pairs, plain",
           "DPO, implicit", "rows dropped"}  # fmt: skip
-RAW_NEEDED = ("packed", "packed, cut", "shuffled", "formatted", "classes")
+RAW_NEEDED = ("packed", "packed, cut", "shuffled", "classes")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SELDOM)) for c in EXACT])
@@ -232,19 +232,15 @@ REFUSED = {
     "a task of another type": (sft, "messages", "prompt_completion", {}, {}, "not trained on the same way"),
     "a plain set": (sft, "plain prompt_completion", "prompt_completion", {}, {}, "plain text with the columns"),
     "an implicit task": (reward, "preference", "implicit_preference", {}, {}, "not trained on the same way"),
-    "a text column by another name": (sft, "text", "text", {"dataset_text_field": "body"}, {}, "dataset_text_field"),
+    "a text column by another name": (sft, "text", "text", {"dataset_text_field": "body"}, {}, "without body"),
     "packing": (sft, "messages", "messages", {"packing": True, "max_length": 48}, {}, "pass train_dataset="),
-    "shuffle_dataset": (sft, "messages", "messages", {"shuffle_dataset": True}, {}, "pass train_dataset="),
-    "formatting_func": (
-        sft, "prompt_completion", "prompt_completion", {"formatting_func": as_text, "completion_only_loss": False}, {},
-        "pass train_dataset=",
+    "shuffle_dataset": (sft, "messages", "messages", {"shuffle_dataset": True}, {}, "as train_dataset="),
+    "a formatting_func of its own column": (
+        sft, "text", "text", {"formatting_func": lambda row: "Q: " + row["text"]}, {}, "as train_dataset=",
     ),
     "other rows than the trainer's": (
         sft, "messages", "messages", {"packing": True, "max_length": 48},
         {"train_dataset": examples("messages", 7, start=90)}, "not what the trainer was given",
-    ),
-    "a reward trainer by length": (
-        reward, "preference", "preference", {"train_sampling_strategy": "group_by_length"}, {}, "no lengths",
     ),
     "a precomputed reference": (
         dpo, "preference", "preference", {"precompute_ref_log_probs": True}, {}, "precompute_ref_log_probs",
@@ -331,24 +327,23 @@ def test_streams_other_trainers_and_other_signatures_are_refused(tmp_path):
         callback_for(trainer, "messages")
 
 
-def test_rows_tokenized_by_the_user_need_the_function_that_did(tmp_path):
+def test_rows_tokenized_by_the_user_need_the_raw_rows(tmp_path):
     def prepare(rows):
         trainer = sft(rows, tmp_path)
         return trainer.train_dataset.select_columns(["input_ids", "labels"])
 
-    rows = examples("messages", 7)
-    with pytest.raises(ValueError, match="tokenized before"):
-        callback_for(sft(prepare(rows), tmp_path), "messages")
-    with pytest.raises(ValueError, match="tokenized before"):
-        callback_for(sft(prepare(rows), tmp_path), "messages", train_dataset=rows)
-    skip = {"dataset_kwargs": {"skip_prepare_dataset": True}}
-    with pytest.raises(ValueError, match="skip_prepare_dataset"):
-        callback_for(sft(prepare(rows), tmp_path, **skip), "messages", train_dataset=rows)
+    rows, skip = examples("messages", 7), {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    for settings in ({}, skip):
+        with pytest.raises(ValueError, match="pass train_dataset="):
+            callback_for(sft(prepare(rows), tmp_path, **settings), "messages")
 
-    trainer = sft(prepare(rows), tmp_path / "one", **skip)
-    callback = callback_for(trainer, "messages", train_dataset=rows, prepare=prepare)
-    trained(trainer)
-    assert_same_run(trainer, trained(sft(prepare(with_new(rows, callback.new_rows)), tmp_path / "other", **skip)))
+    for name, settings, extra in (("skip", skip, {"prepare": prepare}), ("same", {}, {})):
+        # Without a function they are what the trainer itself makes of the raw rows.
+        trainer = sft(prepare(rows), tmp_path / name, **settings)
+        callback = callback_for(trainer, "messages", train_dataset=rows, **extra)
+        trained(trainer)
+        other = sft(prepare(with_new(rows, callback.new_rows)), tmp_path / f"other {name}", **settings)
+        assert_same_run(trainer, trained(other))
 
 
 def test_an_anchor_that_was_measured_already_must_be_measured_the_same_way(tmp_path):
