@@ -182,17 +182,15 @@ class FACSynthesizer:
             missing: a `FACReport`, whose missing features are written for and whose FAC is brought up to date, or ids.
             features: write for these of the missing features only.
             anchor: rows that a dictionary is built from when the synthesizer has none.
-            cache_dir: a folder where every answer and measurement is kept as it comes. The same call after a kill goes
-                through what is there without asking again; other settings and bounds use what they share with it.
-                None keeps nothing.
+            cache_dir: a folder where answers and measurements are kept as they come. The same call after a kill asks
+                for nothing again; other settings and bounds use what they share with it.
             pool: rows of the task's type, scored by `FACScorer`: of these the ones that activate most missing features
                 are accepted first (`select`), but for those that `avoid` or `keep` rules out; what they activate is not
                 written for.
             max_samples, max_requests, max_seconds: bounds on samples, completions, and time: once one is reached
                 nothing new begins (rows under way are completed, within max_requests). The same call with the same
                 bounds on samples or completions gives the same samples; a higher bound continues.
-            processes: who else works in cache_dir on the same call: each process asks for and measures its share, and
-                all return the same samples.
+            processes: who shares the work of this call in cache_dir; all return the same samples.
 
         Texts that the chat does not write are told in a warning, and the same call asks for them again. Where it takes
         no more requests at all (`report.chat_failed`), the samples made until then are returned.
@@ -206,29 +204,23 @@ class FACSynthesizer:
         wanted, delta = self._missing(missing, features), self._delta(missing)
         cache = Cache(cache_dir, processes)
         scorer = SampleScorer(self.featurizer, self.task, wanted, delta, cache)
-        known = self._avoided
-        from_pool = FromPool([], [], wanted)
-        if pool is not None:
-            measurement = self.featurizer.measurement
-            from_pool = take_from_pool(pool, wanted, scorer, measurement=measurement, known=known, keep=self.keep)
+        from_pool = self._from_pool(pool, wanted, scorer)
         unconditional = self._unconditional_prompt()
         steered = None if unconditional is None else unconditional.steered
         dictionary = self._dictionary(anchor, cache.folder)
-        verifier = Verifier(scorer, dictionary, known, self.settings.max_copied_words, steered)
+        verifier = Verifier(scorer, dictionary, self._avoided, self.settings.max_copied_words, steered)
         source = TextSource(self.chat, steered, self.featurizer.feature_fingerprint(), cache, budget)
         progress = Progress({feature: [] for feature in from_pool.left.tolist()}, n_from_pool=len(from_pool.accepted))
         refusal = self._write(progress, verifier, source, unconditional, budget, cache)
-        if source.error is not None and not source.answered and not from_pool.accepted:
-            raise source.error
-        ended = refusal if source.gave_up is None else f"the chat: {source.gave_up}"
-        self._warn_of_lost_texts(source)
+        self._check_answers(source, progress)
         candidates = [*from_pool.accepted, *from_pool.rejected, *progress.all()]
         samples = in_order([c for c in candidates if c.status is Status.ACCEPTED])[:max_samples]
         return make_result(
             task=self.task, missing=missing if isinstance(missing, FACReport) else None, features=wanted,
             delta=delta, samples=samples, activations=self._activations(samples), candidates=candidates,
             exhausted=progress.exhausted(self.settings.schedule()), budget=budget, provenance=self._provenance(),
-            seed=self.settings.seed, seconds=time.perf_counter() - started, ended=ended,
+            seed=self.settings.seed, seconds=time.perf_counter() - started,
+            ended=refusal if source.gave_up is None else f"the chat: {source.gave_up}",
             chat_failed=source.gave_up is not None,
         )  # fmt: skip
 
@@ -261,8 +253,17 @@ class FACSynthesizer:
         pool_over = self.featurizer.reader.pool_over
         return self.featurizer([self.task.featurizer_row(c.row, pool_over) for c in samples])
 
+    def _from_pool(self, pool: Dataset | None, wanted: np.ndarray, scorer: SampleScorer) -> FromPool:
+        if pool is None:
+            return FromPool([], [], wanted)
+        measurement = self.featurizer.measurement
+        return take_from_pool(pool, wanted, scorer, measurement=measurement, known=self._avoided, keep=self.keep)
+
     @staticmethod
-    def _warn_of_lost_texts(source: TextSource) -> None:
+    def _check_answers(source: TextSource, progress: Progress) -> None:
+        """Raise what the chat raised when there is nothing to return, and warn of texts that are missing."""
+        if source.error is not None and not source.answered and not progress.n_from_pool:
+            raise source.error
         if source.gave_up is not None:
             problem = f"The chat takes no more requests: {source.gave_up}"
         elif source.lost:
