@@ -184,7 +184,7 @@ def real_synthesizer(trainer, kind, **chat):
     pool = {"prompt_completion": "user", "preference": "completion"}[kind]
     featurizer = featurizer_of(trainer.model, trainer.processing_class, pool_over=pool)
     return FACSynthesizer(WritingChat(**chat), featurizer, task=task, samples_per_feature=1, methods=("two_step",),
-                          prompt_format="list")  # fmt: skip
+                          prompt_format="list", candidates=8)  # fmt: skip
 
 
 def classifier(*, num_labels: int = 1):

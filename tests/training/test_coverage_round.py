@@ -229,7 +229,7 @@ CUT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CUT)
+@pytest.mark.parametrize("case", [SLOW(c) if c in ("cut alike", "without a limit", "long enough") else c for c in CUT])
 def test_a_warning_says_that_more_is_measured_than_trained_on(case, tmp_path, recwarn):
     make, kind, settings, reading, warns = CUT[case]
     rows = examples(kind, 7)
@@ -384,7 +384,7 @@ def test_measuring_or_writing_that_takes_all_memory_makes_no_batch_smaller(where
 
 
 @pytest.mark.parametrize(
-    ("refresh", "trains_first"), [("start", False), ("epoch", True), SLOW("start", True), SLOW("epoch", False)]
+    ("refresh", "trains_first"), [("start", False), SLOW("epoch", True), SLOW("start", True), SLOW("epoch", False)]
 )
 def test_another_training_set_than_the_one_that_was_seen_is_refused(refresh, trains_first, tmp_path):
     trainer = sft(examples("messages", 7), tmp_path)
