@@ -110,7 +110,7 @@ def _prompt_tokens(
     if not spans and not explanation:
         return 0
     hints = FeatureHints(explanation, spans)
-    if any(round_.kind == "two_step" for round_ in settings.schedule()):
+    if any(round_.kind == "second_step" for round_ in settings.schedule()):
         text = MarkedSpan("", " word" * settings.max_tokens, "", 10.0)
         hints = hints._replace(positive=text, negative=text)
     if prompt_format == "list":

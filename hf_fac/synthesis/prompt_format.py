@@ -20,7 +20,8 @@ PROBED_FEATURES, PROBES = 8, 2  # texts of so many features, so many for each
 def choose_prompt_format(
     settings: SynthesisSettings, verifier: Verifier, source: TextSource, budget: Budget, features: Sequence[int]
 ) -> tuple[str | None, str | None]:
-    """Returns the prompt format whose texts are hits most often, and else readable most often; or None, and why.
+    """Returns the prompt format whose texts are hits most often, and else readable most often; where the budget or the
+    chat ended the trial, None and the bound (`source.gave_up` says it of the chat).
 
     Args:
         features: those to write for; the first few that the dictionary describes are tried.
@@ -39,8 +40,10 @@ def choose_prompt_format(
             return None, refusal
         candidates = generator.write(first, described, {feature: [] for feature in described}, n=PROBES)
         lost = PROBES * len(described) - sum(c.rejection is not Rejection.CHAT_FAILED for c in candidates)
-        if source.gave_up is not None or 2 * lost > PROBES * len(described):
-            return None, f"the chat: {source.gave_up or source.first_loss}"  # not chosen by what happened to be lost
+        if source.gave_up is None and 2 * lost > PROBES * len(described):
+            source.give_up(source.first_loss)  # no format is chosen by what happened to be lost
+        if source.gave_up is not None:
+            return None, None
         verifier.verify(candidates)
         shares[name] = (sum(c.status is Status.HIT for c in candidates), sum(bool(c.text) for c in candidates))
     # Of equal formats the one that makes whole samples: "json", then "text".

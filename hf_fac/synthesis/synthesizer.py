@@ -85,7 +85,7 @@ class FACSynthesizer:
             after it), "list" (the model continues a list of spans). None tries each on a few features and takes the one
             whose texts are hits most often.
         candidates: texts asked for at a time for each feature. rounds: of the second step.
-        temperature: of the first round; each further round is 0.15 hotter.
+        temperature: of a method's first round; each further round in words is 0.15 hotter, up to 1.3.
         max_tokens, answer_tokens: the most tokens of a target field, and of each other part (with "json": of all other
             parts together).
         avoid: data that no sample may nearly repeat, by name: {"seed": rows, "evaluation": rows}.

@@ -88,6 +88,10 @@ class TextSource:
         self._counted.update(keys.values())
         return [[found[place, number] for number in range(n)] for place in range(len(requests))]
 
+    def give_up(self, reason: str) -> None:
+        """Ask for nothing more; what the cache knows is still returned."""
+        self.gave_up = reason.rstrip(".")
+
     @staticmethod
     def was_asked(completion: Completion) -> bool:
         """Whether the chat took the request; else it is at its end."""
@@ -158,7 +162,7 @@ class TextSource:
         failed = [c for c in asked if c.finish == "failed"]
         if len(asked) < len(completions) and self.gave_up is None:
             told = next(c.error for c in completions if not self.was_asked(c))
-            self.gave_up = str(self.error or told or "it takes no more requests").rstrip(".")
+            self.give_up(str(self.error or told or "it takes no more requests"))
         self.lost += len(failed)
         self.answered += len(asked) - len(failed)
         if failed and not self.first_loss:

@@ -63,8 +63,9 @@ def sample_prompt(
     """Returns the conversation that asks a chat model for a sample that activates a feature.
 
     Args:
-        prompt_format: "json" asks for all parts of a sample (`read_sample` reads the answer); "text" for the target
-            field alone, from a model too small for JSON (`read_part` reads it, `next_part_prompt` asks for the rest).
+        prompt_format: "json" asks for all parts of a sample (`Task.read` reads the answer); "text" for the target
+            field alone, from a model too small for JSON (`Task.read_part` reads it, `next_part_prompt` asks for the
+            rest).
         variant: adds HINTS[variant % len(HINTS)].
 
     Raises: ValueError when neither an explanation nor a span describes the feature.

@@ -85,7 +85,7 @@ class FACSynthesisCallback(TrainerCallback):
         summary: the numbers that were logged, of the run so far:
             fac/before, fac/missing   coverage before the first round, and what was missing then
             fac/after, fac/covered    coverage with the rows that the trainer keeps
-            fac/synthesized           rows written; fac/new_rows with those of the run that was resumed
+            fac/synthesized           rows written, also as fac/new_rows
             fac/dropped               rows that the trainer's filters dropped
             fac/activated             features with a row of their own that is kept
             fac/exhausted             features tried to the end in vain

@@ -482,6 +482,8 @@ def test_the_plan_bounds_what_is_spent(featurizer, dictionary, report):
         assert plan.features == len(report.missing)
         assert told.requests <= plan.requests
         assert told.completion_tokens <= plan.completion_tokens
+        one_step = synthesizer(featurizer, dictionary, report, prompt_format=form, methods=("one_step",)).plan(report)
+        assert plan.prompt_tokens > one_step.prompt_tokens, "contrastive pairs are longer"
         assert "at most" in str(plan)
 
 
