@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..features.featurizer import SAEFeaturizer
     from ..synthesis.report import SynthesisResult
 
-# No bound on time: the same samples come out on every machine. Some two minutes on two idle cores.
+# No bound on time: the same samples come out on every machine. Some four minutes on two idle cores.
 _FEATURES, _ROUNDS, _CANDIDATES = 10, 1, 4
 
 
