@@ -126,14 +126,14 @@ def speed() -> None:
     model, tokenizer = featurizer.model, featurizer.tokenizer
     texts = [
         tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) + prefill
-        for conversation, prefill in prompts
+        for conversation, prefill, _ in prompts
     ]
 
     def ours(seed: int) -> float:
         start = time.perf_counter()
         found = chat.complete(
-            [conversation for conversation, _ in prompts],
-            prefill=[prefill for _, prefill in prompts],
+            [prompt.conversation for prompt in prompts],
+            prefill=[prompt.prefill for prompt in prompts],
             n=4,
             max_tokens=64,
             seed=seed,
