@@ -35,5 +35,5 @@ def chat_identity(chat: Chat) -> str:
     if isinstance(chat, LocalChat):
         return chat.fingerprint()
     if isinstance(chat, EndpointChat):
-        return content_key("endpoint", chat.model, chat.base_url, chat.extra_body)
+        return content_key("endpoint", chat.model, chat.base_url, chat.continue_final_message, chat.extra_body)
     return chat_name(chat)
