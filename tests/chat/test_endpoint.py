@@ -514,7 +514,7 @@ def free_port() -> int:
 
 def test_transformers_serve_answers_over_the_wire(tmp_path: Path) -> None:
     model = generating_model("llama").float()
-    model.generation_config.update(do_sample=True, eos_token_id=2, pad_token_id=0, top_k=0)
+    model.generation_config.update(do_sample=True, eos_token_id=2, pad_token_id=0, top_k=0, min_new_tokens=4)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     TOKENIZERS["llama"].save_pretrained(folder)
