@@ -39,7 +39,12 @@ class ChatError(RuntimeError):
 
 
 class Chat(Protocol):
-    """Anything that completes conversations."""
+    """Anything that completes conversations: `LocalChat`, `EndpointChat`, or a caller's own class.
+
+    An own class may have an attribute `identity`: a string that differs whenever model or settings would give other
+    answers. Its answers are then kept in a cache under that string, for later runs and other objects. Without it they
+    serve the call that asked for them only, as nothing would tell them from the answers of other settings.
+    """
 
     def complete(
         self,
@@ -58,6 +63,8 @@ class Chat(Protocol):
         Args:
             conversations: lists of messages, each a dict with a role and a content.
             n: completions of each conversation. Equal conversations get equal completions; another seed gives others.
+                Number i of n is what n=1 gives with seed + i where an `EndpointChat`'s server follows seeds; a
+                `LocalChat` draws it with random numbers of its own, so n=1 gives it with no other seed.
             temperature: 0 takes the likeliest token, and all n are the same.
             top_p: tokens are drawn from the smallest set of likeliest tokens whose probability reaches it.
             max_tokens: the most tokens of a completion.

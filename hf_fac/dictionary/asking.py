@@ -48,7 +48,7 @@ class CachedChat:
     ) -> None:
         self.cache = Cache(cache_dir)
         self.chat = chat.with_cache(self.cache) if isinstance(chat, EndpointChat) else chat
-        self.identity = chat_identity(chat)
+        self.identity = chat_identity(chat, self.cache)
         self.seed, self.attempts, self.batch_size = seed, attempts, batch_size
 
     def ask(

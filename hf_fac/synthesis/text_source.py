@@ -46,9 +46,9 @@ class TextSource:
         # An endpoint keeps each answer as it comes: a kill costs no more than the requests under way.
         self.chat = chat.with_cache(cache) if isinstance(chat, EndpointChat) else chat
         self.steered, self.cache, self.budget = steered, cache, budget
-        self._identity = {False: chat_identity(chat)}
+        self._identity = {False: chat_identity(chat, cache)}
         if steered is not None:
-            self._identity[True] = content_key(chat_identity(steered.chat), measured_by, steered.mean_norm)
+            self._identity[True] = content_key(chat_identity(steered.chat, cache), measured_by, steered.mean_norm)
         self.gave_up: str | None = None
         self.lost, self.first_loss, self.answered = 0, "", 0
         self.error: ChatError | None = None

@@ -47,6 +47,8 @@ class ScriptedChat:
     feature, seed, temperature). `dies_after`: kill the process when so many are answered. `gives_up_after`: raise.
     """
 
+    identity = "scripted"
+
     def __init__(
         self, script: dict[tuple[str, int], list[str | None]] | None = None, *, prompt_format="json", seed: int = 0
     ) -> None:
@@ -321,13 +323,17 @@ def test_answers_are_used_again_only_for_the_same_question_settings_and_chat(tmp
         return [kind for kind, *_ in chat.asked]
 
     class OtherChat(ScriptedChat):
-        pass
+        identity = "another model"
+
+    class NamelessChat(ScriptedChat):
+        identity = None
 
     assert asked() == ["explain", "verify"]
     assert asked() == []
     assert asked(held_out=1) == ["explain", "detect", "detect"], "the verification shows the same spans"
     assert asked(seed=1) == asked(spans=5) == asked(OtherChat()) == ["explain", "verify"]
     assert asked(ScriptedChat(prompt_format="text"), prompt_format="text") == ["explain", "verify"]
+    assert asked(NamelessChat()) == asked(NamelessChat()) == ["explain", "verify"]
 
 
 def test_a_question_is_asked_once_for_each_attempt_and_equal_questions_once() -> None:

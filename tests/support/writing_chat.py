@@ -37,6 +37,8 @@ class WritingChat:
     asked: every conversation and prefill, with its seed.
     """
 
+    identity = "random words"
+
     def __init__(
         self,
         *,
