@@ -62,43 +62,34 @@ class Cache:
     def __init__(self, folder: str | os.PathLike[str] | None, processes: Processes = Processes()) -> None:
         self.folder = None if folder is None else Path(folder)
         self.processes = processes
-        self._memory: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._database: sqlite3.Connection | None = None
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"cache-{processes.rank}.sqlite"
+        self._path = Path(":memory:")
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._path = self.folder / f"cache-{processes.rank}.sqlite"
         try:
-            self._database = sqlite3.connect(path, timeout=_LOCK_SECONDS, check_same_thread=False)
+            self._database = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, check_same_thread=False)
             with self._database:
                 self._database.execute("CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
         except sqlite3.DatabaseError as error:
-            raise _unreadable(path, error) from error
+            raise _unreadable(self._path, error) from error
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """Returns the values that are known, by key."""
         wanted = dict.fromkeys(keys)
+        found: dict[str, str] = {}
         with self._lock:
-            found = {key: self._memory[key] for key in wanted if key in self._memory}
-            if self.folder is not None:
-                self._read(self._database, wanted, found)
-                own = self.folder / f"cache-{self.processes.rank}.sqlite"
-                for path in sorted(self.folder.glob("cache-*.sqlite")):
-                    if path != own and len(found) < len(wanted):
-                        self._read_other(path, wanted, found)
+            _read(self._database, wanted, found)
+            for path in [] if self.folder is None else sorted(self.folder.glob("cache-*.sqlite")):
+                if path != self._path and len(found) < len(wanted):
+                    _read_other(path, wanted, found)
         return {key: json.loads(value) for key, value in found.items()}
 
     def put(self, values: Mapping[str, Any]) -> None:
         """Keep values; they are on disk when this returns. A key that is there already keeps its value."""
         entries = [(key, json.dumps(value)) for key, value in values.items()]
-        with self._lock:
-            if self._database is None:
-                for key, value in entries:
-                    self._memory.setdefault(key, value)
-            else:
-                with self._database:
-                    self._database.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?)", entries)
+        with self._lock, self._database:
+            self._database.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?)", entries)
 
     def wait(self, keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
         """Returns values by key as soon as every process has put its share: of each tuple at least one key."""
@@ -118,23 +109,25 @@ class Cache:
             self.put({key: value})
         return self.wait([(key,)])[key]
 
-    def _read(self, database: sqlite3.Connection, wanted: Mapping[str, None], found: dict[str, Any]) -> None:
-        missing = [key for key in wanted if key not in found]
-        for start in range(0, len(missing), _KEYS_PER_QUERY):
-            part = missing[start : start + _KEYS_PER_QUERY]
-            marks = ",".join("?" * len(part))
-            found.update(database.execute(f"SELECT key, value FROM entries WHERE key IN ({marks})", part))
 
-    def _read_other(self, path: Path, wanted: Mapping[str, None], found: dict[str, Any]) -> None:
-        try:
-            with closing(
-                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_LOCK_SECONDS)
-            ) as database:
-                self._read(database, wanted, found)
-        except sqlite3.OperationalError:
-            pass  # the other process has only just made the file
-        except sqlite3.DatabaseError as error:
-            raise _unreadable(path, error) from error
+def _read(database: sqlite3.Connection, wanted: Mapping[str, None], found: dict[str, str]) -> None:
+    """Put into `found` what the database knows of the keys that are not there yet."""
+    missing = [key for key in wanted if key not in found]
+    for start in range(0, len(missing), _KEYS_PER_QUERY):
+        part = missing[start : start + _KEYS_PER_QUERY]
+        marks = ",".join("?" * len(part))
+        found.update(database.execute(f"SELECT key, value FROM entries WHERE key IN ({marks})", part))
+
+
+def _read_other(path: Path, wanted: Mapping[str, None], found: dict[str, str]) -> None:
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(address, uri=True, timeout=_LOCK_SECONDS)) as database:
+            _read(database, wanted, found)
+    except sqlite3.OperationalError:
+        pass  # the other process has only just made the file
+    except sqlite3.DatabaseError as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:

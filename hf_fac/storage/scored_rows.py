@@ -68,6 +68,7 @@ def read_scored(table: pa.Table, *, columns: Sequence[str] = COLUMNS, first_row:
     Raises: ValueError for absent columns, other types, nulls, and rows whose two lists differ in length.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if absent := [name for name in columns if name not in table.column_names]:
         raise ValueError(f"the rows have no column {absent[0]!r}: {REMEDY}")
@@ -76,10 +77,10 @@ def read_scored(table: pa.Table, *, columns: Sequence[str] = COLUMNS, first_row:
     except pa.ArrowException as error:
         rows = f"rows {first_row:,} to {first_row + len(table) - 1:,}"
         raise ValueError(f"{rows} have columns of other types than scored rows ({error}): {REMEDY}") from error
-    arrays = {name: _one_array(parts[name]) for name in columns}
-    sizes = [_list_sizes(arrays[name], first_row, name) for name in (FEATURES, ACTIVATIONS)]
-    for name in set(columns) & {TOKENS, MEASUREMENT}:
-        _refuse_null(np.flatnonzero(arrays[name].is_null()), first_row, name)
+    arrays = {name: parts[name].combine_chunks() for name in columns}
+    for name, array in arrays.items():
+        _refuse_nulls(array, first_row, name)
+    sizes = [pc.list_value_length(arrays[name]).to_numpy() for name in (FEATURES, ACTIVATIONS)]
     if (unequal := np.flatnonzero(sizes[0] != sizes[1])).size:
         row = unequal[0]
         found = f"{sizes[0][row]} features but {sizes[1][row]} activations"
@@ -106,25 +107,11 @@ def scored_batches(dataset: Dataset | IterableDataset, *, batch_size: int) -> It
         row += len(table)
 
 
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    import pyarrow as pa
-
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
-
-
-def _list_sizes(lists: pa.ListArray, first_row: int, name: str) -> np.ndarray:
-    """How many entries each row has. Raises: ValueError for a null."""
+def _refuse_nulls(column: pa.Array, first_row: int, name: str) -> None:
     import pyarrow.compute as pc
 
-    if lists.null_count:
-        _refuse_null(np.flatnonzero(lists.is_null()), first_row, name)
-    sizes = pc.list_value_length(lists).to_numpy()
-    entries = lists.flatten()
-    if entries.null_count:
-        _refuse_null(np.searchsorted(np.cumsum(sizes), np.flatnonzero(entries.is_null()), "right"), first_row, name)
-    return sizes
-
-
-def _refuse_null(rows: np.ndarray, first_row: int, name: str) -> None:
+    rows = np.flatnonzero(column.is_null())
+    if name in (FEATURES, ACTIVATIONS) and (entries := column.flatten()).null_count:
+        rows = np.append(rows, pc.list_parent_indices(column).filter(entries.is_null()))
     if rows.size:
-        raise ValueError(f"row {first_row + rows[0]:,} holds a null in {name}: {REMEDY}")
+        raise ValueError(f"row {first_row + rows.min():,} holds a null in {name}: {REMEDY}")
