@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
     from tenacity import RetryCallState
 
@@ -44,6 +45,12 @@ class HubRequest:
     create_pr: bool = False
 
     @property
+    def api(self) -> HfApi:
+        from huggingface_hub import HfApi
+
+        return HfApi(token=self.token, library_name="hf_fac")
+
+    @property
     def repo(self) -> dict[str, str]:
         """The arguments that name the repo in every method of `HfApi`."""
         return {"repo_id": self.repo_id, "repo_type": self.repo_type}
@@ -67,13 +74,7 @@ def with_retries(attempt: Callable[[], T], request: HubRequest) -> T:
         OSError: the local disk failed.
     """
     from huggingface_hub.errors import HTTPError, RevisionResolutionError
-    from tenacity import (
-        Retrying,
-        retry_if_exception,
-        stop_after_attempt,
-        stop_before_delay,
-        wait_random_exponential,
-    )
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_random_exponential
 
     backoff = wait_random_exponential()
 

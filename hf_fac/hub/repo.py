@@ -7,13 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_fac.hub.cards import merge_card
 from hf_fac.hub.errors import HubError, HubRequest, with_retries
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 __all__ = ["HubError", "Pulled", "list_files", "pull_folder", "push_folder", "update_card"]
 
@@ -112,9 +109,8 @@ def list_files(
     request = HubRequest("pull from", repo_id, repo_type, revision, token)
 
     def attempt() -> tuple[str, dict[str, int]]:
-        api = _api(request)
-        commit = api.resolve_revision(**request.repo, revision=revision).resolved
-        return commit, _sizes(api, request, commit)
+        commit = request.api.resolve_revision(**request.repo, revision=revision).resolved
+        return commit, _sizes(request, commit)
 
     return with_retries(attempt, request)
 
@@ -142,22 +138,14 @@ def pull_folder(
     from huggingface_hub.utils import filter_repo_objects
 
     request = HubRequest("pull from", repo_id, repo_type, revision, token)
-
-    def attempt() -> Pulled:
-        api = _api(request)
-        resolved = api.resolve_revision(**request.repo, revision=revision)
-        sizes = _sizes(api, request, resolved.resolved)
-        wanted = list(filter_repo_objects(sizes, allow_patterns=allow_patterns))
-        if not wanted:
-            raise request.error(f"nothing matches {allow_patterns}. There is: {', '.join(list(sizes)[:8])}.")
-        if max_bytes is not None and (total := sum(sizes[path] for path in wanted)) > max_bytes:
-            raise request.error(
-                f"its files are {total:,} bytes; at most {max_bytes:,} were expected. Nothing was fetched."
-            )
-        path = api.snapshot_download(**request.repo, revision=resolved, allow_patterns=allow_patterns)
-        return Pulled(Path(path), resolved.resolved)
-
-    return with_retries(attempt, request)
+    commit, sizes = list_files(repo_id, repo_type=repo_type, revision=revision, token=token)
+    wanted = list(filter_repo_objects(sizes, allow_patterns=allow_patterns))
+    if not wanted:
+        raise request.error(f"nothing matches {allow_patterns}. There is: {', '.join(list(sizes)[:8])}.")
+    if max_bytes is not None and (total := sum(sizes[path] for path in wanted)) > max_bytes:
+        raise request.error(f"its files are {total:,} bytes; at most {max_bytes:,} were expected. Nothing was fetched.")
+    what = {**request.repo, "revision": commit, "allow_patterns": allow_patterns}
+    return Pulled(Path(with_retries(lambda: request.api.snapshot_download(**what), request)), commit)
 
 
 def _commit(
@@ -180,19 +168,18 @@ def _commit(
         # New objects in each attempt: an operation remembers what the repo held when it was first looked at.
         plain = files.keys() - {"README.md"} if section is not None else files.keys()
         operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in sorted(plain)]
-        api = _api(request)
-        head = _head(api, request, private=private, create=create)
+        head = _head(request, private=private, create=create)
         if section is not None:
             name, metadata, body = section
-            text = _card_text(api, request, head, files.get("README.md"))
+            text = _card_text(request, head, files.get("README.md"))
             card = merge_card(text, metadata=metadata, section=name, body=body)
             operations.append(CommitOperationAdd("README.md", card.encode()))
         if delete_patterns is not None:
-            stale = _matching(_sizes(api, request, head), place, delete_patterns) - files.keys()
+            stale = _matching(_sizes(request, head), place, delete_patterns) - files.keys()
             operations += [CommitOperationDelete(path, is_folder=False) for path in sorted(stale)]
         # `upload_folder` may split a folder into several commits. The parent's name makes the Hub refuse a commit that
         # would undo another's, or repeat one whose answer was lost.
-        done = api.create_commit(
+        done = request.api.create_commit(
             **request.repo,
             operations=operations,
             commit_message=message,
@@ -205,12 +192,12 @@ def _commit(
     return with_retries(attempt, request)
 
 
-def _head(api: HfApi, request: HubRequest, *, private: bool | None, create: bool) -> str:
+def _head(request: HubRequest, *, private: bool | None, create: bool) -> str:
     """The commit to build upon. `create` makes a missing repo or branch."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     def look() -> str:
-        info = api.repo_info(**request.repo, revision=request.revision)
+        info = request.api.repo_info(**request.repo, revision=request.revision)
         if private and info.private is False:
             raise request.error("it is public, and private=True was asked for. Make it private in its settings first.")
         return info.sha
@@ -221,23 +208,23 @@ def _head(api: HfApi, request: HubRequest, *, private: bool | None, create: bool
         if not create or isinstance(error, GatedRepoError):
             raise
         if isinstance(error, RepositoryNotFoundError):
-            api.create_repo(**request.repo, private=private, exist_ok=True)
+            request.api.create_repo(**request.repo, private=private, exist_ok=True)
     if request.revision not in (None, "main"):
-        api.create_branch(**request.repo, branch=request.revision, exist_ok=True)
+        request.api.create_branch(**request.repo, branch=request.revision, exist_ok=True)
     return look()
 
 
-def _card_text(api: HfApi, request: HubRequest, commit: str, default: Path | None) -> str:
+def _card_text(request: HubRequest, commit: str, default: Path | None) -> str:
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
-        file = Path(api.hf_hub_download(**request.repo, filename="README.md", revision=commit))
+        file = Path(request.api.hf_hub_download(**request.repo, filename="README.md", revision=commit))
     except RemoteEntryNotFoundError:
         file = default
     return file.read_bytes().decode("utf-8-sig") if file else ""
 
 
-def _sizes(api: HfApi, request: HubRequest, commit: str) -> dict[str, int]:
+def _sizes(request: HubRequest, commit: str) -> dict[str, int]:
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
     from huggingface_hub.hf_api import RepoFile
@@ -245,7 +232,7 @@ def _sizes(api: HfApi, request: HubRequest, commit: str) -> dict[str, int]:
     try:
         entries = get_cached_repo_tree(**request.repo, revision=commit)
     except CachedRepoTreeNotFoundError:
-        entries = api.list_repo_tree(**request.repo, recursive=True, revision=commit)
+        entries = request.api.list_repo_tree(**request.repo, recursive=True, revision=commit)
     return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
 
@@ -255,9 +242,3 @@ def _matching(paths: Mapping[str, int], place: str, patterns: str | list[str]) -
     below = f"{place}/" if place else ""
     inside = [path for path in paths if path.startswith(below) and path not in ("README.md", ".gitattributes")]
     return set(filter_repo_objects(inside, allow_patterns=patterns, key=lambda path: path.removeprefix(below)))
-
-
-def _api(request: HubRequest) -> HfApi:
-    from huggingface_hub import HfApi
-
-    return HfApi(token=request.token, library_name="hf_fac")
