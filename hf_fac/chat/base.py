@@ -63,8 +63,8 @@ class Chat(Protocol):
         Args:
             conversations: lists of messages, each a dict with a role and a content.
             n: completions of each conversation. Equal conversations get equal completions; another seed gives others.
-                Number i of n is what n=1 gives with seed + i where an `EndpointChat`'s server follows seeds; a
-                `LocalChat` draws it with random numbers of its own, so n=1 gives it with no other seed.
+                Of an `EndpointChat`, number i of n is what n=1 gives with seed + i, if the server follows seeds. A
+                `LocalChat` gives each number random numbers of its own, so n=1 gives it with no seed.
             temperature: 0 takes the likeliest token, and all n are the same.
             top_p: tokens are drawn from the smallest set of likeliest tokens whose probability reaches it.
             max_tokens: the most tokens of a completion.

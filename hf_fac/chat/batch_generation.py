@@ -44,7 +44,7 @@ class Text:
     prompt: token ids, at least one.
     uniforms: float64 [max_tokens], in [0, 1): all its randomness, one number for each token.
     max_tokens: the most tokens it may have.
-    push: [d_model], added to its hidden states at the layer that is steered; None does not steer.
+    push: [d_model], added to its hidden states at the layer that is steered, if one is.
     ids: the tokens generated, the one that ended it included.
     finish: "stop", "length" or "failed" once it has ended, and then `error` says why it failed.
     """
@@ -126,7 +126,9 @@ def generate(
                 rows = [rows[row] for row in kept]
                 cache.rebuild(keep=kept)
             cache.trim(max(text.n_past for text in rows if text))
-            steering.set(rows)
+            if steered_layer is not None:
+                some = next(text for text in rows if text)  # what is added to a free row does not matter
+                steering.vectors = torch.stack([(text or some).push for text in rows])
             logits = _next_logits(model, rows, cache, takes_positions)
             steering.vectors = None
             continued = []
@@ -171,13 +173,6 @@ class _Steering:
     """A layer's hook: adds a vector to each row's hidden states, and nothing while prompts are read."""
 
     vectors: Tensor | None = None  # [rows, d_model]
-
-    def set(self, rows: list[Text | None]) -> None:
-        pushes = [text.push if text else None for text in rows]
-        some = next((push for push in pushes if push is not None), None)
-        if some is not None:
-            zeros = torch.zeros_like(some)
-            self.vectors = torch.stack([zeros if push is None else push for push in pushes])
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         return None if self.vectors is None else hidden + self.vectors[:, None].to(hidden)
@@ -365,11 +360,7 @@ class _RowCache(Cache):
         def moved(part: Tensor, dim: int) -> Tensor:
             used = part.narrow(dim, self.start, width)
             used = used if keep is None else used[keep]
-            shape = list(used.shape)
-            shape[dim] += _HEADROOM
-            fresh = part.new_zeros(shape)
-            fresh.narrow(dim, 0, width).copy_(used)
-            return fresh
+            return torch.nn.functional.pad(used, [0, 0] * (part.ndim - 1 - dim) + [0, _HEADROOM])
 
         self.mask = moved(self.mask, 1)
         for layer in self.layers:

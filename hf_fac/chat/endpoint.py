@@ -12,9 +12,10 @@ import logging
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,22 +288,25 @@ class _Budget:
     """What was spent, and a bound on it, in all threads."""
 
     def __init__(self, max_tokens_total: int | None):
-        self.max_tokens_total, self.spent = max_tokens_total, Spent()
+        self.max_tokens_total = max_tokens_total
+        self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
+
+    @property
+    def spent(self) -> Spent:
+        return Spent(**self._counts)
 
     def reserve_request(self) -> None:
         """Count a request. Raises: NotSent when the bound is reached."""
         with self._lock:
-            used = self.spent.prompt_tokens + self.spent.completion_tokens
+            used = self._counts["prompt_tokens"] + self._counts["completion_tokens"]
             if self.max_tokens_total is not None and used >= self.max_tokens_total:
                 raise NotSent(f"max_tokens_total is {self.max_tokens_total:,}, and {used:,} were used.")
-            self.spent = replace(self.spent, requests=self.spent.requests + 1)
+            self._counts["requests"] += 1
 
     def count(self, **more: int) -> None:
         with self._lock:
-            self.spent = replace(
-                self.spent, **{name: getattr(self.spent, name) + value for name, value in more.items()}
-            )
+            self._counts.update(more)
 
 
 @dataclass

@@ -142,7 +142,8 @@ class LocalChat:
             push = None if steering is None else steering.vectors[k]
             for i in numbers:
                 if (prompt, key, i) not in texts:
-                    texts[prompt, key, i] = self._text(prompt, _stream_name(seed, i, prompt, key), max_tokens, push)
+                    stream = f"{seed} {i} {prompt}" if key is None else f"{seed} {i} {prompt} {key!r}"
+                    texts[prompt, key, i] = self._text(prompt, stream, max_tokens, push)
         self._generate([text for text in texts.values() if not text.finish], temperature, top_p, stop, steering)
         completions = {place: self._completion(text, stop) for place, text in texts.items()}
         return [
@@ -164,7 +165,7 @@ class LocalChat:
         return tuple(self.tokenizer(text + (prefill or ""), add_special_tokens=False)["input_ids"])
 
     def _text(self, prompt: tuple[int, ...], stream: str, max_tokens: int, push: torch.Tensor | None) -> Text:
-        """A text to generate, or one that has failed already."""
+        """A text to generate, or one that has failed already. stream: all that its random numbers depend on."""
         from .batch_generation import Text
 
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -218,8 +219,3 @@ class LocalChat:
         settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         before = self.tokenizer.decode(context, **settings)
         return self.tokenizer.decode(context + ids[start:], **settings)[len(before) :]
-
-
-def _stream_name(seed: int, i: int, prompt: tuple[int, ...], key: Hashable) -> str:
-    """What a text's random numbers depend on."""
-    return f"{seed} {i} {prompt}" if key is None else f"{seed} {i} {prompt} {key!r}"

@@ -67,9 +67,10 @@ class Request:
 
     def body(self, model: str | None, *, continue_final_message: bool, extra: dict[str, Any]) -> bytes:
         """Returns the request as JSON. Raises: RequestFailed for text that has no UTF-8."""
+        start = [{"role": "assistant", "content": self.prefill}] if self.prefill else []
         body: dict[str, Any] = {
             "model": model or "dummy",  # servers of one model ignore it, but require one
-            "messages": list(self.messages),
+            "messages": [*self.messages, *start],
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -78,11 +79,9 @@ class Request:
             body["top_p"] = self.top_p
         if self.stop:
             body["stop"] = self.stop
+        if start and continue_final_message:
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         body |= extra
-        if self.prefill:
-            body["messages"] = [*body["messages"], {"role": "assistant", "content": self.prefill}]
-            if continue_final_message:
-                body |= {"continue_final_message": True, "add_generation_prompt": False}
         try:
             return json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -280,10 +279,8 @@ def _error_message(data: bytes) -> str:
 
 def _asked_to_wait(header: str | None) -> float | None:
     """Seconds from a Retry-After header: a number or a date."""
-    if not header:
-        return None
-    with suppress(ValueError):
+    with suppress(TypeError, ValueError):
         return max(0.0, float(header))
-    with suppress(ValueError):
+    with suppress(TypeError, ValueError):
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     return None

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-_PROBE = b"\0" * 4096
-
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], *, keep_first: bool = False) -> Iterator[Path]:
@@ -107,10 +105,8 @@ def try_output(path: str | os.PathLike[str], *, folder: bool = False) -> None:
             return
         probe = _partial(path / "probe" if folder else Path(os.path.realpath(path)))
         try:
-            with probe.open("wb") as file:
-                file.write(_PROBE)
-                file.flush()
-                os.fsync(file.fileno())
+            probe.write_bytes(bytes(4096))
+            _sync(probe, probe.stat().st_mode)
         finally:
             probe.unlink(missing_ok=True)
 
