@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+from ..storage.validation import check_counts
+
 
 class Completion(NamedTuple):
     """One answer.
@@ -63,8 +65,8 @@ class Chat(Protocol):
         Args:
             conversations: lists of messages, each a dict with a role and a content.
             n: completions of each conversation. Equal conversations get equal completions; another seed gives others.
-                Of an `EndpointChat`, number i of n is what n=1 gives with seed + i, if the server follows seeds. A
-                `LocalChat` gives each number random numbers of its own, so n=1 gives it with no seed.
+                Of an `EndpointChat`, number i of n is what n=1 gives with seed + i, if the server follows seeds. Of a
+                `LocalChat`, n=1 gives none but the first: each number has random numbers of its own.
             temperature: 0 takes the likeliest token, and all n are the same.
             top_p: tokens are drawn from the smallest set of likeliest tokens whose probability reaches it.
             max_tokens: the most tokens of a completion.
@@ -100,14 +102,11 @@ def check_arguments(
     """Returns `prefill`, one for each conversation. Raises: ValueError naming what is wrong and where."""
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop is {stop!r}; it must be a list of strings, none of them empty.")
-    for name, value, valid, rule in (
-        ("n", n, n >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-    ):
-        if not valid:
-            raise ValueError(f"{name} is {value}; it must be {rule}.")
+    check_counts(n=n, max_tokens=max_tokens)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be at least 0.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1.")
     if prefill is not None and (isinstance(prefill, str) or len(prefill) != len(conversations)):
         raise ValueError(
             f"prefill has {len(prefill)} entries for {len(conversations)} conversations; give each one or None."

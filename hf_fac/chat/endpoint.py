@@ -17,14 +17,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from anyio.from_thread import start_blocking_portal
+from httpx2 import AsyncClient
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
 from ..storage.cache import Cache, content_key
+from ..storage.validation import check_counts
 from .base import ChatError, Completion, check_arguments, progress_bar
 from .server import MAX_WAIT_S, Request, RequestFailed, Server, TimedOut, TransientFailure
-
-if TYPE_CHECKING:
-    from httpx2 import AsyncClient
 
 __all__ = ["ChatError", "EndpointChat", "Spent"]
 logger = logging.getLogger(__name__)
@@ -97,8 +99,7 @@ class EndpointChat:
             raise ValueError('Give a model ("org/name") or the base_url of a server ("http://127.0.0.1:8000/v1").')
         if base_url is None and "://" in model:
             raise ValueError("model is an address: give it as base_url.")
-        if max_concurrency < 1 or attempts < 1:
-            raise ValueError(f"max_concurrency is {max_concurrency}, attempts {attempts}; both must be at least 1.")
+        check_counts(max_concurrency=max_concurrency, attempts=attempts)
         if not timeout > 0:
             raise ValueError(f"timeout is {timeout}; it must be above 0 seconds.")
         self.model, self.base_url = model, base_url and base_url.strip()
@@ -174,8 +175,6 @@ class EndpointChat:
 
     def _answer_all(self, requests: dict[str, Request], run: _Run) -> None:
         """Put answers into the run, from the cache and from the server."""
-        from anyio.from_thread import start_blocking_portal
-
         if self._cache is not None:
             run.answers.update((key, Completion(*answer)) for key, answer in self._cache.get(requests).items())
             self._budget.count(from_cache=len(run.answers))
@@ -220,8 +219,6 @@ class EndpointChat:
 
     async def _answer(self, client: AsyncClient, request: Request, run: _Run) -> Completion:
         """The answer to a request, after retries; a request that failed is a completion too."""
-        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
-
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda error: isinstance(error, TransientFailure) and _can_wait(error)),
             wait=lambda state: _pause(state.outcome.exception(), state.attempt_number),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..storage.cache import content_key
+from ..storage.validation import check_counts
 from .base import Completion, before_stop, check_arguments, progress_bar
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ class LocalChat:
         from ..inputs.hidden_states import default_batch_tokens
         from .batch_generation import check_can_generate
 
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        check_counts(batch_size=batch_size)
         check_can_generate(model)
         self.model, self.tokenizer = model, tokenizer
         self.batch_size = batch_size

@@ -14,16 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from ssl import SSLContext
+from typing import Any, NamedTuple
 
+from httpx2 import URL, AsyncClient, HTTPError, InvalidURL, Limits, Response, Timeout, create_ssl_context
+from huggingface_hub import constants, get_token
 from pydantic import BaseModel, Field, ValidationError
 
 from .base import ChatError, Completion, before_stop
-
-if TYPE_CHECKING:
-    from ssl import SSLContext
-
-    from httpx2 import URL, AsyncClient, Response
 
 MAX_WAIT_S = 300.0  # a server that asks for a longer pause has refused the request
 _TOKEN_BYTES = 1024  # no token is longer, escaped in JSON
@@ -121,8 +119,6 @@ class Server:
     """One address and its key. name: how messages call the chat."""
 
     def __init__(self, name: str, base_url: str | None, token: str | None, timeout: float):
-        from httpx2 import URL, InvalidURL
-
         try:
             url = URL(_ROUTER if base_url is None else base_url)
         except InvalidURL:
@@ -141,8 +137,6 @@ class Server:
                              "provider's own key give the provider's address as base_url.")  # fmt: skip
 
     def client(self) -> AsyncClient:
-        from httpx2 import AsyncClient, Limits, Timeout
-
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -152,9 +146,6 @@ class Server:
 
     async def post(self, client: AsyncClient, body: bytes, max_tokens: int) -> Reply:
         """Returns the reply. Raises: TransientFailure, RequestFailed or ChatError when there is none."""
-        from httpx2 import HTTPError
-        from huggingface_hub import constants
-
         if self._is_hub and constants.HF_HUB_OFFLINE:
             raise ChatError(f"{self.name}: HF_HUB_OFFLINE is set; unset it, or give the base_url of a server.")
         most = _REPLY_BYTES + _TOKEN_BYTES * max_tokens
@@ -249,15 +240,11 @@ def _token_count(usage: Any, name: str, most: int) -> int:
 
 @cache
 def _tls() -> SSLContext:
-    from httpx2 import create_ssl_context
-
     return create_ssl_context()  # reading all certificates takes 50 ms
 
 
 def _key(token: str | None, url: URL) -> str | None:
     """The key for a server: the one given, or the saved Hub token where the server is Hugging Face's, encrypted."""
-    from huggingface_hub import get_token
-
     key = (token or "").strip()
     if not key and url.scheme == "https" and f".{url.host}".endswith(_HF_HOSTS):
         key = get_token() or ""

@@ -7,6 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+_BOOLEAN = "tag:yaml.org,2002:bool"
+
 
 def merge_card(text: str, *, metadata: Mapping[str, Any], section: str, body: str) -> str:
     """The card with our metadata and our section in it; the rest is unchanged.
@@ -36,17 +41,16 @@ def table(rows: Mapping[str, Any]) -> str:
 
 
 def _with_metadata(text: str, metadata: Mapping[str, Any]) -> str:
-    import yaml
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
     block = REGEX_YAML_BLOCK.search(text)
     try:
-        old = (yaml.load(block[2], Loader=_yaml_loader()) if block else None) or {}
+        old = (yaml.load(block[2], Loader=_Yaml12Loader) if block else None) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"the metadata of README.md is not YAML, correct it by hand: {error}") from None
     if not isinstance(old, dict):
         raise ValueError(f"the metadata of README.md is a {type(old).__name__}, not a mapping; correct it by hand")
-    merged = _merged(old, {key: value for key, value in metadata.items() if value is not None})
+    new = {key: value for key, value in metadata.items() if value is not None}
+    lists = {key: _union(old.get(key), value) for key, value in new.items() if isinstance(value, list)}
+    merged = {**old, **new, **lists}
     if merged == old:
         return text
     written = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).rstrip("\n")
@@ -68,11 +72,6 @@ def _with_section(text: str, section: str, body: str) -> str:
     return before + ours + after
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    lists = {key: _union(old.get(key), value) for key, value in new.items() if isinstance(value, list)}
-    return {**old, **new, **lists}
-
-
 def _union(old: Any, new: list[Any]) -> list[Any]:
     entries: dict[str, Any] = {}
     for item in [*(old if isinstance(old, list) else [] if old is None else [old]), *new]:
@@ -81,13 +80,12 @@ def _union(old: Any, new: list[Any]) -> list[Any]:
     return list(entries.values())
 
 
-def _yaml_loader() -> type:
-    import yaml
+class _Yaml12Loader(yaml.SafeLoader):
+    """YAML 1.2, as the Hub reads cards: the language `no` is a word. ModelCard reads and rewrites it as false."""
 
-    class Loader(yaml.SafeLoader):
-        """YAML 1.2, as the Hub reads cards: the language `no` is a word. ModelCard reads and rewrites it as false."""
 
-    boolean, known = "tag:yaml.org,2002:bool", yaml.SafeLoader.yaml_implicit_resolvers
-    Loader.yaml_implicit_resolvers = {first: [r for r in rules if r[0] != boolean] for first, rules in known.items()}
-    Loader.add_implicit_resolver(boolean, re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
-    return Loader
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != _BOOLEAN]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12Loader.add_implicit_resolver(_BOOLEAN, re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))

@@ -9,12 +9,19 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-    from tenacity import RetryCallState
+from huggingface_hub import HfApi, constants, errors, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionResolutionError
+from huggingface_hub.utils import parse_ratelimit_headers
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_random_exponential,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,8 +53,6 @@ class HubRequest:
 
     @property
     def api(self) -> HfApi:
-        from huggingface_hub import HfApi
-
         return HfApi(token=self.token, library_name="hf_fac")
 
     @property
@@ -73,9 +78,6 @@ def with_retries(attempt: Callable[[], T], request: HubRequest) -> T:
         HubError: the Hub refused, was not reached, or kept failing.
         OSError: the local disk failed.
     """
-    from huggingface_hub.errors import HTTPError, RevisionResolutionError
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_random_exponential
-
     backoff = wait_random_exponential()
 
     def can_pass(error: BaseException) -> bool:
@@ -105,23 +107,17 @@ def with_retries(attempt: Callable[[], T], request: HubRequest) -> T:
 
 def _http_error(error: BaseException | None) -> HTTPError | None:
     """The HTTP error that an error of the client is or was caused by; it has no response if no answer came."""
-    from huggingface_hub.errors import HTTPError
-
     while error is not None and not isinstance(error, HTTPError):
         error = error.__cause__
     return error
 
 
 def _status(error: HTTPError | None) -> int | None:
-    from huggingface_hub.errors import HfHubHTTPError
-
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def _stated_wait(error: HTTPError | None) -> float | None:
     """The seconds that the Hub asks to wait for."""
-    from huggingface_hub.utils import parse_ratelimit_headers
-
     if _status(error) is None:
         return None
     limit = parse_ratelimit_headers(error.response.headers)
@@ -132,14 +128,11 @@ def _stated_wait(error: HTTPError | None) -> float | None:
 
 
 def _in_words(error: BaseException, request: HubRequest) -> HubError:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
-
     found = _http_error(error)
     if (status := _status(found)) is not None:
         said = _one_line(found.server_message or str(found))
         return request.error(f"the Hub answered {status} ({said}). {_remedy(found, status, request)}", status)
-    no_answer = LocalEntryNotFoundError | OfflineModeIsEnabled | RevisionResolutionError
+    no_answer = errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | RevisionResolutionError
     remedy = "Correct that, then try again."
     if found is not None or isinstance(error, no_answer):
         cache = "The cache has no complete copy either. " if request.action == "pull from" else ""
@@ -148,8 +141,6 @@ def _in_words(error: BaseException, request: HubRequest) -> HubError:
 
 
 def _remedy(error: HTTPError, status: int, request: HubRequest) -> str:
-    from huggingface_hub import constants, errors
-
     anonymous = _token_in_use(request) is None
     page = f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(request.repo_type, '')}{request.repo_id}"
     right = "read this repo" if request.action == "pull from" else f"write to {request.repo_id.split('/')[0]!r}"
@@ -183,6 +174,4 @@ def _one_line(text: str) -> str:
 
 
 def _token_in_use(request: HubRequest) -> str | None:
-    from huggingface_hub import get_token
-
     return request.token if isinstance(request.token, str) else None if request.token is False else get_token()

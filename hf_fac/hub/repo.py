@@ -5,9 +5,19 @@ Out: the URL of one commit, or a local snapshot whose size was checked before th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_cached_repo_tree
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from hf_fac.hub.cards import merge_card
 from hf_fac.hub.errors import HubError, HubRequest, with_retries
@@ -15,8 +25,7 @@ from hf_fac.hub.errors import HubError, HubRequest, with_retries
 __all__ = ["HubError", "Pulled", "list_files", "pull_folder", "push_folder", "update_card"]
 
 
-@dataclass(frozen=True)
-class Pulled:
+class Pulled(NamedTuple):
     """What `pull_folder` fetched."""
 
     path: Path  # the snapshot's folder in the cache
@@ -54,8 +63,6 @@ def push_folder(
     Raises:
         HubError: no files, no right to push, no network, or the Hub kept failing.
     """
-    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-
     request = HubRequest("push to", repo_id, repo_type, revision, token, create_pr)
     folder, place = Path(folder), (path_in_repo or "").strip("/")
     names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -135,8 +142,6 @@ def pull_folder(
         HubError: nothing matches, too many bytes, no such repo or revision, no right to read, a path that would leave
             the cache, or no network and no complete copy in the cache.
     """
-    from huggingface_hub.utils import filter_repo_objects
-
     request = HubRequest("pull from", repo_id, repo_type, revision, token)
     commit, sizes = list_files(repo_id, repo_type=repo_type, revision=revision, token=token)
     wanted = list(filter_repo_objects(sizes, allow_patterns=allow_patterns))
@@ -163,8 +168,6 @@ def _commit(
         raise request.error("a pull request is always against main. Leave out revision, or create_pr.")
 
     def attempt() -> str:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         # New objects in each attempt: an operation remembers what the repo held when it was first looked at.
         plain = files.keys() - {"README.md"} if section is not None else files.keys()
         operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in sorted(plain)]
@@ -194,7 +197,6 @@ def _commit(
 
 def _head(request: HubRequest, *, private: bool | None, create: bool) -> str:
     """The commit to build upon. `create` makes a missing repo or branch."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     def look() -> str:
         info = request.api.repo_info(**request.repo, revision=request.revision)
@@ -215,8 +217,6 @@ def _head(request: HubRequest, *, private: bool | None, create: bool) -> str:
 
 
 def _card_text(request: HubRequest, commit: str, default: Path | None) -> str:
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
     try:
         file = Path(request.api.hf_hub_download(**request.repo, filename="README.md", revision=commit))
     except RemoteEntryNotFoundError:
@@ -225,10 +225,6 @@ def _card_text(request: HubRequest, commit: str, default: Path | None) -> str:
 
 
 def _sizes(request: HubRequest, commit: str) -> dict[str, int]:
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    from huggingface_hub.hf_api import RepoFile
-
     try:
         entries = get_cached_repo_tree(**request.repo, revision=commit)
     except CachedRepoTreeNotFoundError:
@@ -237,8 +233,6 @@ def _sizes(request: HubRequest, commit: str) -> dict[str, int]:
 
 
 def _matching(paths: Mapping[str, int], place: str, patterns: str | list[str]) -> set[str]:
-    from huggingface_hub.utils import filter_repo_objects
-
     below = f"{place}/" if place else ""
     inside = [path for path in paths if path.startswith(below) and path not in ("README.md", ".gitattributes")]
     return set(filter_repo_objects(inside, allow_patterns=patterns, key=lambda path: path.removeprefix(below)))

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
+from safetensors import SafetensorError
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], *, keep_first: bool = False) -> Iterator[Path]:
@@ -113,8 +116,6 @@ def try_output(path: str | os.PathLike[str], *, folder: bool = False) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -130,8 +131,6 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _partial(path: Path) -> Path:
     """Where this process writes what becomes `path`; what dead processes of this host left there is removed."""
-    import psutil
-
     host = socket.gethostname()
     for name in glob.glob(f"{glob.escape(path.name)}.{glob.escape(host)}-*.partial", root_dir=path.parent):
         pid = re.fullmatch(r"(\d+)\.partial", name.rpartition("-")[2])

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from .files import whole_file
 
 if TYPE_CHECKING:
@@ -52,16 +54,12 @@ def read_note(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def row_hash(row: Any) -> int:
     """64 bits of a row's content."""
-    import xxhash
-
     return xxhash.xxh3_64_intdigest(json.dumps(row, sort_keys=True, default=repr).encode())
 
 
 def digest_of_hashes(hashes: Iterable[int], *, after: str = "") -> str:
     """Returns a hash of rows in their order, from their `row_hash`es and the hash of the rows before them: 32
     hexadecimal digits."""
-    import xxhash
-
     digest = xxhash.xxh3_128(after.encode())
     for value in hashes:
         digest.update(value.to_bytes(8, "little"))

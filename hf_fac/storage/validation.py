@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
+_adapter = functools.cache(TypeAdapter)  # making one takes longer than a check
 Width = Annotated[int, Field(ge=1, le=1 << 24)]  # features: beyond the widest SAE there is, arrays fill the memory
 
 
@@ -81,8 +82,3 @@ def _told(error: ErrorDetails) -> str:
     # Of a whole file or object nobody wants to read the beginning.
     got = "" if error["type"] in ("json_invalid", "missing", "value_error") else f", got {reprlib.repr(error['input'])}"
     return f"{place + ': ' if place else ''}{error['msg'].removeprefix('Value error, ')}{got}"
-
-
-@functools.cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)

@@ -473,7 +473,7 @@ def test_settings_that_do_not_fit_are_refused_without_repeating_a_key() -> None:
         ({"base_url": " "}, "begin with http"),
         ({"base_url": f"http://user:{KEY}@h/v1"}, "Pass a key as token"),
         ({"base_url": f"http://h/v1?key={KEY}"}, "Pass a key as token"),
-        ({"model": "m", "max_concurrency": 0}, "at least 1"),
+        ({"model": "m", "max_concurrency": 0}, "max_concurrency is 0; .* from 1 up"),
         ({"model": "m", "timeout": 0}, "above 0 seconds"),
         ({"model": "http://h/v1"}, "give it as base_url"),
         ({"base_url": "http://h\x1b/v1"}, "no address"),

@@ -231,6 +231,7 @@ def test_a_model_and_its_tokenizer_are_loaded_by_name(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"n": 0}, "n is 0"),
+        ({"n": 1.5}, "n is 1.5; it must be a whole number"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0}, "top_p is 0"),
