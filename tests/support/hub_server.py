@@ -157,15 +157,9 @@ class HubServer:
         """Runs an action, once, just before the next commit is looked at: someone else was faster."""
         self._before_commit.append(action)
 
-    def heal(self) -> None:
-        """Forgets the failures that were asked for and have not happened yet."""
-        self.faults.clear()
-        self._before_commit.clear()
-
     def reset(self) -> None:
         """Forgets repos, failures and the log."""
-        self.heal()
-        for store in (self.repos, self.uploads, self.log):
+        for store in (self.repos, self.uploads, self.log, self.faults, self._before_commit):
             store.clear()
 
     def count(self, route: str) -> int:
@@ -256,11 +250,6 @@ def tree(call: Call) -> Any:
     return sorted(entries, key=lambda e: e["path"])
 
 
-def paths_info(call: Call) -> Any:
-    files, paths = call.commit().files, parse_qs(call.body.decode()).get("paths", [])
-    return [entry(path, files[path]) for path in paths if path in files]
-
-
 def branch(call: Call) -> Any:
     repo = call.repo(write=True)
     repo.refs[call.parts["rev"]] = repo.at(call.json().get("startingPoint") or "main").oid
@@ -342,7 +331,6 @@ ROUTES: list[tuple[str, str, str, Callable[[Call], Any]]] = [
     ("validate-yaml", "POST", r"/api/validate-yaml", lambda call: {"warnings": [], "errors": []}),
     ("info", "GET", rf"{API}(?:/revision/{REV})?", info),
     ("tree", "GET", rf"{API}/tree/{REV}(?:/(?P<path>.*))?", tree),
-    ("paths-info", "POST", rf"{API}/paths-info/{REV}", paths_info),
     ("branch", "POST", rf"{API}/branch/{REV}", branch),
     ("preupload", "POST", rf"{API}/preupload/{REV}", preupload),
     ("commit", "POST", rf"{API}/commit/{REV}", make_commit),
