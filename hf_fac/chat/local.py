@@ -135,11 +135,11 @@ class LocalChat:
         """
         prefill = check_arguments(conversations, n, temperature, top_p, max_tokens, prefill, stop)
         prompts = [self._prompt(k, *pair) for k, pair in enumerate(zip(conversations, prefill, strict=True))]
-        keys = [None] * len(prompts) if steering is None else steering.keys
+        none = [None] * len(prompts)
+        keys, vectors = (none, none) if steering is None else (steering.keys, steering.vectors)
         numbers = range(n if temperature else 1)  # the likeliest text is one
         texts: dict[tuple, Text] = {}
-        for k, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-            push = None if steering is None else steering.vectors[k]
+        for prompt, key, push in zip(prompts, keys, vectors, strict=True):
             for i in numbers:
                 if (prompt, key, i) not in texts:
                     stream = f"{seed} {i} {prompt}" if key is None else f"{seed} {i} {prompt} {key!r}"

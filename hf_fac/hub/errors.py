@@ -11,17 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import tenacity
 from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionResolutionError
 from huggingface_hub.utils import parse_ratelimit_headers
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    stop_before_delay,
-    wait_random_exponential,
-)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -78,7 +71,7 @@ def with_retries(attempt: Callable[[], T], request: HubRequest) -> T:
         HubError: the Hub refused, was not reached, or kept failing.
         OSError: the local disk failed.
     """
-    backoff = wait_random_exponential()
+    backoff = tenacity.wait_random_exponential()
 
     def can_pass(error: BaseException) -> bool:
         status = _status(found := _http_error(error))
@@ -86,16 +79,17 @@ def with_retries(attempt: Callable[[], T], request: HubRequest) -> T:
             return status in _CERTAINLY_NOT_DONE
         return found is not None and (status is None or status in _TRANSIENT)
 
-    def wait(state: RetryCallState) -> float:
+    def wait(state: tenacity.RetryCallState) -> float:
         stated = _stated_wait(_http_error(state.outcome.exception()))
         return backoff(state) if stated is None else stated
 
-    def log(state: RetryCallState) -> None:
+    def log(state: tenacity.RetryCallState) -> None:
         reason = _status(_http_error(state.outcome.exception())) or "no answer"
         logger.warning("%s %s: %s; retrying in %.1f s", request.action, request.repo_id, reason, state.upcoming_sleep)
 
-    stop = stop_after_attempt(ATTEMPTS) | stop_before_delay(MAX_WAIT_S)
-    retrying = Retrying(retry=retry_if_exception(can_pass), wait=wait, stop=stop, before_sleep=log, reraise=True)
+    retry = tenacity.retry_if_exception(can_pass)
+    stop = tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_before_delay(MAX_WAIT_S)
+    retrying = tenacity.Retrying(retry=retry, wait=wait, stop=stop, before_sleep=log, reraise=True)
     try:
         return retrying(attempt)
     except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:

@@ -8,14 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_cached_repo_tree
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    GatedRepoError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, errors, get_cached_repo_tree
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
@@ -206,10 +199,10 @@ def _head(request: HubRequest, *, private: bool | None, create: bool) -> str:
 
     try:
         return look()
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        if not create or isinstance(error, GatedRepoError):
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        if not create or isinstance(error, errors.GatedRepoError):
             raise
-        if isinstance(error, RepositoryNotFoundError):
+        if isinstance(error, errors.RepositoryNotFoundError):
             request.api.create_repo(**request.repo, private=private, exist_ok=True)
     if request.revision not in (None, "main"):
         request.api.create_branch(**request.repo, branch=request.revision, exist_ok=True)
@@ -219,7 +212,7 @@ def _head(request: HubRequest, *, private: bool | None, create: bool) -> str:
 def _card_text(request: HubRequest, commit: str, default: Path | None) -> str:
     try:
         file = Path(request.api.hf_hub_download(**request.repo, filename="README.md", revision=commit))
-    except RemoteEntryNotFoundError:
+    except errors.RemoteEntryNotFoundError:
         file = default
     return file.read_bytes().decode("utf-8-sig") if file else ""
 
@@ -227,7 +220,7 @@ def _card_text(request: HubRequest, commit: str, default: Path | None) -> str:
 def _sizes(request: HubRequest, commit: str) -> dict[str, int]:
     try:
         entries = get_cached_repo_tree(**request.repo, revision=commit)
-    except CachedRepoTreeNotFoundError:
+    except errors.CachedRepoTreeNotFoundError:
         entries = request.api.list_repo_tree(**request.repo, recursive=True, revision=commit)
     return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
