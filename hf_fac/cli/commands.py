@@ -30,9 +30,6 @@ RESUMABLE = ("score", "train-sae", "interpret", "rate", "synthesize")
 
 def main() -> None:
     """The console script. An error is one line; with HF_FAC_TRACEBACK=1 a traceback comes before it."""
-    from ..chat.base import ChatError
-    from ..hub.errors import HubError
-
     warnings.formatwarning = lambda message, *_: visible(f"hf-fac: {message}\n")
     try:
         sys.exit(app(standalone_mode=False))
@@ -41,6 +38,9 @@ def main() -> None:
         rich_format_error(error)
         sys.exit(error.exit_code)
     except Exception as error:
+        from ..chat.base import ChatError
+        from ..hub.errors import HubError  # loads the Hub's client
+
         if os.environ.get("HF_FAC_TRACEBACK"):
             errors.print("".join(traceback.format_exception(error)))
         message = " ".join(str(error).split("\n"))
