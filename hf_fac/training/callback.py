@@ -24,10 +24,9 @@ from ..hub.cards import merge_card
 from ..storage.feature_ids import check_feature_ids
 from ..storage.files import write_whole
 from . import checks
-from .checks import CallbackSettings
 from .coverage_round import empty_rows
 from .model_in_training import featurizer_digest, preserved
-from .rounds import Rounds, RunState
+from .rounds import CallbackSettings, Rounds, RunState
 from .run_folder import FOLDER, RECORD, CheckpointRecord, check_same_run, find_rows, read_record, save_rows
 from .summary import log_table, model_card_section
 from .trainers import training_set_of

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from numpy.typing import ArrayLike
 
 from ..coverage.coverage import FeatureCoverage
 from ..inputs.rows import RowError
 from ..storage.differences import differences
-from ..storage.validation import check_counts
 from .model_in_training import is_measuring, is_writing
 
 if TYPE_CHECKING:
@@ -22,37 +19,6 @@ if TYPE_CHECKING:
     from ..features.featurizer import SAEFeaturizer
     from ..synthesis.synthesizer import FACSynthesizer
     from .training_set import TrainingSet
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallbackSettings:
-    """When the callback fills the training set, for which features, within which bounds, and what an error does.
-
-    Raises: ValueError for values out of range or that do not fit each other.
-    """
-
-    refresh: Literal["start", "epoch"]
-    every: int
-    features: ArrayLike | None
-    max_samples: int | None
-    max_seconds: float | None
-    on_error: Literal["raise", "warn"]
-    log_rows: bool
-
-    def __post_init__(self) -> None:
-        check_counts(every=self.every, max_samples=self.max_samples)
-        seconds, grows = self.max_seconds, self.refresh == "epoch"
-        _need(self.refresh in ("start", "epoch"), f'refresh is {self.refresh!r}; it must be "start" or "epoch".')
-        _need(self.on_error in ("raise", "warn"), f'on_error is {self.on_error!r}; it must be "raise" or "warn".')
-        _need(grows or self.every == 1, f'every is {self.every}, which counts epochs: it goes with refresh="epoch".')
-        _need(
-            seconds is None or (isinstance(seconds, int | float) and seconds > 0),
-            f"max_seconds is {seconds!r}; it must be a positive number, or None for no bound.",
-        )
-        _need(
-            not grows or self.max_samples is not None,
-            'refresh="epoch" fixes the length of the training set before the first step: pass max_samples=.',
-        )
 
 
 def check_anchor(anchor: Dataset | FeatureCoverage, synthesizer: FACSynthesizer) -> None:

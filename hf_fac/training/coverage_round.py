@@ -130,7 +130,12 @@ class CoverageRound:
         fingerprint, anchor = self.synthesizer.fingerprint(), self.anchor
         is_rows = isinstance(anchor, Dataset)
         anchor_digest = rows_digest(anchor) if is_rows else content_key(anchor.maximum.tolist())
-        seconds = self._agree(anchor_digest, fingerprint)
+        # The processes wait for one another's files, whose names depend on these values. Process 0 keeps the time.
+        seconds = self.group.barrier(
+            self._same_in_all(anchor_digest, fingerprint), note=self.max_seconds,
+            remedy="Give all processes the same rows in the same order (shuffle with a seed) and load models from the "
+            "same name or path.",
+        )  # fmt: skip
         anchor = self._coverage(anchor, anchor_digest) if is_rows else anchor
         coverage = self._coverage(self.training_set.content, self.training_set.digest)
         for rows in kept:
@@ -147,21 +152,15 @@ class CoverageRound:
             synthesis=None if result is None else result.report, synthesizer=fingerprint, rows=rows, joined=joined,
         )  # fmt: skip
 
-    def _agree(self, anchor_digest: str, fingerprint: str) -> float | None:
-        """The bound on seconds, as process 0 has it. The processes wait for one another's files, whose names depend on
-        the values that are compared here."""
-        values = {
+    def _same_in_all(self, anchor_digest: str, fingerprint: str) -> dict[str, Any]:
+        """What has to be the same in all processes, by name."""
+        return {
             "training set": self.training_set.digest,
             "anchor set": anchor_digest,
             "features": None if self.features is None else content_key(np.asarray(self.features).tolist()),
             **{f"featurizer's {name}": value for name, value in self.synthesizer.featurizer.measurement.items()},
             "synthesizer": fingerprint,
         }
-        remedy = (
-            "Give all processes the same rows in the same order (shuffle with a seed) and load models from the same "
-            "name or path."
-        )
-        return self.group.barrier(values, remedy=remedy, note=self.max_seconds)
 
     def _write(self, before: FACReport, fingerprint: str, seconds: float | None) -> SynthesisResult | None:
         """What was written for the missing features; None where there is nothing to write for."""

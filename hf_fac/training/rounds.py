@@ -1,6 +1,7 @@
-"""The coverage rounds of a run: each adds its rows to the run's state, in all processes or in none.
+"""The rounds of a run: what it has by now, and each round added to that in all its processes or in none.
 
-In: what the run has by now. Out: what it has after one more round, whose rows and reports are on disk by then.
+In: the run's state. Out: its state after one more round, whose rows and reports are on disk by then. A round measures
+the training set and fills it once. The loop that writes the samples of a round is `synthesis/rounds`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from datasets import Dataset, concatenate_datasets
+from numpy.typing import ArrayLike
 
 from ..chat.base import ChatError
 from ..coverage.coverage import FeatureCoverage
-from .checks import CallbackSettings
+from ..storage.validation import check_counts
 from .coverage_round import CoverageRound, RoundResult
 from .model_in_training import is_measuring, is_writing, reraise_oom
 from .processes import ProcessGroup
@@ -28,6 +30,39 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from ..synthesis.synthesizer import FACSynthesizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackSettings:
+    """When rounds run, for which features, within which bounds, and what an error does: arguments of
+    `FACSynthesisCallback`.
+
+    Raises: ValueError for values out of range or that do not fit each other.
+    """
+
+    refresh: Literal["start", "epoch"]
+    every: int
+    features: ArrayLike | None
+    max_samples: int | None
+    max_seconds: float | None
+    on_error: Literal["raise", "warn"]
+    log_rows: bool
+
+    def __post_init__(self) -> None:
+        check_counts(every=self.every, max_samples=self.max_samples)
+        if self.refresh not in ("start", "epoch"):
+            raise ValueError(f'refresh is {self.refresh!r}; it must be "start" or "epoch".')
+        if self.on_error not in ("raise", "warn"):
+            raise ValueError(f'on_error is {self.on_error!r}; it must be "raise" or "warn".')
+        if self.refresh == "start" and self.every != 1:
+            raise ValueError(f'every is {self.every}, which counts epochs: it goes with refresh="epoch".')
+        if self.refresh == "epoch" and self.max_samples is None:
+            raise ValueError(
+                'refresh="epoch" fixes the length of the training set before the first step: pass max_samples=.'
+            )
+        seconds = self.max_seconds
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+            raise ValueError(f"max_seconds is {seconds!r}; it must be a positive number, or None for no bound.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +99,7 @@ class Rounds:
         group = ProcessGroup.join(self.folder / "work", args)
         try:
             with reraise_oom():
-                result = self._round(group, state, epoch).run(state.kept, to=state.tokenized)
+                result = self._next_round(group, state, epoch).run(state.kept, to=state.tokenized)
             if result.failure and self.settings.on_error == "raise":
                 raise ChatError(f"Synthesis ended by {result.failure}. The same run asks for the rest.")
             rows = concatenate_datasets([state.new_rows, result.rows]) if len(state.new_rows) else result.rows
@@ -94,7 +129,7 @@ class Rounds:
             self._tell(state, result, seconds, failure)
         return state
 
-    def _round(self, group: ProcessGroup, state: RunState, epoch: int) -> CoverageRound:
+    def _next_round(self, group: ProcessGroup, state: RunState, epoch: int) -> CoverageRound:
         settings, last, given = self.settings, state.record, self.synthesizer.threshold
         samples, seconds = settings.max_samples, settings.max_seconds
         if settings.refresh == "epoch":  # an equal share for each round that is left
