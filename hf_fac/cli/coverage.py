@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 def score(
     data: opt.Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for the scored rows (Parquet shards).")
-    ],
+    output: Annotated[Path, opt.folder("Folder for the scored rows (Parquet shards).")],
     measuring: MeasuringOptions,
     split: opt.Split = "train",
     keep_above: Annotated[float, typer.Option(help="Floor: activations at or below it are not kept.")] = 0.0,
@@ -64,13 +62,9 @@ def missing(
     measuring: MeasuringOptions,
     split: opt.Split = "train",
     threshold: opt.Threshold = None,
-    relative: Annotated[
-        float | None, typer.Option(help="delta as a share of each feature's maximum in the anchor set.")
-    ] = None,
+    relative: Annotated[float | None, typer.Option(help="delta as a share of each feature's anchor maximum.")] = None,
     top: opt.Top = 20,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the whole report here, as JSON.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="The report, as JSON.")] = None,
 ) -> None:
     """Print FAC of a data set against an anchor set, and the features it misses. Scores what is not scored yet."""
     from ..coverage.coverage import FeatureCoverage
@@ -132,17 +126,12 @@ def select(
 
 
 def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer | None, top: int) -> None:
-    """Prints FAC and the strongest missing features, each with the anchor text that activates it most.
-
-    Args:
-        anchor: the scored rows. featurizer: None where both sets were scored before; texts are then shown unmarked.
-    """
+    """Prints FAC and the strongest missing features, each with the row of the scored anchor set that activates it most.
+    Without a featurizer the token is not marked."""
     low, high = report.interval
     console.print()
     console.print(
-        f"[bold]FAC {report.fac:.3f}[/bold]  ({report.confidence:.0%} interval {low:.3f} to {high:.3f})", markup=True
-    )
-    console.print(
+        f"[bold]FAC {report.fac:.3f}[/bold]  ({report.confidence:.0%} interval {low:.3f} to {high:.3f})\n"
         f"Of {len(report.covered) + len(report.missing):,} features that the anchor set activates, "
         f"{len(report.covered):,} are covered and [bold]{len(report.missing):,} missing[/bold].",
         markup=True,
@@ -163,7 +152,8 @@ def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer |
     for feature, support in zip(shown, report.missing_support, strict=False):
         row, activation = strongest[feature]
         if featurizer is None:
-            text = _unmarked_text(anchor[row])[:120]
+            texts = [str(value) for name, value in anchor[row].items() if not name.startswith("fac_")]
+            text = one_line(" ".join(texts))[:120]
         else:
             reading = featurizer.read([anchor[row]], positions=True)
             position = int(reading.positions[reading.activations.indices == feature][0])
@@ -183,7 +173,3 @@ def strongest_rows(scored: Dataset, features: list[int]) -> dict[int, tuple[int,
             if activation > best[feature][1]:
                 best[feature] = (number, activation)
     return best
-
-
-def _unmarked_text(row: dict[str, Any]) -> str:
-    return one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))

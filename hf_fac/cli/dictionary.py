@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..storage.files import try_output
 from . import options as opt
 from .data import load_data, print_left_out
-from .options import ChatOptions, MeasuringOptions, check_choice
+from .options import ChatOptions, MeasuringOptions
 from .output import console
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 FILE_NAME = "dictionary.parquet"
 _PROGRESS, _CACHE = "progress", "cache"
 
-AnswerFormat = Annotated[str, typer.Option(help="json, or text for a chat model too small to write JSON.")]
+AnswerFormat = Annotated[Literal["json", "text"], typer.Option(help="text: for a chat too small to write JSON.")]
 SampleSize = Annotated[int | None, typer.Option(help="Ask about so many features only, drawn at random.")]
 
 
 def interpret(
-    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder of the dictionary.")],
+    output: Annotated[Path, opt.folder("Folder of the dictionary.")],
     measuring: MeasuringOptions,
     chatting: ChatOptions,
     data: Annotated[str | None, typer.Argument(help="Rows to collect spans from; not needed to resume.")] = None,
@@ -33,9 +33,7 @@ def interpret(
     spans: Annotated[int, typer.Option(min=1, help="The most spans of a feature.")] = 10,
     prompt_format: AnswerFormat = "json",
     sample: SampleSize = None,
-    shuffled: Annotated[
-        bool, typer.Option("--shuffled", help="Also compute the detection score with other features' explanations.")
-    ] = False,
+    shuffled: Annotated[bool, typer.Option("--shuffled", help="Also score other features' explanations.")] = False,
     seed: opt.Seed = 0,
 ) -> None:
     """Collect the strongest spans of every feature that a data set activates. Run it again to resume.
@@ -44,7 +42,6 @@ def interpret(
     """
     from ..dictionary.build import remove_states
 
-    check_choice("--prompt-format", prompt_format, ("json", "text"))
     if (output / FILE_NAME).exists():
         dictionary = _known(output, data, split)
     else:
@@ -81,7 +78,6 @@ def rate(
     from ..dictionary.rating import rate as rate_features
     from ..tasks.task import get_task
 
-    check_choice("--prompt-format", prompt_format, ("json", "text"))
     dictionary, rated_for = FeatureDictionary.load(folder), get_task(task)
     try_output(folder, folder=True)
     dictionary = rate_features(

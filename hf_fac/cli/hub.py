@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,14 +11,11 @@ from ..storage.files import try_output
 from ..storage.terminal import visible
 from . import options as opt
 from .dictionary import FILE_NAME, print_summary
-from .options import check_choice
 from .output import console
 
 
 def push(
-    path: Annotated[
-        Path, typer.Argument(exists=True, help="Folder of a dictionary or an SAE; a report or coverage file.")
-    ],
+    path: Annotated[Path, typer.Argument(exists=True, help="Folder of a dictionary or SAE; report or coverage file.")],
     repo_id: Annotated[str, typer.Argument(help="The repo on the Hub; the token is the saved one, or HF_TOKEN.")],
     sae_id: Annotated[str | None, typer.Option(help="Folder in the repo, for one of several SAEs.")] = None,
     anchor: Annotated[str | None, typer.Option(help="For a report: the anchor set's name on the card.")] = None,
@@ -52,13 +49,12 @@ def push(
 
 def pull(
     repo_id: Annotated[str, typer.Argument(help="The repo on the Hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder to write to.")],
-    kind: Annotated[str, typer.Option(help="dictionary, or sae.")] = "dictionary",
+    output: Annotated[Path, opt.folder("Folder to write to.")],
+    kind: Annotated[Literal["dictionary", "sae"], typer.Option(help="What the repo holds.")] = "dictionary",
     sae_id: opt.SaeId = None,
     revision: opt.Revision = None,
 ) -> None:
     """Pull a dictionary or an SAE; it is checked before it is written."""
-    check_choice("--kind", kind, ("dictionary", "sae"))
     try_output(output, folder=True)
     if kind == "dictionary":
         from ..dictionary.dictionary import FeatureDictionary

@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -53,15 +53,16 @@ def _check_device(device: str | None) -> str | None:
     return device
 
 
+def folder(help: str) -> Any:
+    """Returns the option for a folder that a command writes to."""
+    return typer.Option("--output", "-o", file_okay=False, help=help)
+
+
 Data = Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, a folder, or a Hub data set.")]
 Anchor = Annotated[str, typer.Argument(help="The reference data set: large and diverse, with rows of the same types.")]
 Split = Annotated[str, typer.Option(help="The split of a Hub data set or folder.")]
-Device = Annotated[
-    str | None, typer.Option(callback=_check_device, help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
-]
-Threshold = Annotated[
-    float | None, typer.Option(help="delta, in the SAE's units; by default it is calibrated on the anchor set.")
-]
+Device = Annotated[str | None, typer.Option(callback=_check_device, help="cpu, cuda, cuda:1, ...; by default a GPU.")]
+Threshold = Annotated[float | None, typer.Option(help="delta in the SAE's units; by default calibrated on the anchor.")]
 Top = Annotated[int, typer.Option(min=0, help="How many missing features to show.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 Model = Annotated[str | None, typer.Option(help="The model's Hub id or folder; by default the embedded one.")]
@@ -74,16 +75,12 @@ class FeaturizerOptions:
     """The model and the SAE that measure, and which rows they can read."""
 
     model: Model = None
-    sae: Annotated[
-        str | None, typer.Option(help="Its SAE: a Hub repo, release:sae_id of SAELens, a folder, or a .pth file.")
-    ] = None
+    sae: Annotated[str | None, typer.Option(help="A Hub repo, SAELens release:sae_id, folder or .pth file.")] = None
     sae_id: SaeId = None
     layer: Annotated[int | None, typer.Option(help="The layer that the SAE reads, if the SAE does not say it.")] = None
-    max_length: Annotated[
-        int | None, typer.Option(help="The most tokens of a row; longer rows are cut and counted.")
-    ] = None
-    on_error: Annotated[str, typer.Option(help="What to do with a row that cannot be read: raise, or skip.")] = "raise"
-    preset: Annotated[str | None, typer.Option(help="paper: measure as the paper's released code does.")] = None
+    max_length: Annotated[int | None, typer.Option(help="The most tokens of a row; longer rows are cut.")] = None
+    on_error: Annotated[Literal["raise", "skip"], typer.Option(help="What to do with an unreadable row.")] = "raise"
+    preset: Annotated[Literal["paper"] | None, typer.Option(help="Measure as the paper's released code does.")] = None
     device: Device = None
 
     def featurizer(self, **settings: Any) -> SAEFeaturizer:
@@ -108,30 +105,22 @@ class FeaturizerOptions:
 class MeasuringOptions(FeaturizerOptions):
     """What is measured, too."""
 
-    activation: Annotated[str, typer.Option(help="native, or relu (without the SAE's top-k).")] = "native"
-    pool_over: Annotated[str, typer.Option(help="Whose tokens count: all, user, assistant or completion.")] = "all"
-    side: Annotated[str, typer.Option(help="Which completion of a preference pair is read: chosen or rejected.")] = (
-        "chosen"
-    )
+    activation: Annotated[Literal["native", "relu"], typer.Option(help="relu: without the SAE's top-k.")] = "native"
+    pool_over: Annotated[
+        Literal["all", "user", "assistant", "completion"], typer.Option(help="Whose tokens count.")
+    ] = "all"
+    side: Annotated[Literal["chosen", "rejected"], typer.Option(help="What is read of a preference pair.")] = "chosen"
 
 
 @dataclass(frozen=True)
 class ChatOptions:
     """The chat model."""
 
-    chat: Annotated[
-        str | None, typer.Option(help="Chat model: its name on the server, or a Hub id or folder; 'embedded': SmolLM2.")
-    ] = None
-    base_url: Annotated[
-        str | None, typer.Option(help="Server that speaks chat completions, up to and including /v1.")
-    ] = None
-    key_env: Annotated[
-        str | None, typer.Option(help="Name of the environment variable that holds the server's key.")
-    ] = None
+    chat: Annotated[str | None, typer.Option(help="Name on the server, Hub id or folder; 'embedded': SmolLM2.")] = None
+    base_url: Annotated[str | None, typer.Option(help="Server of chat completions, up to and including /v1.")] = None
+    key_env: Annotated[str | None, typer.Option(help="Name of the environment variable with the server's key.")] = None
     timeout: Annotated[float, typer.Option(help="The most seconds that one request to the server may take.")] = 120.0
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Stop asking the server after so many tokens, of prompts and answers together.")
-    ] = None
+    max_tokens: Annotated[int | None, typer.Option(help="Ask no more after so many tokens, prompts included.")] = None
 
     @property
     def given(self) -> bool:
@@ -163,9 +152,3 @@ class ChatOptions:
                 "The environment variable that --key-env names holds no key. Give the variable's name, not the key."
             )
         return token
-
-
-def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
-    """Raises typer.BadParameter for a value that is not one of the choices; None is one."""
-    if value not in (None, *choices):
-        raise typer.BadParameter(f"{option} is {value!r}; it must be one of {', '.join(choices)}.")

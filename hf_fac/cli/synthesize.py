@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,7 +13,7 @@ from ..storage.files import try_output, write_whole
 from ..storage.parquet import write_parquet
 from . import options as opt
 from .data import check_measured, load_data, scored
-from .options import ChatOptions, MeasuringOptions, check_choice
+from .options import ChatOptions, MeasuringOptions
 from .output import console
 
 if TYPE_CHECKING:
@@ -30,21 +30,13 @@ class WritingOptions:
         list[str] | None,
         typer.Option(
             "--method",
-            help="two_step, one_step, contrastive or steering; give it again for several, in this order. By default "
-            "two_step, then steering.",
+            help="one_step, two_step, contrastive, steering; again for more, in order. Default: two_step, steering.",
         ),
     ] = None
     prompt_format: Annotated[
-        str | None, typer.Option(help="list, text or json; by default each is tried on a few features.")
+        Literal["list", "text", "json"] | None, typer.Option(help="By default each is tried on a few features.")
     ] = None
     seed: opt.Seed = 0
-
-    def check(self) -> None:
-        from ..synthesis.settings import METHODS, PROMPT_FORMATS
-
-        check_choice("--prompt-format", self.prompt_format, PROMPT_FORMATS)
-        for name in self.methods or ():
-            check_choice("--method", name, METHODS)
 
 
 @dataclass(frozen=True)
@@ -59,9 +51,7 @@ class BoundOptions:
 def synthesize(
     data: opt.Data,
     anchor: opt.Anchor,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for samples, report and cache.")
-    ],
+    output: Annotated[Path, opt.folder("Folder for samples, report and cache.")],
     measuring: MeasuringOptions,
     chatting: ChatOptions,
     writing: WritingOptions,
@@ -71,9 +61,7 @@ def synthesize(
         str | None,
         typer.Option(help="Folder or Hub repo; by default the embedded one, and with --model one of the anchor set."),
     ] = None,
-    only_rated: Annotated[
-        bool, typer.Option("--only-rated", help="Only features that the dictionary rates for the task.")
-    ] = False,
+    only_rated: Annotated[bool, typer.Option("--only-rated", help="Only features rated for the task.")] = False,
     split: opt.Split = "train",
     threshold: opt.Threshold = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the most that it costs, and stop.")] = False,
@@ -84,11 +72,13 @@ def synthesize(
     """
     from ..coverage.coverage import FeatureCoverage
     from ..dictionary.build import build_dictionary
+    from ..synthesis.settings import METHODS
     from ..synthesis.synthesizer import FACSynthesizer
     from ..tasks.task import get_task
 
     try_output(output, folder=True)
-    writing.check()
+    if unknown := [name for name in writing.methods or () if name not in METHODS]:
+        raise typer.BadParameter(f"--method is {unknown[0]!r}; it must be one of {', '.join(METHODS)}.")
     written_for, known = get_task(task), _load_dictionary(dictionary, is_embedded=measuring.model is None)
     if only_rated and known is None:
         raise typer.BadParameter("--only-rated needs --dictionary: one that hf-fac rate has rated for the task.")

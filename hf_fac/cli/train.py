@@ -15,9 +15,7 @@ from .output import console
 
 def train_sae(
     data: opt.Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for checkpoints and the finished SAE.")
-    ],
+    output: Annotated[Path, opt.folder("Folder for checkpoints and the finished SAE.")],
     layer: Annotated[int, typer.Option(help="0 is the embedding, L the output of the L-th block.")],
     split: opt.Split = "train",
     model: opt.Model = None,

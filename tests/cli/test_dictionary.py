@@ -99,7 +99,7 @@ def test_a_local_model_explains_too(dictionary_folder, folders, tmp_path) -> Non
     [
         (["interpret", "-o", "{tmp}/none"], "holds no dictionary yet: give the data"),
         (["interpret", "-o", "{d}", "--chat", "m", "--base-url", "http://x/v1", "--key-env", "NO_KEY"], "holds no key"),
-        (["interpret", "-o", "{d}", "--chat", "m", "--prompt-format", "xml"], "--prompt-format is 'xml'"),
+        (["interpret", "-o", "{d}", "--chat", "m", "--prompt-format", "xml"], "'xml' is not one of 'json', 'text'"),
         (["interpret", "-o", "{d}", "--chat", "m", "--base-url", "http://x/v1", "--sample", "99999"], "--sample is"),
         (["rate", "{d}", "toxicity"], "Give --chat"),
         (["rate", "{d}", "wisdom", "--chat", "m"], "no task 'wisdom'"),
@@ -107,7 +107,7 @@ def test_a_local_model_explains_too(dictionary_folder, folders, tmp_path) -> Non
         (["select", "{f}/data.jsonl", "{f}/model/config.json", "-o", "{tmp}/x.jsonl"], "is no report"),
         (["select", "{f}/data.jsonl", "{f}/data.jsonl", "-o", "{tmp}/x.jsonl"], "is no report"),
         (["push", "{f}/data.jsonl", "user/x"], "no report of hf_fac"),
-        (["pull", "user/x", "-o", "{tmp}", "--kind", "model"], "--kind is 'model'; it must be one of dictionary, sae"),
+        (["pull", "user/x", "-o", "{tmp}", "--kind", "model"], "'model' is not one of 'dictionary', 'sae'"),
         (["push", "{tmp}", "user/x"], "holds no single SAE"),
         (["push", "{f}/model/config.json", "user/x"], "no report of hf_fac"),
     ],

@@ -64,7 +64,7 @@ def test_what_ended_it_is_said_and_the_same_command_resumes(command, tmp_path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt-format", "xml"], "--prompt-format is 'xml'; it must be one of list, text, json"),
+        (["--prompt-format", "xml"], "'xml' is not one of 'list', 'text', 'json'"),
         (["--method", "two_step", "--method", "magic"], "--method is 'magic'; it must be one of one_step, two_step"),
         (["--task", "wisdom"], "no task 'wisdom'"),
         (["--only-rated"], "No feature was rated for 'instruction_following'"),
