@@ -33,7 +33,7 @@ from .trainers import training_set_of
 from .training_set import FixedLengthDataset, Prepare
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerState, TrainingArguments
 
     from ..synthesis.synthesizer import FACSynthesizer
 
@@ -136,7 +136,7 @@ class FACSynthesisCallback(TrainerCallback):
         self._training_set = own
         self._rounds = Rounds(trainer, synthesizer, anchor, self.settings, own, self.folder)
         self._state = RunState(record, empty_rows(synthesizer), (), own.tokenized)
-        self._replaced: Dataset | FixedLengthDataset | None = None  # the trainer's set, once it has the rows
+        self._given: Dataset | FixedLengthDataset = own.tokenized  # the set that the trainer has
         self._checkpoint: Path | None = None  # that train() resumes from
         self._logged_epoch = -1
         # The Trainer computes steps, schedule and resumed position from its loader, before any callback is called; it
@@ -154,9 +154,7 @@ class FACSynthesisCallback(TrainerCallback):
     def summary(self) -> dict[str, float]:
         return self._state.record.summary
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         if args is not self.trainer.args:
             warnings.warn(
                 "This FACSynthesisCallback was made for another trainer and does nothing here: make it with the "
@@ -166,9 +164,7 @@ class FACSynthesisCallback(TrainerCallback):
         else:
             self._log()  # not all loggers are ready before
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if args is not self.trainer.args or self.settings.refresh == "start":
             return
         epoch = int(state.epoch or 0)
@@ -198,16 +194,15 @@ class FACSynthesisCallback(TrainerCallback):
     def _train(
         self, original: Callable[..., Any], resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        checkpoint = resume_from_checkpoint or None
+        checkpoint = resume_from_checkpoint
         if resume_from_checkpoint is True:
             checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
-        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._checkpoint = Path(checkpoint) if checkpoint else None
         return original(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_dataloader(self, original: Callable[[], Any]) -> Any:
         if self.trainer.is_in_train:
-            expected = self._training_set.tokenized if self._replaced is None else self._replaced
-            if self.trainer.train_dataset is not expected:
+            if self.trainer.train_dataset is not self._given:
                 raise ValueError(
                     "The trainer got another training set after the callback was made: make trainer and callback "
                     "again, the callback last."
@@ -215,7 +210,7 @@ class FACSynthesisCallback(TrainerCallback):
             with self._preserved():
                 if self._checkpoint is not None:
                     self._resume(self._checkpoint)
-                elif self._replaced is None and self.settings.refresh == "start":
+                elif self._state.record.epoch < 0 and self.settings.refresh == "start":
                     self._state = self._rounds.run(self._state, 0)
             self._fill()
         return original()
@@ -236,13 +231,13 @@ class FACSynthesisCallback(TrainerCallback):
         if self.settings.refresh == "epoch":
             # The Trainer takes columns that are not trained on off a Dataset only.
             columns = self._training_set.columns
-            if self._replaced is None:
+            if not isinstance(self._given, FixedLengthDataset):
                 own = self._training_set.tokenized.select_columns(columns)
-                self._replaced = FixedLengthDataset(own, self.settings.max_samples)
-            self._replaced.fill(rows.select_columns(columns))
+                self._given = FixedLengthDataset(own, self.settings.max_samples)
+            self._given.fill(rows.select_columns(columns))
         else:
-            self._replaced = rows
-        self.trainer.train_dataset = self._replaced
+            self._given = rows
+        self.trainer.train_dataset = self._given
 
     def _save_model(
         self, original: Callable[..., None], output_dir: str | None = None, *args: Any, **kwargs: Any

@@ -88,15 +88,13 @@ def next_record(
 ) -> CheckpointRecord:
     """Returns the record after one more round, which has no result when it failed. `rows`: all new rows by then."""
     changes: dict[str, Any] = {"rows": rows_digest(rows), "epoch": epoch, "seconds": last.seconds + seconds}
-    numbers = {} if result is None else result.numbers()
+    numbers, earlier = {}, last.summary
     if result is not None:
-        activated = {*last.activated, *result.activated}
+        numbers, delta, activated = result.numbers(), result.before.threshold, {*last.activated, *result.activated}
         changes["activated"] = sorted(activated)
         changes["exhausted"] = sorted({*last.exhausted, *result.exhausted} - activated)
-        delta = result.before.threshold
         changes["threshold"] = delta if isinstance(delta, float) else None
     record = last.model_copy(update=changes)
-    earlier = last.summary
     summary = {
         **earlier,
         **numbers,
@@ -122,12 +120,12 @@ def find_rows(record: CheckpointRecord, checkpoint: Path, folder: Path) -> Datas
     Raises: FileNotFoundError when they are in neither; ValueError when it has other content.
     """
     name = _rows_name(record.rows)
-    folders = [folder, checkpoint.parent / FOLDER]
-    path = next((place / name for place in folders if (place / name).exists()), None)
-    if path is None:
+    own, beside = folder / name, checkpoint.parent / FOLDER / name
+    path = own if own.exists() else beside
+    if not path.exists():
         raise FileNotFoundError(
-            f"{checkpoint} was trained on new rows that are not there: {name} is neither in {folders[0]} nor in "
-            f"{folders[1]}. Copy it there, or start again without resuming."
+            f"{checkpoint} was trained on new rows that are not there: {name} is neither in {own.parent} nor in "
+            f"{beside.parent}. Copy it there, or start again without resuming."
         )
     try:
         rows = read_parquet(path)

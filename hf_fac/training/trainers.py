@@ -94,7 +94,6 @@ def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
             "those that are there: give the trainer raw rows and packing=True, or rows that are not packed."
         )
     raw = _raw_rows(trainer, given)
-    kind = _check_type(task, raw)
 
     def own(rows: Dataset, args: Any = args, packing: bool = args.packing) -> Dataset:
         return trainer._prepare_dataset(rows, trainer.processing_class, args, packing, formatting_func, "train")
@@ -108,8 +107,8 @@ def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
 
     return TrainingSet(
         tokenized=trainer.train_dataset, raw=raw, prepare=prepare or own,
-        prepare_alone=alone if packs or shuffles else prepare or own, columns=["input_ids", "labels"],
-        content_columns=_content_columns(kind, raw), new_columns=[c for c in task.features() if c in raw.column_names],
+        prepare_alone=alone if packs or shuffles else None, columns=["input_ids", "labels"],
+        content_columns=_content_columns(task, raw), new_columns=[c for c in task.features() if c in raw.column_names],
         order="packed" if packs else "shuffled" if shuffles else "kept",
         ignores_columns=prepare is None and formatting_func is None,
     )  # fmt: skip
@@ -140,15 +139,12 @@ def _dpo(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
 
 
 def _of_pairs(trainer: Trainer, task: Task, raw: Dataset, prepare: Prepare | None, columns: list[str]) -> TrainingSet:
-    kind = _check_type(task, raw)
-
     def own(rows: Dataset) -> Dataset:
         return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, "train")
 
     return TrainingSet(
-        tokenized=trainer.train_dataset, raw=raw, prepare=prepare or own, prepare_alone=prepare or own, columns=columns,
-        content_columns=_content_columns(kind, raw), new_columns=list(task.features()),
-        ignores_columns=prepare is None,
+        tokenized=trainer.train_dataset, raw=raw, prepare=prepare or own, columns=columns,
+        content_columns=_content_columns(task, raw), new_columns=list(task.features()), ignores_columns=prepare is None,
     )  # fmt: skip
 
 
@@ -173,8 +169,8 @@ def _plain(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare
         trainer._set_signature_columns_if_needed()
         columns = [name for name in columns if name in trainer._signature_columns]
     return TrainingSet(
-        tokenized=tokenized, raw=raw, prepare=prepare, prepare_alone=prepare, columns=columns,
-        content_columns=new_columns, new_columns=new_columns, ignores_columns=False,
+        tokenized=tokenized, raw=raw, prepare=prepare, columns=columns, content_columns=new_columns,
+        new_columns=new_columns, ignores_columns=False,
     )  # fmt: skip
 
 
@@ -202,8 +198,12 @@ def _kind_of(features: Features) -> Kind | None:
     return None
 
 
-def _check_type(task: Task, raw: Dataset) -> Kind:
-    """New rows of another type could be trained on too, but differently: prompts without a mask, for example."""
+def _content_columns(task: Task, raw: Dataset) -> list[str]:
+    """The columns of raw rows that a featurizer reads.
+
+    Raises: ValueError for rows of another type than the task's. New rows of another type could be trained on too, but
+        differently: prompts without a mask, for example.
+    """
     ours, theirs = _kind_of(task.features()), _kind_of(raw.features)
     if theirs is None:
         raise ValueError(
@@ -215,17 +215,13 @@ def _check_type(task: Task, raw: Dataset) -> Kind:
             f"The trainer's rows are {_words(theirs)}, the rows of task {task.name!r} {_words(ours)}: the two are not "
             "trained on the same way. Take a task of the trainer's type, or convert the training set."
         )
-    return theirs
+    return [name for name in (*theirs[0], "tools", "chat_template_kwargs") if name in raw.column_names]
 
 
 def _words(kind: Kind | None) -> str:
     if kind is None:
         return "of no type that TRL knows"
     return f"{'conversations' if kind[1] else 'plain text'} with the columns {', '.join(kind[0])}"
-
-
-def _content_columns(kind: Kind, raw: Dataset) -> list[str]:
-    return [name for name in (*kind[0], "tools", "chat_template_kwargs") if name in raw.column_names]
 
 
 def _check_labels(kind: Any, labels: list[str]) -> None:

@@ -33,7 +33,8 @@ class TrainingSet:
     """A trainer's training set.
 
     tokenized: the set as the trainer has it. raw: its rows before the trainer prepared them.
-    prepare: from raw rows to rows of the set. prepare_alone: the same for single rows, where `prepare` mixes all rows.
+    prepare: from raw rows to rows of the set.
+    prepare_alone: the same for single rows; None where `prepare` does not mix rows.
     columns: the columns of `tokenized` that are trained on.
     content_columns: the columns of `raw` that a featurizer reads.
     new_columns: the columns of new rows that are prepared.
@@ -44,10 +45,10 @@ class TrainingSet:
     tokenized: Dataset
     raw: Dataset
     prepare: Prepare
-    prepare_alone: Prepare
     columns: list[str]
     content_columns: list[str]
     new_columns: list[str]
+    prepare_alone: Prepare | None = None
     order: Literal["kept", "shuffled", "packed"] = "kept"
     ignores_columns: bool = True
 
@@ -160,10 +161,10 @@ class TrainingSet:
 
     def _prepared_end(self, rows: Dataset, *, last: bool = False) -> dict[str, Any] | None:
         """The first or last of raw rows that the trainer's filters leave, prepared; None when they leave none."""
-        n, size = len(rows), 1
+        n, size, prepare = len(rows), 1, self.prepare_alone or self.prepare
         while True:
             end = rows.select(range(n - size, n) if last else range(size))
-            prepared = self._in_own_types(self.prepare_alone(end))
+            prepared = self._in_own_types(prepare(end))
             if len(prepared) or size == n:
                 return prepared[-1 if last else 0] if len(prepared) else None
             size = min(n, 10 * size)
