@@ -75,8 +75,7 @@ def missing(
     featurizer = None
     if not (is_scored(data_rows) and is_scored(anchor_rows)):
         featurizer = measuring.featurizer()
-        for rows, name in ((data_rows, data), (anchor_rows, anchor)):
-            check_measured(rows, name, featurizer.measurement, "these options say")
+        check_measured({data: data_rows, anchor: anchor_rows}, featurizer.measurement)
     data_rows, anchor_rows = scored(data_rows, featurizer, "data set"), scored(anchor_rows, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(data_rows).compare(
         FeatureCoverage.from_dataset(anchor_rows), threshold=threshold, relative=relative
@@ -106,7 +105,7 @@ def select(
 
     try_output(output)
     found, data = FACReport.load(report), load_data(pool, split)
-    check_measured(data, pool, found.measurement, f"the rows of {report}")
+    check_measured({pool: data}, found.measurement, f"the rows of {report}")
     if not is_scored(data):
         as_reported = {name: found.measurement[name] for name in ("activation", "pool_over", "side", "keep_above")}
         featurizer = featurizing.featurizer(**as_reported)

@@ -23,7 +23,7 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 def load_data(name: str, split: str = "train") -> Dataset:
     """Returns a data set from a file, a folder or the Hub; a folder and a Hub data set as `load_dataset` reads them.
 
-    Some inputs hold one set of rows and are read whatever the split: a file, the shards of `hf-fac score`, the samples
+    Some inputs hold one set of rows and are read for any split: a file, the shards of `hf-fac score`, the samples
     of `hf-fac synthesize`, and a single data set saved by `save_to_disk`.
 
     Raises: typer.BadParameter for what is not there or holds no rows.
@@ -85,15 +85,16 @@ def _saved_to_disk(name: str, split: str) -> Dataset:
     return found[split]
 
 
-def check_measured(dataset: Dataset, name: str, measurement: dict[str, Any], expected: str) -> None:
-    """Raises typer.BadParameter, with what differs, for a data set that was scored in another way than expected."""
-    if "fac_measurement" not in dataset.column_names or not len(dataset):
-        return
-    theirs = read_measurement(dataset[0]["fac_measurement"], f"{name}: fac_measurement", "score its rows again")
-    if found := differences(theirs, measurement):
-        raise typer.BadParameter(
-            f"{name} was not measured as {expected} ({found}): score its rows again, with the same options."
-        )
+def check_measured(sets: dict[str, Dataset], measurement: dict[str, Any], expected: str = "these options say") -> None:
+    """Raises typer.BadParameter, with what differs, where data sets, by name, were scored in another way."""
+    for name, dataset in sets.items():
+        if "fac_measurement" not in dataset.column_names or not len(dataset):
+            continue
+        theirs = read_measurement(dataset[0]["fac_measurement"], f"{name}: fac_measurement", "score its rows again")
+        if found := differences(theirs, measurement):
+            raise typer.BadParameter(
+                f"{name} was not measured as {expected} ({found}): score its rows again, with the same options."
+            )
 
 
 def scored(dataset: Dataset, featurizer: SAEFeaturizer | None, title: str) -> Dataset:

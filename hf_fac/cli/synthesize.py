@@ -85,8 +85,7 @@ def synthesize(
     features = known.task_features(written_for.name) if only_rated else None
     rows, reference = load_data(data, split), load_data(anchor, split)
     featurizer = measuring.featurizer()
-    for dataset, name in ((rows, data), (reference, anchor)):
-        check_measured(dataset, name, featurizer.measurement, "these options say")
+    check_measured({data: rows, anchor: reference}, featurizer.measurement)
     if known is None:
         known = build_dictionary(featurizer, reference, source=Path(anchor).stem, rank=0, world_size=1)
     synthesizer = FACSynthesizer(

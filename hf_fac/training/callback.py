@@ -87,10 +87,10 @@ class FACSynthesisCallback(TrainerCallback):
             fac/synthesized           rows written, also as fac/new_rows
             fac/dropped               rows that the trainer's filters dropped
             fac/activated             features with a row of their own that is kept
-            fac/exhausted             features tried to the end in vain
+            fac/exhausted             features without a kept row after all tries
             fac/requests, fac/completion_tokens, fac/seconds
 
-    Raises: ValueError, TypeError for whatever is not supported, with the reason and the remedy.
+    Raises: ValueError or TypeError for what is not supported, with the reason and the remedy.
     """
 
     def __init__(

@@ -57,8 +57,8 @@ class RoundResult:
 
     @property
     def exhausted(self) -> list[int]:
-        """Features tried to the end in vain. One whose rows the trainer dropped counts: it would drop the next ones
-        too."""
+        """Features without a kept row after all tries. Where the trainer dropped their rows, it would drop the next
+        ones too."""
         tried = [] if self.synthesis is None else [*self.synthesis.activated, *self.synthesis.exhausted]
         return np.setdiff1d(tried, self.activated).astype(int).tolist()
 

@@ -1,4 +1,4 @@
-"""The model in training: what it is used for besides, and how it is left as it was."""
+"""The model in training: whether it also measures or writes, and how it is left as it was."""
 
 from __future__ import annotations
 

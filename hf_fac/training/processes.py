@@ -30,12 +30,15 @@ class OtherProcessFailed(RuntimeError):
 class ProcessGroup:
     """The processes of a run during one coverage round, and the folder in which they exchange files.
 
+    processes: how these processes share one job.
+
     Args:
         token: the same in every process, a new one for every round.
     """
 
     def __init__(self, folder: Path, *, rank: int, world_size: int, token: str) -> None:
         self.folder, self.rank, self.world_size, self.token = folder, rank, world_size, token
+        self.processes = Processes(rank, world_size, run=token, check=self.check)
         self._barriers = 0
 
     @classmethod
@@ -62,11 +65,6 @@ class ProcessGroup:
                 )
             time.sleep(_POLL_SECONDS)
         return group
-
-    @property
-    def processes(self) -> Processes:
-        """How these processes share one job."""
-        return Processes(self.rank, self.world_size, run=self.token, check=self.check)
 
     def check(self) -> None:
         """Raises: OtherProcessFailed when another process has failed."""

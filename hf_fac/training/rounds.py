@@ -95,8 +95,8 @@ class Rounds:
 
         Raises: with on_error="raise" what the round raises, and ChatError when the chat gave up.
         """
-        args, start = self.trainer.args, time.monotonic()
-        group = ProcessGroup.join(self.folder / "work", args)
+        start = time.monotonic()
+        group = ProcessGroup.join(self.folder / "work", self.trainer.args)
         try:
             with reraise_oom():
                 result = self._next_round(group, state, epoch).run(state.kept, to=state.tokenized)
@@ -105,7 +105,7 @@ class Rounds:
             rows = concatenate_datasets([state.new_rows, result.rows]) if len(state.new_rows) else result.rows
             if group.rank == 0:
                 save_rows(rows, self.folder)
-            group.barrier()  # from here on no process can fail alone
+            group.barrier()  # from here on every process has the rows
         except BaseException as error:
             group.leave(error)
             if self.settings.on_error == "raise" or not isinstance(error, Exception):

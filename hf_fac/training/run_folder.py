@@ -31,7 +31,7 @@ class CheckpointRecord(Strict):
     rows: hash of the new rows, in order. training_set, featurizer: hashes of what the rows were written for.
     epoch: of the last coverage round; -1 if there was none. seconds: spent on all rounds.
     threshold: delta; None before the first round and where each feature has its own.
-    activated, exhausted: features with a row of their own that the trainer kept, and those tried to the end in vain.
+    activated, exhausted: features with a row of their own that the trainer kept, and those without one after all tries.
     summary: the numbers that were logged, by name.
     """
 

@@ -98,7 +98,7 @@ def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
     def own(rows: Dataset, args: Any = args, packing: bool = args.packing) -> Dataset:
         return trainer._prepare_dataset(rows, trainer.processing_class, args, packing, formatting_func, "train")
 
-    def alone(rows: Dataset) -> Dataset:
+    def single(rows: Dataset) -> Dataset:
         """Joined after a raw row, like new rows, without packing, shuffling or truncation."""
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
@@ -107,7 +107,7 @@ def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
 
     return TrainingSet(
         tokenized=trainer.train_dataset, raw=raw, prepare=prepare or own,
-        prepare_alone=alone if packs or shuffles else None, columns=["input_ids", "labels"],
+        prepare_single=single if packs or shuffles else None, columns=["input_ids", "labels"],
         content_columns=_content_columns(task, raw), new_columns=[c for c in task.features() if c in raw.column_names],
         order="packed" if packs else "shuffled" if shuffles else "kept",
         ignores_columns=prepare is None and formatting_func is None,
@@ -183,7 +183,7 @@ _SUPPORTED = {
 
 
 def _raw_rows(trainer: Trainer, given: Dataset | None) -> Dataset:
-    """The rows that were given, or else the raw columns that preparing leaves in the trainer's set."""
+    """The given rows; without them, the raw columns that preparing leaves in the trainer's set."""
     if given is not None:
         return given.with_format(None)
     rows = trainer.train_dataset.with_format(None)

@@ -34,12 +34,12 @@ class TrainingSet:
 
     tokenized: the set as the trainer has it. raw: its rows before the trainer prepared them.
     prepare: from raw rows to rows of the set.
-    prepare_alone: the same for single rows; None where `prepare` does not mix rows.
+    prepare_single: the same for single rows; None where `prepare` does not mix rows.
     columns: the columns of `tokenized` that are trained on.
     content_columns: the columns of `raw` that a featurizer reads.
     new_columns: the columns of new rows that are prepared.
     order: of prepared rows: that of the raw rows, shuffled, or several rows packed into one.
-    ignores_columns: whether `prepare` leaves columns alone that it does not know. A user's function may use any.
+    ignores_columns: whether `prepare` ignores columns that it does not know. A user's function may use any.
     """
 
     tokenized: Dataset
@@ -48,7 +48,7 @@ class TrainingSet:
     columns: list[str]
     content_columns: list[str]
     new_columns: list[str]
-    prepare_alone: Prepare | None = None
+    prepare_single: Prepare | None = None
     order: Literal["kept", "shuffled", "packed"] = "kept"
     ignores_columns: bool = True
 
@@ -161,7 +161,7 @@ class TrainingSet:
 
     def _prepared_end(self, rows: Dataset, *, last: bool = False) -> dict[str, Any] | None:
         """The first or last of raw rows that the trainer's filters leave, prepared; None when they leave none."""
-        n, size, prepare = len(rows), 1, self.prepare_alone or self.prepare
+        n, size, prepare = len(rows), 1, self.prepare_single or self.prepare
         while True:
             end = rows.select(range(n - size, n) if last else range(size))
             prepared = self._in_own_types(prepare(end))

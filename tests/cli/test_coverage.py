@@ -53,6 +53,11 @@ def test_score_then_missing_equals_missing_at_once(folders, tmp_path):
         (["missing", "{data}", "{data}", "--model", "{tmp}/none", "--sae", "{tmp}/none"], "none"),
         (["missing", "{data}", "{data}", "--device", "gpu"], "gpu cannot be used here"),
         (["missing", "{data}", "{data}", "-o", "{tmp}"], "is a directory"),
+        (
+            ["missing", "nowhere.csv", "{data}", "--pool-over", "tool"],
+            "'tool' is not one of 'all', 'user'",
+        ),
+        (["score", "nowhere.csv", "-o", "{tmp}/x", "--preset", "mine"], "'mine' is not one of 'paper'"),
         (["missing", "{data}", "{data}", "--layer", "1"], "--layer needs --model and --sae"),
         (["score", "{data}", "-o", "{tmp}", "--sae-id", "x"], "--sae-id needs --model and --sae"),
         (["score", "{data}", "-o", "{data}"], "is a file"),
