@@ -30,6 +30,8 @@ class OtherProcessFailed(RuntimeError):
 class ProcessGroup:
     """The processes of a run during one coverage round, and the folder in which they exchange files.
 
+    A process works inside `with group:`. When it leaves, the others learn that it is done, or which error ended it.
+
     processes: how these processes share one job.
 
     Args:
@@ -93,13 +95,14 @@ class ProcessGroup:
         self.wait(lambda: all(file.exists() for file in files))
         found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         told = {name: [f"{other['values'].get(name)}" for other in found] for name in values}
-        different = [f"{name}: {', '.join(texts)}" for name, texts in told.items() if len(set(texts)) > 1]
-        if different:
+        if different := [f"{name}: {', '.join(texts)}" for name, texts in told.items() if len(set(texts)) > 1]:
             raise RuntimeError(f"The processes differ in their {'; '.join(different)}. {remedy}")
         return found[0]["note"]
 
-    def leave(self, error: BaseException | None = None) -> None:
-        """Tell the others that this process is done with the round, or which error ended it here."""
+    def __enter__(self) -> ProcessGroup:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self.world_size > 1:
             # What another process's error ended is no error of this one.
             own = error is not None and not isinstance(error, OtherProcessFailed)

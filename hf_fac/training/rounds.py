@@ -98,25 +98,22 @@ class Rounds:
         start = time.monotonic()
         group = ProcessGroup.join(self.folder / "work", self.trainer.args)
         try:
-            with reraise_oom():
+            with group, reraise_oom():
                 result = self._next_round(group, state, epoch).run(state.kept, to=state.tokenized)
-            if result.failure and self.settings.on_error == "raise":
-                raise ChatError(f"Synthesis ended by {result.failure}. The same run asks for the rest.")
-            rows = concatenate_datasets([state.new_rows, result.rows]) if len(state.new_rows) else result.rows
-            if group.rank == 0:
-                save_rows(rows, self.folder)
-            group.barrier()  # from here on every process has the rows
-        except BaseException as error:
-            group.leave(error)
-            if self.settings.on_error == "raise" or not isinstance(error, Exception):
+                failure = result.failure
+                if failure and self.settings.on_error == "raise":
+                    raise ChatError(f"Synthesis ended by {failure}. The same run asks for the rest.")
+                rows = concatenate_datasets([state.new_rows, result.rows]) if len(state.new_rows) else result.rows
+                if group.rank == 0:
+                    save_rows(rows, self.folder)
+                group.barrier()  # from here on every process has the rows
+        except Exception as error:
+            if self.settings.on_error == "raise":
                 raise
             group.wait_for_all()
             result, rows, failure = None, state.new_rows, f"{type(error).__name__}: {error}"
             if group.rank == 0:
                 save_rows(rows, self.folder)
-        else:
-            group.leave()
-            failure = result.failure
         if failure:
             warnings.warn(f"FAC synthesis failed; the run has {len(rows):,} new rows: {failure}", stacklevel=2)
         seconds = time.monotonic() - start

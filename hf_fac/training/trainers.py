@@ -126,14 +126,14 @@ def _reward(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepar
 
 def _dpo(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare | None) -> TrainingSet:
     """Of DPOTrainer, which takes a prompt that both completions start with off them, in the raw columns too."""
-    raw, kind = _raw_rows(trainer, given), _kind_of(task.features())
+    raw = _raw_rows(trainer, given)
     _refuse_images(trainer)
     if trainer.args.precompute_ref_log_probs:
         raise ValueError(
             "precompute_ref_log_probs computed the reference for the rows that are there, when the trainer was made: "
             "new rows have none. Set precompute_ref_log_probs=False."
         )
-    if given is None and "prompt" in raw.column_names and kind is not None and "prompt" not in kind[0]:
+    if given is None and "prompt" in raw.column_names and "prompt" not in task.features():
         raw = _mapped(raw, _with_prompt, desc="Adding prompts to completions", remove_columns="prompt")
     return _of_pairs(trainer, task, raw, prepare, ["prompt_ids", "chosen_ids", "rejected_ids"])
 
@@ -156,8 +156,7 @@ def _plain(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare
             f"{type(trainer).__name__} leaves preparing rows to you: pass prepare=, the function that made its "
             "training set of raw rows (a datasets.Dataset in, a datasets.Dataset out)."
         )
-    missing = [name for name in new_columns if name not in raw.column_names]
-    if missing:
+    if missing := [name for name in new_columns if name not in raw.column_names]:
         raise ValueError(
             f"The training set has no column {', '.join(missing)}, which the rows of task {task.name!r} have: pass "
             "train_dataset=, the raw rows that it was made from, in these columns."

@@ -100,8 +100,7 @@ class TrainingSet:
     def _in_own_types(self, prepared: Dataset) -> Dataset:
         """The columns that are trained on, in the types of the trainer's set."""
         for rows, problem in ((prepared, "preparing a row gives"), (self.tokenized, "the training set has")):
-            missing = [name for name in self.columns if name not in rows.column_names]
-            if missing:
+            if missing := [name for name in self.columns if name not in rows.column_names]:
                 found = ", ".join(rows.column_names)
                 raise ValueError(f"{problem} the columns {found}; {', '.join(missing)} is trained on.")
         types = Features({name: self.tokenized.features[name] for name in self.columns})
@@ -138,8 +137,7 @@ class TrainingSet:
             )
         there = self.raw.column_names
         ours = [column for column in there if column in self.new_columns]
-        problem = self._problem(ours, first)
-        if problem:
+        if problem := self._problem(ours, first):
             others = [column for column in there if column not in ours]
             read = [column for column in others if self._problem([c for c in there if c != column], first)] or others
             raise ValueError(
