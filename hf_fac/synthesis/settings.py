@@ -1,4 +1,14 @@
-"""The settings of a synthesis, checked once, and the schedule of rounds that follows from them."""
+"""The settings of a synthesis, checked once, and the schedule of rounds that follows from them.
+
+`methods` says how samples are searched for; each method is a series of rounds. The column `fac_method` of a sample says
+where its text is from: the kind of its round, or "pool" for a row that was not written.
+
+    method        kinds of its rounds                fac_method of its samples
+    two_step      first_step, then second_step       first_step or second_step
+    one_step      first_step                         first_step
+    contrastive   first_step, then second_step       second_step (the first texts serve for pairs only)
+    steering      steering                           steering
+"""
 
 from __future__ import annotations
 
