@@ -38,6 +38,8 @@ class SynthesisReport:
     samples: accepted rows.
     fac_before, fac_after: FAC of the data, and of the data and the samples, against the anchor of the `FACReport` that
         was given; NaN where ids were given. Samples may activate missing features that they were not written for.
+    covered: int64 ids, the anchor's features that the data or the samples activate; where ids were given, those of
+        them that the samples activate.
     curve: float64 [samples + 1], FAC after each sample in order; where ids were given, the share of them activated.
     kl_before, kl_after: KL(anchor || data) in nats (Eq. 3, see `FACReport`), or NaN.
     methods: by method, and "all" for all of them, hit rates beside the permutation baseline; texts that were rejected
@@ -56,6 +58,7 @@ class SynthesisReport:
     samples: int
     fac_before: float
     fac_after: float
+    covered: np.ndarray
     curve: np.ndarray
     kl_before: float
     kl_after: float
@@ -104,7 +107,7 @@ class SynthesisResult:
 
     dataset: rows of the task's TRL type, the pool's rows, then all first samples of features, then all second ones,
         with the columns fac_feature (int32: the feature that the row was written for), fac_activation (float32),
-        fac_method ("pool", "first_step", "second_step", "steering") and fac_provenance (JSON: chat, seed, round, ...).
+        fac_method (where the text is from, see settings.py) and fac_provenance (JSON: chat, seed, round, ...).
     report: see `SynthesisReport`.
     dropped: rejected candidates: fac_feature, fac_method, fac_activation, text, reason.
     """
@@ -140,6 +143,7 @@ def make_result(
         provenance: what is recorded with the samples, by method.
     """
     added = None if missing is None else missing.with_added(activations)
+    curve, covered = _activated(features, delta, activations) if added is None else (added.curve, added.covered)
     activated = {c.feature for c in samples} | {f for c in samples for f in c.provenance.get("fills", [])}
     written = [c for c in candidates if c.method != "pool"]
     activating = [c for c in written if c.score is not None and c.feature in c.score.activates]
@@ -151,7 +155,8 @@ def make_result(
         samples=len(samples),
         fac_before=math.nan if missing is None else missing.fac,
         fac_after=math.nan if added is None else added.fac,
-        curve=_curve(features, delta, activations) if added is None else added.curve,
+        covered=covered,
+        curve=curve,
         kl_before=math.nan if missing is None else missing.kl_divergence,
         kl_after=math.nan if added is None else added.kl_divergence,
         methods=by_method(written, seed=seed),
@@ -232,8 +237,8 @@ def _dropped(rejected: Sequence[Candidate]) -> Dataset:
     return Dataset.from_dict({name: values for name, (_, values) in columns.items()}, features)
 
 
-def _curve(features: np.ndarray, delta: np.ndarray, activations: csr_array) -> np.ndarray:
-    """The share of the features that the samples activate, after each sample: float64 [n_samples + 1]."""
-    active = activations[:, features].toarray() > delta[features]
-    none = np.zeros((1, len(features)), bool)
-    return np.logical_or.accumulate(np.vstack([none, active])).mean(axis=1) if len(features) else none.mean(axis=1)
+def _activated(features: np.ndarray, delta: np.ndarray, activations: csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """The share of the features that the samples activate, after each sample, and the features that they activate."""
+    active = np.zeros((activations.shape[0] + 1, len(features)), bool)
+    active[1:] = np.logical_or.accumulate(activations[:, features].toarray() > delta[features])
+    return active.mean(axis=1), features[active[-1]]

@@ -178,7 +178,7 @@ class CoverageRound:
         if not len(kept):
             return len(before.covered)
         if len(kept) == len(result.dataset):  # the synthesizer has read these rows
-            return round(result.report.fac_after * (len(before.covered) + len(before.missing)))
+            return len(result.report.covered)
         return len(before.with_added([self._coverage_of_new(kept).maximum]).covered)
 
     def _coverage_of_new(self, rows: Dataset) -> FeatureCoverage:
