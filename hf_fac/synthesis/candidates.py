@@ -10,17 +10,23 @@ from typing import Any, NamedTuple
 class Status(Enum):
     """Where a candidate stands.
 
-    WRITTEN -> MISSED, HIT or REJECTED when it is verified; HIT -> ACCEPTED or REJECTED when its row is completed.
+    WRITTEN -> MISSED, HIT or REJECTED when it is verified; HIT -> ACCEPTED, REJECTED or UNFINISHED when its row is
+    completed.
     MISSED: sound, but it does not activate its feature, or it only serves for a contrastive pair.
     HIT: sound, and it activates its feature: a sample can be made of it.
+    UNFINISHED: a hit for whose row the chat took no more requests.
     ACCEPTED: it is a sample. REJECTED: it can be none, see `Rejection`.
     """
 
     WRITTEN = "written"
     MISSED = "missed"
     HIT = "hit"
+    UNFINISHED = "unfinished"
     ACCEPTED = "accepted"
     REJECTED = "rejected"
+
+
+HITS = {Status.HIT, Status.UNFINISHED, Status.ACCEPTED}
 
 
 class Rejection(Enum):

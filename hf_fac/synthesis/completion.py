@@ -34,12 +34,14 @@ class RowCompleter:
     keep: Callable[[Mapping[str, Any]], bool] | None
 
     def complete(self, candidates: Sequence[Candidate]) -> None:
-        """Accept or reject each candidate; those that the budget leaves without a row stay hits."""
+        """Accept or reject each candidate. Those that the budget leaves without a row stay hits; those that the chat
+        leaves without one are unfinished."""
         for candidate in candidates:
             if candidate.row is None:
                 candidate.parts = {self.settings.task.target_field: candidate.text}
         waiting = list(candidates)
         while waiting:
+            # A candidate without a row always lacks a part.
             requests = [(c, *next_part_prompt(self.settings.task, c.parts)) for c in waiting if c.row is None]
             affordable = requests[: max(0, self.budget.completions_left())]
             unaffordable = [c for c, *_ in requests[len(affordable) :]]
@@ -59,7 +61,10 @@ class RowCompleter:
 
     def _read_part(self, candidate: Candidate, name: str, completion: Completion) -> None:
         task = self.settings.task
-        if completion.finish in ("failed", "not_asked"):
+        if not self.source.was_asked(completion):
+            self._ask_again(candidate, name, None)  # a later attempt may be in the cache
+            return
+        if completion.finish == "failed":
             self._ask_again(candidate, name, Rejection.CHAT_FAILED, completion.error or "")
             return
         value, problem = task.read_part(name, completion.text)
@@ -72,20 +77,25 @@ class RowCompleter:
         if problem is not None:
             self._ask_again(candidate, name, Rejection.INCOMPLETE, f"{name}: {problem}")
 
-    def _ask_again(self, candidate: Candidate, part: str, rejection: Rejection, detail: str = "") -> None:
+    def _ask_again(self, candidate: Candidate, part: str, rejection: Rejection | None, detail: str = "") -> None:
+        """rejection: of the candidate if this was the last attempt; None where the chat was not asked."""
         candidate.attempts += 1
         candidate.row = None
         candidate.parts.pop(part, None)
-        if candidate.attempts == _ATTEMPTS:
+        if candidate.attempts < _ATTEMPTS:
+            return
+        if rejection is None:
+            candidate.status = Status.UNFINISHED
+        else:
             candidate.reject(rejection, detail)
 
     def _check_rows(self, candidates: list[Candidate]) -> None:
         """Accept rows that activate the feature, unless the rejected answer does too or `keep` drops them."""
         task, rows, features = self.settings.task, [c.row for c in candidates], [c.feature for c in candidates]
-        scores = self.scorer.rows(rows, features)
+        scores = self.scorer.score(rows, features)
         # A pair teaches the feature only if the rejected answer does not activate it.
         is_pair = "rejected" in task.features() and task.target_field == "chosen"
-        others = self.scorer.rows(rows, features, side="rejected") if is_pair else [None] * len(rows)
+        others = self.scorer.score(rows, features, side="rejected") if is_pair else [None] * len(rows)
         for candidate, score, other in zip(candidates, scores, others, strict=True):
             delta = self.scorer.delta[candidate.feature]
             candidate.score = score

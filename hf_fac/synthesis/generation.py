@@ -15,7 +15,7 @@ import numpy as np
 from ..inputs.token_context import MarkedSpan
 from ..tasks.parsing import Answer, read_list
 from ..tasks.prompts import FeatureHints, list_prompt, sample_prompt
-from .candidates import Candidate, Rejection, Request, Status
+from .candidates import HITS, Candidate, Rejection, Request, Status
 from .filters import whole_sentences
 from .settings import Round, SynthesisSettings
 from .text_source import TextSource
@@ -170,7 +170,7 @@ def next_strength(tried: Sequence[Candidate]) -> float:
         return _FIRST_STRENGTH
     strength = tried[-1].provenance["strength"]
     last = [c for c in tried if c.provenance["strength"] == strength]
-    if any(c.status in (Status.HIT, Status.ACCEPTED) for c in last):
+    if any(c.status in HITS for c in last):
         return strength
     broken = sum(c.status is Status.REJECTED for c in last)
     return strength * (_WEAKER if 2 * broken > len(last) else _STRONGER)

@@ -158,7 +158,7 @@ def _scored(
         samples.append(_sample(scorer.task, row))
         first.append(new)
     asked = [(i, f) for i, new in enumerate(first) for f in new]  # equal rows are read once
-    found = scorer.rows([samples[i] for i, _ in asked], [f for _, f in asked])
+    found = scorer.score([samples[i] for i, _ in asked], [f for _, f in asked])
     scores: list[dict[int, SampleScore]] = [{} for _ in samples]
     for (i, feature), score in zip(asked, found, strict=True):
         scores[i][feature] = score

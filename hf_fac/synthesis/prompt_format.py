@@ -18,13 +18,20 @@ PROBED_FEATURES, PROBES = 8, 2  # texts of so many features, so many for each
 
 
 def choose_prompt_format(
-    settings: SynthesisSettings, verifier: Verifier, source: TextSource, budget: Budget, features: Sequence[int]
+    settings: SynthesisSettings,
+    verifier: Verifier,
+    source: TextSource,
+    budget: Budget,
+    features: Sequence[int],
+    *,
+    n_samples: int,
 ) -> tuple[str | None, str | None]:
     """Returns the prompt format whose texts are hits most often, and else readable most often; where the budget or the
     chat ended the trial, None and the bound (`source.gave_up` says it of the chat).
 
     Args:
         features: those to write for; the first few that the dictionary describes are tried.
+        n_samples: accepted so far, from a pool.
     """
     first = next((r for r in settings.schedule() if r.kind == "first_step"), None)
     generators = {
@@ -36,7 +43,7 @@ def choose_prompt_format(
         return "text", None
     shares = {}
     for name, generator in generators.items():
-        if refusal := budget.refusal(0, PROBES * len(described), source.cache):
+        if refusal := budget.refusal(n_samples, PROBES * len(described), source.cache):
             return None, refusal
         candidates = generator.write(first, described, {feature: [] for feature in described}, n=PROBES)
         lost = PROBES * len(described) - sum(c.rejection is not Rejection.CHAT_FAILED for c in candidates)

@@ -1,4 +1,7 @@
-"""The loop of FAC Synthesis: rounds of writing, verifying and completing, until every feature has its samples.
+"""The loop of one synthesis: rounds of writing, verifying and completing, until every feature has its samples.
+
+These rounds ask for texts in different ways. The coverage rounds of a trainer's run, each of which measures the data
+and runs a synthesis, are in training/rounds.py.
 
 The loop is deterministic: it depends on the settings, the answers and the measurements alone. With these in the cache,
 the same call goes through the same steps again and continues where an earlier one stopped.
@@ -14,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ..storage.cache import Cache
 from .budget import Budget
-from .candidates import Candidate, Rejection, Status
+from .candidates import HITS, Candidate, Rejection, Status
 from .completion import RowCompleter
 from .filters import NearDuplicates
 from .generation import Generator
@@ -30,6 +33,7 @@ class Progress:
 
     written: by feature, all candidates in the order in which they were written.
     tried: (feature, round number) that texts were asked for.
+    left: features whose turn came when the chat took no more requests.
     accepted: by feature, how many samples it has. samples: their texts.
     n_from_pool: samples that a pool gave.
     tries, successes: how often a feature was tried, and how often that made a sample.
@@ -37,6 +41,7 @@ class Progress:
 
     written: dict[int, list[Candidate]]
     tried: set[tuple[int, int]] = field(default_factory=set)
+    left: set[int] = field(default_factory=set)
     accepted: Counter[int] = field(default_factory=Counter)
     samples: NearDuplicates = field(default_factory=NearDuplicates)
     n_from_pool: int = 0
@@ -60,8 +65,9 @@ class Progress:
             feature
             for feature, candidates in self.written.items()
             if candidates
+            and feature not in self.left
             and all((feature, round_.number) in self.tried for round_ in rounds)
-            and not any(c.status in (Status.HIT, Status.ACCEPTED) for c in candidates)
+            and not any(c.status in HITS for c in candidates)
             and not any(c.rejection is Rejection.CHAT_FAILED for c in candidates)
         ]
 
@@ -117,6 +123,8 @@ def _write_wave(
     for candidate in candidates:
         progress.written[candidate.feature].append(candidate)
     progress.tried.update((feature, round_.number) for feature in open_)
+    if generator.source.gave_up is not None:
+        progress.left.update(open_)
     _complete_hits(open_, quota, progress, completer, budget)
     if not round_.for_pairs:
         progress.tries += len(open_)

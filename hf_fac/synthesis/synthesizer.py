@@ -192,8 +192,9 @@ class FACSynthesizer:
                 bounds on samples or completions gives the same samples; a higher bound continues.
             processes: who shares the work of this call in cache_dir; all return the same samples.
 
-        Texts that the chat does not write are told in a warning, and the same call asks for them again. Where it takes
-        no more requests at all (`report.chat_failed`), the samples made until then are returned.
+        Texts that the chat does not write are told in a warning. The same call asks for them again, except for
+        answers without text that the cache of an `EndpointChat` keeps. Where the chat takes no more requests at all
+        (`report.chat_failed`), the samples made until then are returned.
 
         Raises: ValueError for features out of range, bounds below 1, a FACReport or pool measured with another
             featurizer, a report with a higher delta than the threshold, no threshold or dictionary; ChatError when the
@@ -235,12 +236,14 @@ class FACSynthesizer:
     ) -> str | None:
         """Write for the features of `progress`; returns the bound that ended it, else None."""
         settings, prompt_format = self.settings, self.settings.prompt_format
-        if prompt_format is None and progress.written and budget.samples_left(progress.n_samples()) > 0:
-            prompt_format, refusal = choose_prompt_format(settings, verifier, source, budget, list(progress.written))
+        if prompt_format is None:
+            prompt_format, refusal = choose_prompt_format(
+                settings, verifier, source, budget, list(progress.written), n_samples=progress.n_samples()
+            )
             if prompt_format is None:
                 return refusal
         delta = verifier.scorer.delta
-        generator = Generator(settings, verifier.dictionary, delta, prompt_format or "text", source, unconditional)
+        generator = Generator(settings, verifier.dictionary, delta, prompt_format, source, unconditional)
         completer = RowCompleter(settings, source, budget, verifier.scorer, self.keep)
         return run_rounds(progress, generator, verifier, completer, budget, cache)
 
@@ -270,7 +273,8 @@ class FACSynthesizer:
             problem = f"The chat did not write {source.lost:,} texts (the first: {source.first_loss})"
         else:
             return
-        warnings.warn(visible(f"{problem}. The same call asks for what is missing."), stacklevel=3)
+        remedy = "except for answers without text in an endpoint's cache: another seed asks for others"
+        warnings.warn(visible(f"{problem}. The same call asks for what is missing, {remedy}."), stacklevel=3)
 
     def _missing(self, missing: FACReport | ArrayLike, features: ArrayLike | None) -> np.ndarray:
         """The features to write for, int64, checked."""

@@ -1,7 +1,8 @@
 """Texts from a chat or from the steered model, asked for only when the cache does not know them.
 
 In: requests. Out: their completions. Every process asks for its share and reads the others' answers from the cache, so
-all go on with the same texts. What failed is not kept: another run asks for it again.
+all go on with the same texts. What failed is not kept: another run asks the chat again. But an `EndpointChat` keeps
+answers without text (refusals, for example), as they were paid for.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class TextSource:
 
     @staticmethod
     def was_asked(completion: Completion) -> bool:
-        """Whether the chat took the request; else it is at its end."""
+        """Whether the chat took the request; if not, it takes no more."""
         return completion.finish != "not_asked"
 
     def _known(self, keys: dict[TextId, str]) -> dict[TextId, Completion]:

@@ -44,7 +44,7 @@ class SampleScorer:
         self._featurizer = featurizer
         self._readers: dict[str, tuple[SAEFeaturizer, str]] = {}
 
-    def rows(
+    def score(
         self, rows: Sequence[Mapping[str, Any]], features: Sequence[int], *, side: str = "chosen"
     ) -> list[SampleScore]:
         """Returns what rows of the task's type activate; of preference pairs that of one side."""
@@ -126,7 +126,7 @@ class Verifier:
         readable = [c for c in candidates if c.text]
         task = self.scorer.task
         rows = [task.wrap_target(c.text) if c.row is None else c.row for c in readable]
-        scores = self.scorer.rows(rows, [c.feature for c in readable])
+        scores = self.scorer.score(rows, [c.feature for c in readable])
         for candidate, score in zip(readable, scores, strict=True):
             candidate.score = score
         self._check_fluency([c for c in readable if c.method == "steering"])

@@ -20,6 +20,7 @@ from tiny import byte_level_tokenizer
 from tiny_models import D_SAE, tiny_model, tiny_sae
 from writing_chat import WritingChat, sentence
 
+from hf_fac.chat.base import Completion
 from hf_fac.chat.endpoint import ChatError, EndpointChat
 from hf_fac.chat.local import LocalChat
 from hf_fac.coverage.coverage import FeatureCoverage
@@ -84,6 +85,7 @@ def test_the_report_counts_what_the_samples_add(featurizer, dictionary, report):
     assert told.fac_before == report.fac
     assert told.fac_after == pytest.approx(after.fac)
     assert told.fac_after > told.fac_before
+    np.testing.assert_array_equal(told.covered, after.covered)
     assert len(told.curve) == len(result.dataset) + 1
     assert (np.diff(told.curve) >= 0).all()
     assert told.kl_after < told.kl_before
@@ -421,6 +423,44 @@ def test_what_follows_a_text_that_cannot_be_asked_for_again_counts_all_the_same(
             report, cache_dir=tmp_path
         )
     assert as_dicts(again)[0] == as_dicts(lossy)[0]
+
+
+def test_a_hit_whose_other_parts_are_not_asked_for_stays_a_hit(featurizer, dictionary, report, tmp_path):
+    class WithoutParts(WritingChat):
+        """Takes requests for texts, and none for the parts of a row."""
+
+        def _unless_lost(self, answer):
+            return super()._unless_lost(answer) if self.takes else Completion("", "not_asked", "no credit", 0, 0)
+
+        def complete(self, conversations, *, prefill=None, **settings):
+            self.takes = prefill[0] is not None
+            return super().complete(conversations, prefill=prefill, **settings)
+
+    with pytest.warns(UserWarning, match="no credit"):
+        told = synthesizer(featurizer, dictionary, report, chat=WithoutParts()).synthesize(report, cache_dir=tmp_path)
+    assert told.report.methods["first_step"].hit_rate > 0, "the text itself was written and measured"
+    assert "the chat failed" not in told.report.dropped
+    assert not len(told.report.exhausted)
+    again = synthesizer(featurizer, dictionary, report).synthesize(report, cache_dir=tmp_path)
+    assert_same(again, synthesizer(featurizer, dictionary, report).synthesize(report))
+
+
+def test_an_answer_without_text_is_paid_for_once_and_another_seed_asks_for_another(
+    featurizer, dictionary, report, tmp_path
+):
+    class Refusing(FlakyServer):
+        def proper(self, asked):
+            return {**super().proper(asked), "choices": [{"message": {"role": "assistant", "refusal": "I cannot"}}]}
+
+    sent = []
+    with Refusing() as server:
+        for seed in (0, 0, 1):
+            chat = EndpointChat("m", base_url=server.url)
+            made = synthesizer(featurizer, dictionary, report, chat=chat, rounds=0, prompt_format="text", seed=seed)
+            with pytest.warns(UserWarning, match=r"except for answers without text.*another seed"):
+                made.synthesize(report.missing[:2], cache_dir=tmp_path)
+            sent.append(server.came.total())
+    assert sent == [8, 8, 16]
 
 
 def test_a_form_is_not_chosen_on_texts_that_the_chat_lost(featurizer, dictionary, report, tmp_path):
