@@ -72,10 +72,8 @@ def compare_with_permutations(
     # Column j gets the texts of order[j], never its own.
     shares = np.array([(_derangement(m, rng)[hits.column] == hits.row).sum() / m for _ in range(_RESAMPLES)])
     rates = _rates(texts, own, hits, np.ones(m, dtype=np.int64))
-    ratios = []
-    for _ in range(_RESAMPLES):
-        times = np.bincount(rng.integers(m, size=m), minlength=m)
-        ratios.append(_ratio(*_rates(texts, own, hits, times)))
+    draws = (np.bincount(rng.integers(m, size=m), minlength=m) for _ in range(_RESAMPLES))
+    ratios = [_ratio(*_rates(texts, own, hits, times)) for times in draws]
     known = [ratio for ratio in ratios if not np.isnan(ratio)]
     return PermutationBaseline(
         features=m,

@@ -48,8 +48,8 @@ class Rejection(Enum):
     FILTERED = "the caller's own filter"
 
 
-# The text itself is sound: it counts when hit rates are compared with the permutation baseline.
-SOUND_REJECTIONS = {
+# Of these the text itself is sound.
+_SOUND_REJECTIONS = {
     Rejection.REPEATS_SAMPLE,
     Rejection.INACTIVE_AS_ROW,
     Rejection.INCOMPLETE,
@@ -123,8 +123,18 @@ class Candidate:
         return 0.0 if self.score is None else self.score.activation
 
     @property
+    def is_sound(self) -> bool:
+        """Whether its text was measured and is sound: then it counts in hit rates and the permutation baseline."""
+        return self.score is not None and (self.rejection is None or self.rejection in _SOUND_REJECTIONS)
+
+    @property
+    def category(self) -> str:
+        """Why it was rejected, in words that are counted; of a near-duplicate the data that it repeats, too."""
+        is_duplicate = self.rejection is Rejection.NEAR_DUPLICATE
+        return f"near-duplicate of {self.detail}" if is_duplicate else self.rejection.value
+
+    @property
     def reason(self) -> str:
-        """Why it was rejected, in words."""
-        if self.rejection is Rejection.NEAR_DUPLICATE:
-            return f"near-duplicate of {self.detail}"
-        return self.rejection.value + (f": {self.detail}" if self.detail else "")
+        """Why it was rejected, in words, with the detail."""
+        is_whole = not self.detail or self.rejection is Rejection.NEAR_DUPLICATE
+        return self.category if is_whole else f"{self.category}: {self.detail}"

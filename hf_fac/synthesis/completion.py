@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..tasks.prompts import next_part_prompt
-from .budget import Budget
 from .candidates import Candidate, Rejection, Request, Status
 from .settings import SynthesisSettings
 from .text_source import TextSource
@@ -29,7 +28,6 @@ class RowCompleter:
 
     settings: SynthesisSettings
     source: TextSource
-    budget: Budget
     scorer: SampleScorer
     keep: Callable[[Mapping[str, Any]], bool] | None
 
@@ -43,7 +41,7 @@ class RowCompleter:
         while waiting:
             # A candidate without a row always lacks a part.
             requests = [(c, *next_part_prompt(self.settings.task, c.parts)) for c in waiting if c.row is None]
-            affordable = requests[: max(0, self.budget.completions_left())]
+            affordable = requests[: max(0, self.source.budget.completions_left())]
             unaffordable = [c for c, *_ in requests[len(affordable) :]]
             for attempt in sorted({c.attempts for c, *_ in affordable}):
                 self._write_parts([wanted for wanted in affordable if wanted[0].attempts == attempt], attempt)

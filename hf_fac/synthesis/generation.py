@@ -61,7 +61,7 @@ class Generator:
         *,
         n: int | None = None,
     ) -> list[Candidate]:
-        """Returns n new candidates for each feature that can be asked for; n is None for the settings' number.
+        """Returns n new candidates (None: as many as the settings say) for each feature that can be asked for.
 
         Args:
             written: by feature, the candidates of earlier rounds.
@@ -69,20 +69,18 @@ class Generator:
         n = n or self.settings.candidates
         if round_.kind == "steering":
             requests = [self._steering_request(feature, written[feature]) for feature in features]
+            stop = self.unconditional.stop
         else:
             known = [feature for feature in features if self.describes(feature)]
             requests = [self._request(round_, feature, written[feature]) for feature in known]
+            stop = ("\n",) if self.prompt_format == "list" else ()
         if not requests:
             return []
-        stop = ("\n",) if self.prompt_format == "list" else ()
         completions = self.source.complete(
-            requests,
-            n=n,
-            temperature=round_.temperature,
+            requests, n=n, temperature=round_.temperature, stop=stop,
             max_tokens=self.settings.most_tokens(self._format(round_.kind)),
-            stop=self.unconditional.stop if round_.kind == "steering" else stop,
             seed=self.settings.seed_of("round", round_.number),
-        )
+        )  # fmt: skip
         return [
             self._candidate(round_, request, number, completion)
             for request, answers in zip(requests, completions, strict=True)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..inputs.token_context import MarkedSpan
 from ..tasks.prompts import HINTS, FeatureHints, list_prompt, sample_prompt
 from .generation import SHOWN_SPANS
@@ -53,46 +55,34 @@ def make_plan(
     Args:
         unconditional: the conversation that the steered model continues, None without steering.
     """
-    chosen = settings.prompt_format
-    costs = {name: _cost(settings, name, dictionary, features, tokenizer, unconditional) for name in PROMPT_FORMATS}
-    if chosen is not None:
-        return SynthesisPlan(len(features), *costs[chosen])
+    formats = PROMPT_FORMATS if settings.prompt_format is None else (settings.prompt_format,)
+    steering_tokens = 0 if unconditional is None else _tokens(unconditional, "", tokenizer)
+    probes = PROBES * min(PROBED_FEATURES, len(features)) if len(formats) > 1 else 0
+    costs, tried = [], np.zeros(3, np.int64)
+    for name in formats:
+        prompts = [_prompt_tokens(settings, name, dictionary, feature, tokenizer) for feature in features]
+        costs.append(_cost(settings, name, prompts, steering_tokens))
+        tried += np.array([probes, probes * max(prompts, default=0), probes * settings.most_tokens(name)])
     # The dearest format may be chosen; all are tried on a few features.
-    total = [max(cost[i] for cost in costs.values()) for i in range(3)]
-    probes = PROBES * min(PROBED_FEATURES, len(features))
-    for name in PROMPT_FORMATS:
-        longest = max((_prompt_tokens(settings, name, dictionary, f, tokenizer) for f in features), default=0)
-        for i, cost in enumerate((1, longest, settings.most_tokens(name))):
-            total[i] += probes * cost
-    return SynthesisPlan(len(features), *total)
+    return SynthesisPlan(len(features), *(np.max(costs, axis=0) + tried).tolist())
 
 
 def _cost(
-    settings: SynthesisSettings,
-    prompt_format: str,
-    dictionary: FeatureDictionary,
-    features: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    unconditional: list[dict[str, str]] | None,
+    settings: SynthesisSettings, prompt_format: str, prompts: Sequence[int], steering_tokens: int
 ) -> tuple[int, int, int]:
-    """Completions, prompt tokens and written tokens with one prompt format."""
+    """Completions, prompt tokens and written tokens with one prompt format. prompts: tokens, by feature."""
     rounds = [round_.kind for round_ in settings.schedule()]
-    m, n, steered = len(features), settings.candidates, rounds.count("steering")
+    m, n, steered = len(prompts), settings.candidates, rounds.count("steering")
     words = len(rounds) - steered
-    prompts = sum(_prompt_tokens(settings, prompt_format, dictionary, f, tokenizer) for f in features)
     requests = m * n * len(rounds)
-    prompt = n * words * prompts
-    if steered:
-        prompt += m * n * steered * _tokens(unconditional, "", tokenizer)
+    read = n * words * sum(prompts) + m * n * steered * steering_tokens
     written = m * n * (words * settings.most_tokens(prompt_format) + steered * settings.most_tokens("text"))
     if prompt_format != "json" or steered:
         others, rows = len(settings.task.parts) - 1, m * settings.samples_per_feature
         requests += rows * others
         written += rows * others * settings.answer_tokens
-        prompt += rows * sum(
-            settings.max_tokens + number * settings.answer_tokens + _PART_TOKENS for number in range(others)
-        )
-    return requests, prompt, written
+        read += rows * sum(settings.max_tokens + i * settings.answer_tokens + _PART_TOKENS for i in range(others))
+    return requests, read, written
 
 
 def _prompt_tokens(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .budget import Budget
 from .candidates import Rejection, Status
 from .generation import Generator
 from .settings import PROMPT_FORMATS, SynthesisSettings
@@ -18,13 +17,7 @@ PROBED_FEATURES, PROBES = 8, 2  # texts of so many features, so many for each
 
 
 def choose_prompt_format(
-    settings: SynthesisSettings,
-    verifier: Verifier,
-    source: TextSource,
-    budget: Budget,
-    features: Sequence[int],
-    *,
-    n_samples: int,
+    settings: SynthesisSettings, verifier: Verifier, source: TextSource, features: Sequence[int], n_samples: int
 ) -> tuple[str | None, str | None]:
     """Returns the prompt format whose texts are hits most often, and else readable most often; where the budget or the
     chat ended the trial, None and the bound (`source.gave_up` says it of the chat).
@@ -41,13 +34,13 @@ def choose_prompt_format(
     described = [feature for feature in features if generators["text"].describes(feature)][:PROBED_FEATURES]
     if first is None or not described:
         return "text", None
-    shares = {}
+    shares, n_texts = {}, PROBES * len(described)
     for name, generator in generators.items():
-        if refusal := budget.refusal(n_samples, PROBES * len(described), source.cache):
+        if refusal := source.budget.refusal(n_samples, n_texts, source.cache):
             return None, refusal
         candidates = generator.write(first, described, {feature: [] for feature in described}, n=PROBES)
-        lost = PROBES * len(described) - sum(c.rejection is not Rejection.CHAT_FAILED for c in candidates)
-        if source.gave_up is None and 2 * lost > PROBES * len(described):
+        n_written = sum(c.rejection is not Rejection.CHAT_FAILED for c in candidates)
+        if source.gave_up is None and 2 * n_written < n_texts:
             source.give_up(source.first_loss)  # no format is chosen by what happened to be lost
         if source.gave_up is not None:
             return None, None

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..coverage.report import FACReport
+from ..coverage.report import AddedRows, FACReport
 from ..storage.terminal import visible
 from .baseline import PermutationBaseline, compare_with_permutations
-from .candidates import SOUND_REJECTIONS, Candidate, Rejection, Status
+from .candidates import Candidate, Rejection, Status
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from scipy.sparse import csr_array
 
     from ..tasks.task import Task
-    from .budget import Budget
+    from .settings import SynthesisSettings
+    from .text_source import TextSource
 
 _METHODS = ("first_step", "second_step", "steering")
 
@@ -119,7 +120,7 @@ class SynthesisResult:
 
 def make_result(
     *,
-    task: Task,
+    settings: SynthesisSettings,
     missing: FACReport | None,
     features: np.ndarray,
     delta: np.ndarray,
@@ -127,12 +128,10 @@ def make_result(
     activations: csr_array,
     candidates: Sequence[Candidate],
     exhausted: Iterable[int],
-    budget: Budget,
+    source: TextSource,
+    refusal: str | None,
     provenance: Mapping[str, Mapping[str, Any]],
-    seed: int,
     seconds: float,
-    ended: str | None,
-    chat_failed: bool,
 ) -> SynthesisResult:
     """Returns the samples with their report.
 
@@ -140,36 +139,37 @@ def make_result(
         missing: the report that names the missing features, None where ids were given.
         features: int64 ids, all that were asked for. delta: float64 [d_sae].
         samples: accepted candidates, in order. activations: [n_samples, d_sae], of the samples, pooled as the data.
+        source: where the texts are from; it knows what they cost. refusal: the bound that ended the loop, if one did.
         provenance: what is recorded with the samples, by method.
     """
-    added = None if missing is None else missing.with_added(activations)
-    curve, covered = _activated(features, delta, activations) if added is None else (added.curve, added.covered)
+    added = _added(features, delta, activations) if missing is None else missing.with_added(activations)
     activated = {c.feature for c in samples} | {f for c in samples for f in c.provenance.get("fills", [])}
     written = [c for c in candidates if c.method != "pool"]
     activating = [c for c in written if c.score is not None and c.feature in c.score.activates]
     rejected = [c for c in candidates if c.status is Status.REJECTED]
+    in_vain = set(exhausted) - activated
     report = SynthesisReport(
         features=features,
         activated=np.array([f for f in features.tolist() if f in activated], np.int64),
-        exhausted=np.array([f for f in features.tolist() if f in set(exhausted) - activated], np.int64),
+        exhausted=np.array([f for f in features.tolist() if f in in_vain], np.int64),
         samples=len(samples),
         fac_before=math.nan if missing is None else missing.fac,
-        fac_after=math.nan if added is None else added.fac,
-        covered=covered,
-        curve=curve,
+        fac_after=added.fac,
+        covered=added.covered,
+        curve=added.curve,
         kl_before=math.nan if missing is None else missing.kl_divergence,
-        kl_after=math.nan if added is None else added.kl_divergence,
-        methods=by_method(written, seed=seed),
+        kl_after=added.kl_divergence,
+        methods=by_method(written, seed=settings.seed),
         copied=sum(c.rejection is Rejection.COPY for c in activating) / len(activating) if activating else 0.0,
-        dropped=dict(Counter(_category(c) for c in rejected).most_common()),
-        requests=budget.requests,
-        prompt_tokens=budget.prompt_tokens,
-        completion_tokens=budget.completion_tokens,
+        dropped=dict(Counter(c.category for c in rejected).most_common()),
+        requests=source.budget.requests,
+        prompt_tokens=source.budget.prompt_tokens,
+        completion_tokens=source.budget.completion_tokens,
         seconds=seconds,
-        ended=ended,
-        chat_failed=chat_failed,
+        ended=refusal if source.gave_up is None else f"the chat: {source.gave_up}",
+        chat_failed=source.gave_up is not None,
     )
-    return SynthesisResult(_dataset(task, samples, provenance), report, _dropped(rejected))
+    return SynthesisResult(_dataset(settings.task, samples, provenance), report, _dropped(rejected))
 
 
 def in_order(samples: Sequence[Candidate]) -> list[Candidate]:
@@ -189,56 +189,44 @@ def by_method(candidates: Sequence[Candidate], *, seed: int = 0) -> dict[str, Pe
     names = [name for name in _METHODS if any(c.method == name for c in candidates)]
     for name in [*names, "all"] if len(names) > 1 else names:
         texts = [c for c in candidates if name in (c.method, "all")]
-        sound = [c for c in texts if c.score is not None and _is_sound(c)]
+        sound = [c for c in texts if c.is_sound]
         found[name] = compare_with_permutations(
             [c.feature for c in texts], [c.feature for c in sound], [c.score.activates for c in sound], seed=seed
         )
     return found
 
 
-def _is_sound(candidate: Candidate) -> bool:
-    return candidate.status is not Status.REJECTED or candidate.rejection in SOUND_REJECTIONS
-
-
-def _category(candidate: Candidate) -> str:
-    is_duplicate = candidate.rejection is Rejection.NEAR_DUPLICATE
-    return candidate.reason if is_duplicate else candidate.rejection.value
-
-
 def _dataset(task: Task, samples: Sequence[Candidate], provenance: Mapping[str, Mapping[str, Any]]) -> Dataset:
-    from datasets import Dataset, Features, Value
-
-    rows = [
-        {
-            **c.row,
-            "fac_feature": c.feature,
-            "fac_activation": c.activation,
-            "fac_method": c.method,
-            "fac_provenance": json.dumps({**provenance[c.method], **c.provenance}),
-        }
-        for c in samples
-    ]
-    own = {"fac_feature": "int32", "fac_activation": "float32", "fac_method": "string", "fac_provenance": "string"}
-    features = Features({**task.features(), **{name: Value(kind) for name, kind in own.items()}})
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features)
+    parts = task.features()
+    columns = {name: [c.row[name] for c in samples] for name in parts} | {
+        "fac_feature": [c.feature for c in samples],
+        "fac_activation": [c.activation for c in samples],
+        "fac_method": [c.method for c in samples],
+        "fac_provenance": [json.dumps({**provenance[c.method], **c.provenance}) for c in samples],
+    }
+    return _table(columns, parts)
 
 
 def _dropped(rejected: Sequence[Candidate]) -> Dataset:
+    columns = {
+        "fac_feature": [c.feature for c in rejected],
+        "fac_method": [c.method for c in rejected],
+        "fac_activation": [c.activation for c in rejected],
+        "text": [c.text for c in rejected],
+        "reason": [c.reason for c in rejected],
+    }
+    return _table(columns, {})
+
+
+def _table(columns: dict[str, list[Any]], types: Mapping[str, Any]) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    columns = {
-        "fac_feature": ("int32", [c.feature for c in rejected]),
-        "fac_method": ("string", [c.method for c in rejected]),
-        "fac_activation": ("float32", [c.activation for c in rejected]),
-        "text": ("string", [c.text for c in rejected]),
-        "reason": ("string", [c.reason for c in rejected]),
-    }
-    features = Features({name: Value(kind) for name, (kind, _) in columns.items()})
-    return Dataset.from_dict({name: values for name, (_, values) in columns.items()}, features)
+    own = {"fac_feature": Value("int32"), "fac_activation": Value("float32"), **types}
+    return Dataset.from_dict(columns, Features({name: own.get(name, Value("string")) for name in columns}))
 
 
-def _activated(features: np.ndarray, delta: np.ndarray, activations: csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """The share of the features that the samples activate, after each sample, and the features that they activate."""
+def _added(features: np.ndarray, delta: np.ndarray, activations: csr_array) -> AddedRows:
+    """What samples add for features that no report names: the share of them, in place of FAC."""
     active = np.zeros((activations.shape[0] + 1, len(features)), bool)
     active[1:] = np.logical_or.accumulate(activations[:, features].toarray() > delta[features])
-    return active.mean(axis=1), features[active[-1]]
+    return AddedRows(math.nan, active.mean(axis=1), np.sort(features[active[-1]]), math.nan)

@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..storage.cache import Cache
-from .budget import Budget
 from .candidates import HITS, Candidate, Rejection, Status
 from .completion import RowCompleter
 from .filters import NearDuplicates
 from .generation import Generator
 from .settings import Round
+from .text_source import TextSource
 from .verification import Verifier
 
 _WAVE = 32  # features that are written for at the same time
@@ -32,19 +31,19 @@ class Progress:
     """What was written so far.
 
     written: by feature, all candidates in the order in which they were written.
+    n_from_pool: samples that a pool gave.
     tried: (feature, round number) that texts were asked for.
     left: features whose turn came when the chat took no more requests.
     accepted: by feature, how many samples it has. samples: their texts.
-    n_from_pool: samples that a pool gave.
     tries, successes: how often a feature was tried, and how often that made a sample.
     """
 
     written: dict[int, list[Candidate]]
+    n_from_pool: int = 0
     tried: set[tuple[int, int]] = field(default_factory=set)
     left: set[int] = field(default_factory=set)
     accepted: Counter[int] = field(default_factory=Counter)
     samples: NearDuplicates = field(default_factory=NearDuplicates)
-    n_from_pool: int = 0
     tries: int = 0
     successes: int = 0
 
@@ -72,77 +71,77 @@ class Progress:
         ]
 
 
-def run_rounds(
-    progress: Progress, generator: Generator, verifier: Verifier, completer: RowCompleter, budget: Budget, cache: Cache
-) -> str | None:
-    """Write samples for the features of `progress`: all first samples before the second ones, round by round.
+@dataclass(frozen=True)
+class SynthesisLoop:
+    """Writes samples for the features of `progress`."""
 
-    Returns the bound that ended the loop; None when all features have their samples or all rounds were tried. Where the
-    chat gives up, the loop goes on with what the cache knows.
-    """
-    from tqdm.auto import tqdm
+    progress: Progress
+    source: TextSource
+    generator: Generator
+    verifier: Verifier
+    completer: RowCompleter
 
-    schedule, quotas = generator.settings.schedule(), range(1, generator.settings.samples_per_feature + 1)
-    with tqdm(total=len(progress.written), desc="Features with samples", unit="feature", delay=2, leave=False) as bar:
-        for quota, round_ in itertools.product(quotas, schedule):
-            waiting = [f for f in progress.written if progress.accepted[f] < quota]
-            waiting = [f for f in waiting if progress.hits(f) or (f, round_.number) not in progress.tried]
-            while waiting:
-                if refusal := budget.refusal(progress.n_samples(), generator.completions_each(round_), cache):
-                    return refusal
-                size = _wave_size(progress, budget)
-                _write_wave(waiting[:size], quota, round_, progress, generator, verifier, completer, budget)
-                waiting = waiting[size:]
-                bar.update(len(+progress.accepted) - bar.n)
-    return None
+    def run(self) -> str | None:
+        """Write all first samples before the second ones, round by round.
 
+        Returns the bound that ended the loop; None when all features have their samples or all rounds were tried. Where
+        the chat gives up, the loop goes on with what the cache knows.
+        """
+        from tqdm.auto import tqdm
 
-def _wave_size(progress: Progress, budget: Budget) -> int:
-    """How many features to write for next: no more than the samples still wanted need at the hit rate so far."""
-    rate = (progress.successes + 1) / (progress.tries + 2)
-    return min(_WAVE, math.ceil(min(budget.samples_left(progress.n_samples()), _WAVE) / rate))
+        progress, settings = self.progress, self.generator.settings
+        quotas, title = range(1, settings.samples_per_feature + 1), "Features with samples"
+        with tqdm(total=len(progress.written), desc=title, unit="feature", delay=2, leave=False) as bar:
+            for quota, round_ in itertools.product(quotas, settings.schedule()):
+                waiting = [f for f in progress.written if progress.accepted[f] < quota]
+                waiting = [f for f in waiting if progress.hits(f) or (f, round_.number) not in progress.tried]
+                while waiting:
+                    needed = self.generator.completions_each(round_)
+                    if refusal := self.source.budget.refusal(progress.n_samples(), needed, self.source.cache):
+                        return refusal
+                    size = self._wave_size()
+                    self._write_wave(waiting[:size], quota, round_)
+                    waiting = waiting[size:]
+                    bar.update(len(+progress.accepted) - bar.n)
+        return None
 
+    def _wave_size(self) -> int:
+        """How many features to write for next: no more than the samples still wanted need at the hit rate so far."""
+        rate = (self.progress.successes + 1) / (self.progress.tries + 2)
+        return min(_WAVE, math.ceil(min(self._samples_left(), _WAVE) / rate))
 
-def _write_wave(
-    features: Sequence[int],
-    quota: int,
-    round_: Round,
-    progress: Progress,
-    generator: Generator,
-    verifier: Verifier,
-    completer: RowCompleter,
-    budget: Budget,
-) -> None:
-    """Complete the hits that earlier rounds left, then write for the features that still lack a sample."""
-    _complete_hits(features, quota, progress, completer, budget)
-    open_ = [f for f in features if progress.accepted[f] < quota and (f, round_.number) not in progress.tried]
-    # Each feature keeps room for the other parts of one row.
-    open_ = open_[: max(0, budget.completions_left() // generator.completions_each(round_))]
-    candidates = generator.write(round_, open_, progress.written)
-    verifier.verify(candidates, for_pairs=round_.for_pairs)
-    for candidate in candidates:
-        progress.written[candidate.feature].append(candidate)
-    progress.tried.update((feature, round_.number) for feature in open_)
-    if generator.source.gave_up is not None:
-        progress.left.update(open_)
-    _complete_hits(open_, quota, progress, completer, budget)
-    if not round_.for_pairs:
-        progress.tries += len(open_)
-        progress.successes += sum(progress.accepted[f] >= quota for f in open_)
+    def _samples_left(self) -> int:
+        return self.source.budget.samples_left(self.progress.n_samples())
 
+    def _write_wave(self, features: Sequence[int], quota: int, round_: Round) -> None:
+        """Complete the hits that earlier rounds left, then write for the features that still lack a sample."""
+        progress, generator = self.progress, self.generator
+        self._complete_hits(features, quota)
+        open_ = [f for f in features if progress.accepted[f] < quota and (f, round_.number) not in progress.tried]
+        # Each feature keeps room for the other parts of one row.
+        open_ = open_[: max(0, self.source.budget.completions_left() // generator.completions_each(round_))]
+        candidates = generator.write(round_, open_, progress.written)
+        self.verifier.verify(candidates, for_pairs=round_.for_pairs)
+        for candidate in candidates:
+            progress.written[candidate.feature].append(candidate)
+        progress.tried.update((feature, round_.number) for feature in open_)
+        if self.source.gave_up is not None:
+            progress.left.update(open_)
+        self._complete_hits(open_, quota)
+        if not round_.for_pairs:
+            progress.tries += len(open_)
+            progress.successes += sum(progress.accepted[f] >= quota for f in open_)
 
-def _complete_hits(
-    features: Sequence[int], quota: int, progress: Progress, completer: RowCompleter, budget: Budget
-) -> None:
-    """Make samples of the strongest hits, one for each feature below its quota, until none is left to try."""
-    while batch := _next_hits(features, quota, progress, budget.samples_left(progress.n_samples())):
-        completer.complete(batch)
-        for candidate in batch:
-            if candidate.status is Status.ACCEPTED:
-                progress.accepted[candidate.feature] += 1
-                progress.samples.add(candidate.text, "a sample")
-        if any(candidate.status is Status.HIT for candidate in batch):
-            return  # the budget left them without a row
+    def _complete_hits(self, features: Sequence[int], quota: int) -> None:
+        """Make samples of the strongest hits, one for each feature below its quota, until none is left to try."""
+        while batch := _next_hits(features, quota, self.progress, self._samples_left()):
+            self.completer.complete(batch)
+            for candidate in batch:
+                if candidate.status is Status.ACCEPTED:
+                    self.progress.accepted[candidate.feature] += 1
+                    self.progress.samples.add(candidate.text, "a sample")
+            if any(candidate.status is Status.HIT for candidate in batch):
+                return  # the budget left them without a row
 
 
 def _next_hits(features: Sequence[int], quota: int, progress: Progress, most: int) -> list[Candidate]:

@@ -12,8 +12,8 @@ where its text is from: the kind of its round, or "pool" for a row that was not 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..storage.cache import content_key
 from ..tasks.task import Task
@@ -102,7 +102,3 @@ class SynthesisSettings:
     def most_tokens(self, prompt_format: str) -> int:
         """Returns the most tokens of one answer to a request for texts."""
         return self.max_tokens + (self.answer_tokens if prompt_format == "json" else 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the settings as JSON values."""
-        return asdict(self)

@@ -13,6 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from .generation import Generator, unconditional_prompt
 from .pool import FromPool, take_from_pool
 from .prompt_format import choose_prompt_format
 from .report import SynthesisResult, in_order, make_result
-from .rounds import Progress, run_rounds
+from .rounds import Progress, SynthesisLoop
 from .settings import SynthesisSettings
 from .text_source import TextSource
 from .verification import SampleScorer, Verifier
@@ -145,7 +146,7 @@ class FACSynthesizer:
         """Returns a hash of all settings that shape results; the weights of the model that measures are among them."""
         delta = None if self.threshold is None else np.asarray(self.threshold, np.float64).tolist()
         return content_key(
-            VERSION, PROMPT_VERSION, len(HINTS), self.settings.to_dict(), self.keep is not None, self.avoid, delta,
+            VERSION, PROMPT_VERSION, len(HINTS), asdict(self.settings), self.keep is not None, self.avoid, delta,
             chat_name(self.chat), self.featurizer.fingerprint(), _digest_of(self.dictionary),
         )  # fmt: skip
 
@@ -205,47 +206,44 @@ class FACSynthesizer:
         wanted, delta = self._missing(missing, features), self._delta(missing)
         cache = Cache(cache_dir, processes)
         scorer = SampleScorer(self.featurizer, self.task, wanted, delta, cache)
-        from_pool = self._from_pool(pool, wanted, scorer)
+        from_pool = FromPool([], [], wanted)
+        if pool is not None:
+            measurement = self.featurizer.measurement
+            from_pool = take_from_pool(
+                pool, wanted, scorer, measurement=measurement, known=self._avoided, keep=self.keep
+            )
         unconditional = self._unconditional_prompt()
         steered = None if unconditional is None else unconditional.steered
         dictionary = self._dictionary(anchor, cache.folder)
         verifier = Verifier(scorer, dictionary, self._avoided, self.settings.max_copied_words, steered)
         source = TextSource(self.chat, steered, self.featurizer.feature_fingerprint(), cache, budget)
         progress = Progress({feature: [] for feature in from_pool.left.tolist()}, n_from_pool=len(from_pool.accepted))
-        refusal = self._write(progress, verifier, source, unconditional, budget, cache)
-        self._check_answers(source, progress)
+        refusal = self._write(progress, verifier, source, unconditional)
+        if source.error is not None and not source.answered and not from_pool.accepted:
+            raise source.error
+        self._warn_of_lost_texts(source)
         candidates = [*from_pool.accepted, *from_pool.rejected, *progress.all()]
         samples = in_order([c for c in candidates if c.status is Status.ACCEPTED])[:max_samples]
         return make_result(
-            task=self.task, missing=missing if isinstance(missing, FACReport) else None, features=wanted,
+            settings=self.settings, missing=missing if isinstance(missing, FACReport) else None, features=wanted,
             delta=delta, samples=samples, activations=self._activations(samples), candidates=candidates,
-            exhausted=progress.exhausted(self.settings.schedule()), budget=budget, provenance=self._provenance(),
-            seed=self.settings.seed, seconds=time.perf_counter() - started,
-            ended=refusal if source.gave_up is None else f"the chat: {source.gave_up}",
-            chat_failed=source.gave_up is not None,
+            exhausted=progress.exhausted(self.settings.schedule()), source=source, refusal=refusal,
+            provenance=self._provenance(), seconds=time.perf_counter() - started,
         )  # fmt: skip
 
     def _write(
-        self,
-        progress: Progress,
-        verifier: Verifier,
-        source: TextSource,
-        unconditional: UnconditionalPrompt | None,
-        budget: Budget,
-        cache: Cache,
+        self, progress: Progress, verifier: Verifier, source: TextSource, unconditional: UnconditionalPrompt | None
     ) -> str | None:
-        """Write for the features of `progress`; returns the bound that ended it, else None."""
-        settings, prompt_format = self.settings, self.settings.prompt_format
+        """Write for the features of `progress`; returns the bound that ended it, if one did."""
+        settings, scorer, prompt_format = self.settings, verifier.scorer, self.settings.prompt_format
         if prompt_format is None:
-            prompt_format, refusal = choose_prompt_format(
-                settings, verifier, source, budget, list(progress.written), n_samples=progress.n_samples()
-            )
+            features, n_samples = list(progress.written), progress.n_samples()
+            prompt_format, refusal = choose_prompt_format(settings, verifier, source, features, n_samples)
             if prompt_format is None:
                 return refusal
-        delta = verifier.scorer.delta
-        generator = Generator(settings, verifier.dictionary, delta, prompt_format, source, unconditional)
-        completer = RowCompleter(settings, source, budget, verifier.scorer, self.keep)
-        return run_rounds(progress, generator, verifier, completer, budget, cache)
+        generator = Generator(settings, verifier.dictionary, scorer.delta, prompt_format, source, unconditional)
+        completer = RowCompleter(settings, source, scorer, self.keep)
+        return SynthesisLoop(progress, source, generator, verifier, completer).run()
 
     def _activations(self, samples: Sequence[Candidate]) -> csr_array:
         """What the samples activate, pooled as the data are: [n_samples, d_sae]."""
@@ -256,17 +254,8 @@ class FACSynthesizer:
         pool_over = self.featurizer.reader.pool_over
         return self.featurizer([self.task.featurizer_row(c.row, pool_over) for c in samples])
 
-    def _from_pool(self, pool: Dataset | None, wanted: np.ndarray, scorer: SampleScorer) -> FromPool:
-        if pool is None:
-            return FromPool([], [], wanted)
-        measurement = self.featurizer.measurement
-        return take_from_pool(pool, wanted, scorer, measurement=measurement, known=self._avoided, keep=self.keep)
-
     @staticmethod
-    def _check_answers(source: TextSource, progress: Progress) -> None:
-        """Raise what the chat raised when there is nothing to return, and warn of texts that are missing."""
-        if source.error is not None and not source.answered and not progress.n_from_pool:
-            raise source.error
+    def _warn_of_lost_texts(source: TextSource) -> None:
         if source.gave_up is not None:
             problem = f"The chat takes no more requests: {source.gave_up}"
         elif source.lost:
@@ -282,10 +271,11 @@ class FACSynthesizer:
             raise ValueError(
                 f"The FACReport was computed with another featurizer ({found}); recompute it with this one."
             )
-        wanted = _ids(missing, self.featurizer.d_sae)
+        ids = missing.missing if isinstance(missing, FACReport) else missing
+        wanted = check_feature_ids(ids, self.featurizer.d_sae, name="missing", may_be_empty=True)
         if features is None:
             return wanted
-        chosen = _ids(features, self.featurizer.d_sae)
+        chosen = check_feature_ids(features, self.featurizer.d_sae, may_be_empty=True)
         if (others := np.setdiff1d(chosen, wanted)).size:
             raise ValueError(f"Feature {others[0]} is not one of the {len(wanted):,} missing features.")
         return chosen
@@ -341,11 +331,6 @@ class FACSynthesizer:
         in_words = {**shared, "chat": chat_name(self.chat)}
         steered = {**shared, "chat": model_name(self.featurizer.model)}
         return {"pool": shared, "first_step": in_words, "second_step": in_words, "steering": steered}
-
-
-def _ids(missing: FACReport | ArrayLike, d_sae: int) -> np.ndarray:
-    ids = missing.missing if isinstance(missing, FACReport) else missing
-    return check_feature_ids(ids, d_sae, name="missing", may_be_empty=True)
 
 
 def _check_reads_task(featurizer: SAEFeaturizer, task: Task) -> None:

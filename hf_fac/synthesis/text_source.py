@@ -36,14 +36,7 @@ class TextSource:
     error: what the chat raised, None otherwise. answered: texts that were written, in earlier runs too.
     """
 
-    def __init__(
-        self,
-        chat: Chat,
-        steered: SteeredChat | None,
-        measured_by: str,
-        cache: Cache,
-        budget: Budget,
-    ) -> None:
+    def __init__(self, chat: Chat, steered: SteeredChat | None, measured_by: str, cache: Cache, budget: Budget) -> None:
         # An endpoint keeps each answer as it comes: a kill costs no more than the requests under way.
         self.chat = chat.with_cache(cache) if isinstance(chat, EndpointChat) else chat
         self.steered, self.cache, self.budget = steered, cache, budget
@@ -66,7 +59,7 @@ class TextSource:
         seed: int,
     ) -> list[list[Completion]]:
         """Returns n completions of each request, in order. All requests are in words, or all are steered."""
-        steered = bool(requests) and requests[0].strength is not None
+        steered = requests[0].strength is not None
         settings = {"temperature": temperature, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
         keys = {
             (place, number): content_key(
@@ -76,14 +69,15 @@ class TextSource:
             for place, request in enumerate(requests)
             for number in range(n)
         }  # fmt: skip
-        found = self._known(keys)
+        known = self.cache.get(keys.values())
+        found = {at: Completion(*known[key]) for at, key in keys.items() if key in known}
         own = self.cache.processes.share(range(len(requests)))  # static: whatever the others have put by now
         # One request for all n texts where none is known; a text that failed before is asked for by itself.
         whole = [place for place in own if not any((place, number) in found for number in range(n))]
-        self._ask(requests, whole, range(n), keys, found, settings, steered)
+        found |= self._ask(requests, whole, range(n), keys, settings)
         for number in range(n):
             single = [place for place in own if (place, number) not in found]
-            self._ask(requests, single, range(number, number + 1), keys, found, settings, steered)
+            found |= self._ask(requests, single, range(number, number + 1), keys, settings)
         self._wait_for_others(keys, found)
         self._count([completion for at, completion in found.items() if keys[at] not in self._counted])
         self._counted.update(keys.values())
@@ -98,39 +92,36 @@ class TextSource:
         """Whether the chat took the request; if not, it takes no more."""
         return completion.finish != "not_asked"
 
-    def _known(self, keys: dict[TextId, str]) -> dict[TextId, Completion]:
-        values = self.cache.get(keys.values())
-        return {place: Completion(*values[key]) for place, key in keys.items() if key in values}
-
     def _ask(
         self,
         requests: Sequence[Request],
         places: Sequence[int],
         numbers: range,
         keys: dict[TextId, str],
-        found: dict[TextId, Completion],
         settings: dict[str, Any],
-        steered: bool,
-    ) -> None:
-        """Put into `found`, and into the cache, these numbers of the texts of these requests."""
+    ) -> dict[TextId, Completion]:
+        """These numbers of the texts of these requests, which are in the cache from then on."""
         if not places:
-            return
+            return {}
         if self.gave_up is not None:
             unasked = Completion("", "not_asked", self.gave_up, 0, 0)
             answers = [[unasked] * len(numbers)] * len(places)
         else:
             asked = {**settings, "n": len(numbers), "seed": settings["seed"] + numbers.start}
-            answers = self._answers([requests[place] for place in places], asked, steered)
-        written: dict[str, Any] = {}
-        for place, completions in zip(places, answers, strict=True):
-            for number, completion in zip(numbers, completions, strict=True):
-                found[place, number] = completion
-                key = keys[place, number]
-                if completion.finish in ("stop", "length"):
-                    written[key] = list(completion)
-                elif self.cache.processes.world_size > 1:
-                    written[self._failed(key)] = list(completion)
+            answers = self._answers([requests[place] for place in places], asked)
+        found = {
+            (place, number): completion
+            for place, completions in zip(places, answers, strict=True)
+            for number, completion in zip(numbers, completions, strict=True)
+        }
+        written = {}
+        for at, completion in found.items():
+            if completion.finish in ("stop", "length"):
+                written[keys[at]] = list(completion)
+            elif self.cache.processes.world_size > 1:
+                written[self._failed(keys[at])] = list(completion)
         self.cache.put(written)
+        return found
 
     def _wait_for_others(self, keys: dict[TextId, str], found: dict[TextId, Completion]) -> None:
         """Put into `found` what the other processes ask for."""
@@ -143,15 +134,14 @@ class TextSource:
         """Where the other processes of this run, and no other run, find why a text is missing."""
         return content_key("failed", self.cache.processes.run, key)
 
-    def _answers(self, requests: list[Request], settings: dict[str, Any], steered: bool) -> list[list[Completion]]:
-        conversations, prefills = [r.conversation for r in requests], [r.prefill for r in requests]
+    def _answers(self, requests: list[Request], settings: dict[str, Any]) -> list[list[Completion]]:
+        asked = {"prefill": [request.prefill for request in requests], **settings}
+        chat = self.chat
+        if requests[0].strength is not None:
+            chat = self.steered
+            asked["features"], asked["strengths"] = [r.feature for r in requests], [r.strength for r in requests]
         try:
-            if steered:
-                return self.steered.complete(
-                    conversations, prefill=prefills, features=[r.feature for r in requests],
-                    strengths=[r.strength for r in requests], **settings,
-                )  # fmt: skip
-            return self.chat.complete(conversations, prefill=prefills, **settings)
+            return chat.complete([request.conversation for request in requests], **asked)
         except ChatError as error:
             self.error = error
             unasked = [Completion("", "not_asked", str(error), 0, 0)] * settings["n"]

@@ -7,7 +7,7 @@ Rows are measured on the tokens that the task pools; a sample is kept when g_i(x
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,27 +53,31 @@ class SampleScorer:
         rows = [self.task.featurizer_row(row) for row in rows]
         reader, identity = self._reader(side)
         keys = [content_key("score", identity, row, feature) for row, feature in zip(rows, features, strict=True)]
-        known = self.cache.get(keys)
-        own = [place for place in self.cache.processes.share(range(len(keys))) if keys[place] not in known]
-        scores = self._measure(reader, [rows[place] for place in own], [features[place] for place in own])
-        self.cache.put({keys[place]: list(score) for place, score in zip(own, scores, strict=True)})
-        found = self.cache.wait([(key,) for key in keys])
-        return [SampleScore(*found[key]) for key in keys]
+        scores = self._cached(
+            keys, lambda own: self._measure(reader, [rows[i] for i in own], [features[i] for i in own])
+        )
+        return [SampleScore(*score) for score in scores]
 
     def perplexity(self, steered: SteeredChat, texts: Sequence[str]) -> list[float]:
         """Returns the perplexity of texts to the model without steering; infinite where it has none."""
         keys = [content_key("perplexity", self.identity, text) for text in texts]
+
+        def measure(own: Sequence[int]) -> list[float | None]:
+            values = steered.perplexity([texts[i] for i in own]).tolist()
+            return [value if math.isfinite(value) else None for value in values]  # JSON has no infinity
+
+        return [math.inf if value is None else value for value in self._cached(keys, measure)]
+
+    def _cached(self, keys: Sequence[str], measure: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
+        """The value of each key, measured (by place) where it is this process's share and not in the cache."""
         known = self.cache.get(keys)
         own = [place for place in self.cache.processes.share(range(len(keys))) if keys[place] not in known]
-        values = steered.perplexity([texts[place] for place in own]).tolist() if own else []
-        # JSON has no infinity.
-        self.cache.put({keys[i]: v if math.isfinite(v) else None for i, v in zip(own, values, strict=True)})
+        if own:
+            self.cache.put({keys[place]: value for place, value in zip(own, measure(own), strict=True)})
         found = self.cache.wait([(key,) for key in keys])
-        return [math.inf if found[key] is None else found[key] for key in keys]
+        return [found[key] for key in keys]
 
     def _measure(self, reader: SAEFeaturizer, rows: list[Any], features: list[int]) -> list[SampleScore]:
-        if not rows:
-            return []
         reading = reader.read(rows, positions=True)
         acts, scores = reading.activations, []
         for i, feature in enumerate(features):
@@ -129,14 +133,13 @@ class Verifier:
         scores = self.scorer.score(rows, [c.feature for c in readable])
         for candidate, score in zip(readable, scores, strict=True):
             candidate.score = score
-        self._check_fluency([c for c in readable if c.method == "steering"])
+        if steered := [c for c in readable if c.method == "steering"]:
+            self._check_fluency(steered)
         for candidate in readable:
             if candidate.status is not Status.REJECTED:
                 self._judge(candidate, for_pairs)
 
     def _check_fluency(self, candidates: list[Candidate]) -> None:
-        if not candidates:
-            return
         values = self.scorer.perplexity(self.steered, [c.text for c in candidates])
         for candidate, perplexity in zip(candidates, values, strict=True):
             candidate.provenance = {**candidate.provenance, "perplexity": perplexity}

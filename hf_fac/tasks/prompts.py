@@ -107,7 +107,7 @@ def list_prompt(task: Task, feature: FeatureHints) -> ListPrompt:
 
     Raises: ValueError when neither an explanation nor a span describes the feature.
     """
-    texts = [" ".join(_sentence(span).split()) for span in [*feature.spans, feature.positive] if span is not None]
+    texts = [" ".join(_sentence(span).split()) for span in (*feature.spans, feature.positive) if span is not None]
     items = [visible(text[:300], keep="") for text in dict.fromkeys(texts) if text]
     order = f"Write a numbered list. Each entry is {task.parts[task.target_field]}, on one line.\n"
     prefill = "\n".join(f"{number}. {text}" for number, text in enumerate([*items, ""], 1)).rstrip(" ")

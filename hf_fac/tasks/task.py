@@ -89,13 +89,11 @@ class Task:
             if not condition:
                 raise ValueError(f"task {self.name!r}: {problem}")
 
-        pools, names = _POOLS[self.type], _PARTS[self.type]
-        need(
-            self.pool_over in pools, f"pool_over is {self.pool_over!r}; for {self.type} it is one of {', '.join(pools)}"
-        )
+        pools, names, labels = _POOLS[self.type], _PARTS[self.type], self.labels
+        wrong = f"pool_over is {self.pool_over!r}; for {self.type} it is one of {', '.join(pools)}"
+        need(self.pool_over in pools, wrong)
         wrong = f"the parts of {self.type} are {', '.join(names)}; got {', '.join(self.parts) or 'none'}"
         need(set(self.parts) == set(names), wrong)
-        labels = self.labels
         need(len({label.casefold() for label in labels}) == len(labels), f"labels must differ, got {labels}")
         fits = len(labels) > 1 if self.type == "labelled" else not labels
         need(fits, f"a labelled task has two or more labels, others have none; got {labels}")
@@ -238,13 +236,12 @@ class Task:
         class Readable(yaml.SafeDumper):
             """Keeps the lines of texts."""
 
-        def represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-            return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+            def represent_str(self, text: str) -> yaml.ScalarNode:
+                return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
-        Readable.add_representer(str, represent)
-        content = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v}
-        text = yaml.dump(content, Dumper=Readable, sort_keys=False, allow_unicode=True, width=110)
-        write_whole(path, text)
+        Readable.add_representer(str, Readable.represent_str)
+        content = {key: value for key, value in asdict(self).items() if value}
+        write_whole(path, yaml.dump(content, Dumper=Readable, sort_keys=False, allow_unicode=True, width=110))
 
 
 def get_task(task: Task | str | os.PathLike[str]) -> Task:
