@@ -37,12 +37,9 @@ def words(text: str) -> list[str]:
 
 def copied_run(text: str, shown: Iterable[str]) -> int:
     """Returns the most consecutive words that the text shares with one of those shown."""
-    ours, longest = words(text), 0
-    for other in shown:
-        theirs = words(other)
-        match = SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match()
-        longest = max(longest, match.size)
-    return longest
+    ours = words(text)
+    matchers = (SequenceMatcher(None, ours, words(other), autojunk=False) for other in shown)
+    return max((matcher.find_longest_match().size for matcher in matchers), default=0)
 
 
 def flaw(text: str) -> Rejection | None:
@@ -103,10 +100,8 @@ class NearDuplicates:
 def texts_of(rows: Iterable[Any]) -> Iterator[str]:
     """Yields the texts of rows of any type: strings, and the contents of messages."""
     for row in rows:
-        values = (
-            [value for name, value in row.items() if not name.startswith("fac_")] if isinstance(row, dict) else [row]
-        )
-        for value in values:
+        columns = row if isinstance(row, dict) else {"text": row}
+        for value in (value for name, value in columns.items() if not name.startswith("fac_")):
             if isinstance(value, str):
                 yield value
             elif isinstance(value, list):

@@ -136,11 +136,19 @@ class FACSynthesizer:
         )  # fmt: skip
         self.chat = LocalChat(featurizer.model, featurizer.tokenizer) if chat is None else chat
         self.avoid = {name: list(texts_of(rows)) for name, rows in (avoid or {}).items()}
-        self._steered: SteeredChat | None = None
 
     @functools.cached_property
     def _avoided(self) -> NearDuplicates:
         return NearDuplicates(self.avoid)
+
+    @functools.cached_property
+    def _steered(self) -> SteeredChat:
+        from ..steering.steered_chat import SteeredChat
+
+        own, chat = self.featurizer, self.chat
+        if not isinstance(chat, LocalChat) or chat.model is not own.model:
+            chat = LocalChat(own.model, own.tokenizer)
+        return SteeredChat(chat, own.sae, layer=own.layer)
 
     def fingerprint(self) -> str:
         """Returns a hash of all settings that shape results; the weights of the model that measures are among them."""
@@ -314,16 +322,7 @@ class FACSynthesizer:
 
     def _unconditional_prompt(self) -> UnconditionalPrompt | None:
         """What the steered model continues, None without steering."""
-        from ..steering.steered_chat import SteeredChat
-
-        if "steering" not in self.settings.methods:
-            return None
-        if self._steered is None:
-            own, chat = self.featurizer, self.chat
-            if not isinstance(chat, LocalChat) or chat.model is not own.model:
-                chat = LocalChat(own.model, own.tokenizer)
-            self._steered = SteeredChat(chat, own.sae, layer=own.layer)
-        return unconditional_prompt(self.task, self._steered)
+        return unconditional_prompt(self.task, self._steered) if "steering" in self.settings.methods else None
 
     def _provenance(self) -> dict[str, dict[str, Any]]:
         """What is recorded with the samples, by method."""

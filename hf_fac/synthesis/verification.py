@@ -83,12 +83,10 @@ class SampleScorer:
         for i, feature in enumerate(features):
             part = slice(acts.indptr[i], acts.indptr[i + 1])
             ids, values = acts.indices[part], acts.data[part]
-            own = np.flatnonzero(ids == feature)
-            span = None
-            if own.size:
-                position = int(reading.positions[part][own[0]])
+            activation, span = 0.0, None
+            if (own := np.flatnonzero(ids == feature)).size:
+                activation, position = float(values[own[0]]), int(reading.positions[part][own[0]])
                 span = list(reader.span(rows[i], position, before=20, after=10)[:3])
-            activation = float(values[own[0]]) if own.size else 0.0
             above = ids[values > self.delta[ids]].tolist()
             scores.append(SampleScore(activation, above, span, reading.skipped.get(i)))
         return scores
