@@ -53,12 +53,9 @@ def evaluate_sae(
 
     Raises: ValueError for rows with fewer than two content tokens.
     """
-    reader = ConversationReader(tokenizer, max_length=max_length)
-    pieces = reader(rows)
-    hidden = torch.cat(
-        list(content_states(model, pieces, layer, default_batch_tokens(model.device), sink_norm))
-        or [torch.zeros(0, sae.cfg.d_in)]
-    )
+    pieces = ConversationReader(tokenizer, max_length=max_length)(rows)
+    states = list(content_states(model, pieces, layer, default_batch_tokens(model.device), sink_norm))
+    hidden = torch.cat(states or [torch.zeros(0, sae.cfg.d_in)])
     if len(hidden) < 2:
         raise ValueError("The held-out rows have fewer than two content tokens: give more rows.")
     active = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
@@ -102,7 +99,7 @@ def _loss_recovered(
     if model.get_output_embeddings() is None or not is_causal(model, layer):
         return None
     losses = np.zeros(3)
-    replacements = (None, lambda x: sae.decode(sae.encode(x)), torch.zeros_like)
+    replacements = (lambda x: x, lambda x: sae.decode(sae.encode(x)), torch.zeros_like)
     with evaluation_mode(model):
         for ids, content in list(zip(pieces.ids, pieces.content, strict=True))[:loss_rows]:
             if len(ids) >= 2 and content.any():
@@ -120,15 +117,13 @@ def _loss(
     content: np.ndarray,
     layer: int,
     sink_norm: float,
-    replacement: Callable[[Tensor], Tensor] | None,
+    replacement: Callable[[Tensor], Tensor],
 ) -> float:
     """The summed loss on the content tokens of one row, its content tokens at the layer replaced."""
     batch = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
     counts = torch.from_numpy(content)[None].to(model.device)
 
-    def replace(hidden: Tensor) -> Tensor | None:
-        if replacement is None:
-            return None
+    def replace(hidden: Tensor) -> Tensor:
         is_replaced = counts & (hidden.float().norm(dim=-1) <= sink_norm)
         return torch.where(is_replaced[..., None], replacement(hidden.float()).to(hidden.dtype), hidden)
 

@@ -1,6 +1,7 @@
-"""File formats of SAEs: SAELens' and EleutherAI sparsify's folders, the .pth files of the paper (arXiv 2602.10388), on
-disk or in a Hub repository. In: a path or a repository's name; out: a SAELens SAE. Nothing is
-unpickled, and nothing larger is fetched than what the SAE's own config accounts for.
+"""File formats of SAEs: SAELens' and EleutherAI sparsify's folders, and the .pth files of the paper (arXiv 2602.10388).
+
+In: a path, or the name of a Hub repository. Out: a SAELens SAE. Nothing is unpickled. A download is refused when it is
+larger than the SAE's own config says.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LAYOUTS = f"{CONFIG} with {SAELENS_WEIGHTS} (SAELens) or {SPARSIFY_WEIGHTS} (spa
 ELSEWHERE = "take one that find_sae(model_id) lists, or train one with train_sae"
 _REPAIR = "get the SAE anew from where it was made, or mend that file"
 _CONFIG_BYTES = 1 << 20
-_BYTES_EACH = 32  # of [d_sae, d_in]: two float64 matrices, and as much again
+_BYTES_EACH = 32  # of [d_sae, d_in]: twice the two float64 matrices
 _MOST_BYTES = 64 << 30
 
 
@@ -85,33 +86,32 @@ def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
     from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
     from safetensors import SafetensorError
 
-    if path.is_file():
-        weights = path if path.suffix == ".pth" else None
-    else:
-        name = _weights({file.name for file in path.glob("*") if file.is_file()})
-        weights = path / name if name else None
+    folder = path.parent if path.is_file() else path
+    names = [path.name] if path.is_file() else [file.name for file in path.glob("*") if file.is_file()]
+    weights = _weights(names)
     if weights is None:
         patterns = ("*", "*/*.pth", f"*/{CONFIG}", f"*/*/{CONFIG}")
         inside = [file.relative_to(path).as_posix() for pattern in patterns for file in path.glob(pattern)]
         raise _no_sae(label, inside or [path.name])
     converters = {SAELENS_WEIGHTS: sae_lens_disk_loader, SPARSIFY_WEIGHTS: _convert_sparsify}
-    folder_converter = converters.get(weights.name)
     try:
-        if folder_converter is not None:
-            checked(SAEConfig, (path / CONFIG).read_bytes(), CONFIG, _REPAIR)
-            return SAE.load_from_disk(weights.parent, converter=folder_converter, **options)
-        return SAE.load_from_disk(weights, converter=_convert_checkpoint, **options)
+        if weights in converters:
+            checked(SAEConfig, (folder / CONFIG).read_bytes(), CONFIG, _REPAIR)
+            return SAE.load_from_disk(folder, converter=converters[weights], **options)
+        return SAE.load_from_disk(folder / weights, converter=_convert_checkpoint, **options)
     except LookupError as error:
         raise ValueError(f"{label!r} cannot be read as an SAE: missing or unknown to SAELens: {error}.") from error
     except (AttributeError, EOFError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        # PyTorch spreads its reasons over lines.
+        # PyTorch's messages have several lines.
         reason = " ".join(str(error).split()) or "it is empty, or cut off"
         raise ValueError(f"{label!r} cannot be read as an SAE: {reason}") from error
 
 
 def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | bool | None) -> Path:
-    """The folder or .pth file of an SAE in a local snapshot of a Hub repository. Without `sae_id` it is the one at the
-    top, or the only one there is. The config comes first, and the weights only when they are no larger than it says.
+    """The folder or .pth file of an SAE in a local snapshot of a Hub repository.
+
+    Without `sae_id` it is the SAE at the top, or the only one. The weights are fetched after the config, and only when
+    they are no larger than it says.
 
     Raises: FileNotFoundError where there is no such SAE, or several; HubError when the repository cannot be read or the
         weights are too large; ValueError for a config without widths.
@@ -121,28 +121,29 @@ def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | b
     cached = None
     try:
         commit, sizes = list_files(repo, revision=revision, token=token)
+        files = list(sizes)
     except HubError as error:
         cached = _cached(repo, revision) if error.status is None else None
         if cached is None:
             text = f"{repo!r} is no local path and did not come from the Hub: {error}"
             raise HubError(text, status=error.status) from error
-        sizes = {file.relative_to(cached).as_posix(): 0 for file in cached.rglob("*") if file.is_file()}
-    folder, weights = _choose(sizes, sae_id)
+        files = [file.relative_to(cached).as_posix() for file in cached.rglob("*") if file.is_file()]
+    folder, weights = _choose(files, sae_id)
     if weights is None:
-        raise _no_sae(f"{repo}:{sae_id}" if sae_id else repo, list(sizes))
+        raise _no_sae(f"{repo}:{sae_id}" if sae_id else repo, files)
     target = weights if weights.endswith(".pth") else folder
     if cached is not None:
         return cached / target
 
     def pull(*paths: str, max_bytes: int) -> Path:
         wanted = [glob.escape(path) for path in paths]
-        # Only a pattern that ends in .pth fetches one; what it holds is read as tensors only.
+        # .pth files are fetched only when a pattern names them.
         return pull_folder(repo, revision=commit, token=token, allow_patterns=wanted, max_bytes=max_bytes).path
 
     if target == weights:
         return pull(weights, max_bytes=_MOST_BYTES) / target
     config = f"{folder}/{CONFIG}".lstrip("/")
-    root = pull(config, *({"config.json"} & sizes.keys()), max_bytes=2 * _CONFIG_BYTES)
+    root = pull(config, *({"config.json"} & set(files)), max_bytes=2 * _CONFIG_BYTES)
     found = checked(SAEConfig, (root / config).read_bytes(), f"{repo}: {config}", _REPAIR)
     most = _BYTES_EACH * found.features * found.d_in + _CONFIG_BYTES
     return pull(weights, max_bytes=min(most, _MOST_BYTES)) / target
@@ -164,11 +165,9 @@ def _choose(files: Collection[str], sae_id: str | None) -> tuple[str, str | None
 
 
 def _weights(names: Collection[str]) -> str | None:
-    """Which of the files in a folder has an SAE's weights, safetensors first; None when there is no single one."""
-    if CONFIG in names:
-        for name in (SAELENS_WEIGHTS, SPARSIFY_WEIGHTS):
-            if name in names:
-                return name
+    """The file in a folder that holds an SAE's weights, safetensors first; None when there is no single one."""
+    if CONFIG in names and (found := [name for name in (SAELENS_WEIGHTS, SPARSIFY_WEIGHTS) if name in names]):
+        return found[0]
     checkpoints = [name for name in names if name.endswith(".pth")]
     return checkpoints[0] if len(checkpoints) == 1 else None
 
@@ -214,8 +213,8 @@ def hook_of_layer(layer: int) -> str:
 def _convert_sparsify(folder: Path, device: str, cfg_overrides: dict[str, Any]) -> Parts:
     """SAELens' config and tensors of a folder of EleutherAI sparsify, which is named after its hookpoint ("layers.15").
 
-    SAELens' own converter does not fit it: it transposes the decoder, and takes b_dec off the input or not by
-    normalize_decoder, where sparsify always does.
+    SAELens' own converter gives other features. It transposes the decoder. It subtracts b_dec from the input only for
+    some settings of normalize_decoder, sparsify always.
     """
     from safetensors.torch import load_file
 
@@ -229,13 +228,14 @@ def _convert_sparsify(folder: Path, device: str, cfg_overrides: dict[str, Any]) 
     tensors = load_file(folder / SPARSIFY_WEIGHTS, device=device)
     folder = folder.absolute()  # "." has no name
     hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
-    # A folder of another name, such as a download's, says nothing about the layer.
+    # A downloaded folder may have any name, which then does not say the layer.
     named = re.search(r"\.\d+(\.|$)|^embed", hookpoint.name)
     run = hookpoint.parent / "config.json"
+    own = {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
     return _topk_parts(
-        {"d_in": config.d_in, "d_sae": config.features, "k": config.k, "device": device, **cfg_overrides},
-        {"W_enc": tensors["encoder.weight"].T, "b_enc": tensors["encoder.bias"]}
-        | {key: tensors[key] for key in ("W_dec", "b_dec")},
+        config,
+        {"device": device, **cfg_overrides},
+        own | {key: tensors[key] for key in ("W_dec", "b_dec")},
         layer=layer_of_hook(hookpoint.name) if named else None,
         model_name=checked(_Run, run.read_bytes(), run.name, _REPAIR).model if run.is_file() else None,
     )
@@ -248,21 +248,27 @@ def _convert_checkpoint(path: Path, device: str, cfg_overrides: dict[str, Any]) 
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except UnpicklingError:
-        # PyTorch's own message tells how to run the code.
+        # PyTorch's own message says how to run the code in the file.
         raise ValueError("it holds more than tensors, and hf_fac unpickles nothing: ask for safetensors.") from None
     found = checked(_Checkpoint, checkpoint, "it", f"take {LAYOUTS}")
-    config, tensors = found.config, found.weight
     layer = re.search(r"_l(\d+)(?=[_.])", path.name)
-    # Its "mask" takes part only when that code edits a model, never in encoding.
+    # Its "mask" is for editing a model; encoding does not use it.
+    tensors = {key: found.weight[key] for key in ("W_enc", "b_enc", "b_dec")}
     return _topk_parts(
-        {"d_in": config.d_in, "d_sae": config.features, "k": config.k, "device": device, **cfg_overrides},
-        {key: tensors[key] for key in ("W_enc", "b_enc", "b_dec")} | {"W_dec": tensors["W_enc"].T},
+        found.config,
+        {"device": device, **cfg_overrides},
+        tensors | {"W_dec": tensors["W_enc"].T},
         layer=int(layer[1]) if layer else None,
     )
 
 
 def _topk_parts(
-    config: dict[str, Any], tensors: dict[str, torch.Tensor], *, layer: int | None, model_name: str | None = None
+    config: SAEConfig,
+    options: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    *,
+    layer: int | None,
+    model_name: str | None = None,
 ) -> Parts:
     import torch
     from sae_lens import TopKSAEConfig
@@ -270,7 +276,8 @@ def _topk_parts(
     from sae_lens.util import str_to_dtype
 
     metadata = SAEMetadata(model_name=model_name, hook_name=None if layer is None else hook_of_layer(layer))
-    dtype = str_to_dtype(config["dtype"])
-    # Own memory for each: safetensors stores neither views nor tensors that share it.
+    topk = TopKSAEConfig(d_in=config.d_in, d_sae=config.features, k=config.k, metadata=metadata, **options)
+    dtype = str_to_dtype(topk.dtype)
+    # Copies: safetensors stores neither views nor tensors that share memory.
     own = {key: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    return TopKSAEConfig(**config, metadata=metadata).to_dict(), own
+    return topk.to_dict(), own

@@ -1,8 +1,8 @@
 """Find, load, convert, check and save sparse autoencoders (SAEs) of the residual stream.
 
 In: the name of a Hub repository, a SAELens release, a local folder (SAELens' or EleutherAI sparsify's layout) or a .pth
-file of the paper (arXiv 2602.10388). Out: a SAELens SAE, so that all later code sees one type. An SAE that hf_fac does
-not support is refused with the reason.
+file of the paper (arXiv 2602.10388). Out: a SAELens SAE, whatever the format. An SAE that hf_fac does not support is
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
     from sae_lens import SAE
-    from sae_lens.saes.sae import SAEMetadata
 
 
 @dataclass(frozen=True)
 class SAESettings:
     """What an SAE expects of its input, from its metadata.
 
+    None stands for what the metadata does not say.
+
     Attributes:
-        layer: the layer read: 0 is the embedding, L the output of the L-th block; None when the SAE does not say.
-        model_name: the model it was trained on, as its maker wrote it; None when unknown.
+        layer: 0 is the embedding, L the output of the L-th block.
+        model_name: the model it was trained on, as its maker wrote it.
         prepend_bos: the SAE was trained with a BOS token in front of every sequence; False also when unknown.
-        center: the mean over d_in is subtracted from each activation first (TransformerLens' centred writing weights;
-            it centres models with LayerNorm only, so ignore this for RMSNorm).
-        sink_norm: tokens whose activation has a larger L2 norm (raw units) are sinks and left out; None when unknown.
-        fvu: fraction of variance unexplained on the data it was made for; None when unknown.
+        center: the mean over d_in is subtracted from each activation first (TransformerLens' centred writing weights).
+            Ignore it for models with RMSNorm: TransformerLens centres models with LayerNorm only.
+        sink_norm: tokens whose activation has a larger L2 norm (raw units) are sinks and left out.
+        fvu: fraction of variance unexplained on the data it was made for.
     """
 
     layer: int | None
@@ -70,18 +71,17 @@ def load_sae(
 ) -> SAE[Any]:
     """Returns the SAE with this name as a SAELens inference SAE on `device`, computing in `dtype`.
 
-    A local path that exists wins; then `a:b` is SAE b of the SAELens release a, or folder b of the Hub repository a;
-    then `user/repo` is a Hub repository. Weights are converted from the dtype they are stored in. Nothing is unpickled.
-
     Args:
-        sae_id: subfolder (or .pth file) of a folder or repository, or the SAE's id in a SAELens release. The only SAE
-            of a repository needs none.
+        name: a local path, a SAELens release or a Hub repository `user/repo`; the first of these that there is. "a:b"
+            means name="a", sae_id="b".
+        sae_id: subfolder (or .pth file) of a folder or repository, or the SAE's id in a SAELens release. Not needed for
+            the only SAE of a repository.
         revision: branch, tag or commit of a Hub repository.
         token: for a Hub repository; releases are downloaded by SAELens with the stored login.
 
     Raises:
         FileNotFoundError: nothing of that name, or no SAE in it.
-        HubError: a repository that cannot be read, or holds more than its config accounts for.
+        HubError: a repository that cannot be read, or weights larger than its config says.
         ValueError: not readable as an SAE, weights that are not finite, or refused by `check_sae`.
     """
     from sae_lens import SAE
@@ -98,7 +98,7 @@ def load_sae(
         raise ValueError(f"revision={revision!r} is for a Hub repository, which {name!r} is not: leave it out.")
 
     with warnings.catch_warnings():
-        # SAELens advises to load the model with these arguments; read_settings honours the one that matters.
+        # SAELens advises to load the model with these arguments; read_settings reads the one that matters.
         warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
         if path.exists() or is_repo:
             local = pull_sae(name, sae_id, revision, token) if is_repo else path / (sae_id or "")
@@ -125,11 +125,10 @@ def save_sae(sae: SAE[Any], folder: str | os.PathLike[str], *, dtype: str | torc
     Files appear whole or not at all; an SAE that was there is replaced. A training SAE is saved as the inference SAE.
 
     Args:
-        dtype: what the weights are stored in, e.g. float16 for half the size. cfg.json keeps the dtype that the SAE
-            computes in, which SAELens converts stored weights to.
+        dtype: of the stored weights, e.g. float16 for half the size. cfg.json keeps the dtype that the SAE computes in;
+            SAELens converts stored weights to it.
 
-    Raises:
-        ValueError: weights that are not finite, or too large for `dtype`.
+    Raises: ValueError for weights that are not finite, or too large for `dtype`.
     """
     from sae_lens.util import str_to_dtype
     from safetensors.torch import save_file
@@ -139,7 +138,7 @@ def save_sae(sae: SAE[Any], folder: str | os.PathLike[str], *, dtype: str | torc
         tensors = {key: tensor.to(str_to_dtype(dtype)) for key, tensor in tensors.items()}
     _require_finite(tensors, "The SAE", "train it again, or store it in a wider dtype")
     try_output(folder, folder=True)
-    # Without its cfg.json a folder holds no SAE.
+    # cfg.json comes first: without it a folder does not count as an SAE.
     with whole_files(folder / CONFIG, folder / SAELENS_WEIGHTS) as (config_file, weights_file):
         config_file.write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, weights_file)
@@ -185,13 +184,17 @@ def find_sae(model: str, *, layer: int | None = None) -> pd.DataFrame:
 def read_settings(sae: SAE[Any]) -> SAESettings:
     """Returns what the SAE expects of its input. Raises: ValueError when it does not read the residual stream.
 
-    Our own metadata, `sae.cfg.metadata["hf_fac"]`, is a dict that survives saving and SAELens: layer (wins over the
-    hook's name), model_revision, sink_norm, training_data, fvu, l0, dead_share, loss_recovered; any may be absent.
+    hf_fac keeps a dict of its own in `sae.cfg.metadata["hf_fac"]`, which SAELens saves and loads: layer,
+    model_revision, sink_norm, training_data, fvu, l0, dead_share, loss_recovered. Any may be absent. The layer is that
+    of the hook's name when it is not there.
     """
     metadata = sae.cfg.metadata
-    own = _own(metadata)
+    own = checked(OwnMetadata, metadata.hf_fac or {}, "metadata['hf_fac'] of the SAE", "set it right, or leave it out")
+    layer = own.layer
+    if layer is None and metadata.hook_name is not None:
+        layer = layer_of_hook(metadata.hook_name)
     return SAESettings(
-        layer=_layer(metadata),
+        layer=layer,
         model_name=metadata.model_name,
         prepend_bos=bool(metadata.prepend_bos),
         center=bool((metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights")),
@@ -201,11 +204,7 @@ def read_settings(sae: SAE[Any]) -> SAESettings:
 
 
 def check_sae(sae: SAE[Any], *, d_in: int | None = None) -> None:
-    """Checks that hf_fac supports the SAE, on a model of hidden size `d_in`.
-
-    Raises:
-        ValueError: in one sentence, what was found, what was expected and what to do.
-    """
+    """Checks that hf_fac supports the SAE, on a model of hidden size `d_in`. Raises: ValueError when it does not."""
     cfg, metadata = sae.cfg, sae.cfg.metadata
     architecture, hook, decoder = cfg.architecture(), metadata.hook_name, list(sae.W_dec.shape)
     refusals = {
@@ -224,7 +223,7 @@ def check_sae(sae: SAE[Any], *, d_in: int | None = None) -> None:
     for found, refused in refusals.items():
         if refused:
             raise ValueError(f"This SAE {found}: {ELSEWHERE}.")
-    _layer(metadata)
+    read_settings(sae)
     if d_in is not None and cfg.d_in != d_in:
         raise ValueError(
             f"This SAE reads activations of width {cfg.d_in}, the model's hidden size is {d_in}: use the model it was "
@@ -233,15 +232,12 @@ def check_sae(sae: SAE[Any], *, d_in: int | None = None) -> None:
 
 
 def fold_input_scale(sae: SAE[Any], scale: float) -> SAE[Any]:
-    """Folds an input scale into an SAE that was trained on x / scale: it then takes and reconstructs raw x.
+    """Returns the SAE, which was trained on x / scale, changed in place to take and reconstruct raw x.
 
-    The SAE is changed in place and returned.
+    W_enc is divided by scale, W_dec and b_dec are multiplied by it. Features keep their units, so thresholds, k and FVU
+    stay valid.
 
-    Features keep the units they were trained in, so thresholds and k mean what they meant, and FVU is the same. W_enc
-    is divided by scale, W_dec and b_dec are multiplied by it, whether or not b_dec is taken off the input.
-
-    Raises:
-        ValueError: scale not positive and finite, or an SAE for which this does not hold.
+    Raises: ValueError for a scale that is not positive and finite, or an SAE for which this does not hold.
     """
     from sae_lens import TopKSAE, TopKTrainingSAE
 
@@ -255,7 +251,7 @@ def fold_input_scale(sae: SAE[Any], scale: float) -> SAE[Any]:
             f"train one of {', '.join(foldable)} without normalisation."
         )
     if isinstance(sae, TopKSAE | TopKTrainingSAE) and sae.cfg.rescale_acts_by_decoder_norm:
-        # These features are measured in decoder norms, which the scale changes: make the norms 1 first.
+        # These features are in units of decoder norms, which the scale changes: make the norms 1 first.
         sae.fold_W_dec_norm()
         sae.cfg.rescale_acts_by_decoder_norm = False
     sae.fold_activation_norm_scaling_factor(1 / scale)
@@ -283,17 +279,8 @@ def fvu(sae: SAE[Any], x: torch.Tensor) -> float:
     return unexplained / total
 
 
-def _layer(metadata: SAEMetadata) -> int | None:
-    own = _own(metadata).layer
-    return own if own is not None or metadata.hook_name is None else layer_of_hook(metadata.hook_name)
-
-
-def _own(metadata: SAEMetadata) -> OwnMetadata:
-    return checked(OwnMetadata, metadata.hf_fac or {}, "metadata['hf_fac'] of the SAE", "set it right, or leave it out")
-
-
 def _directory_hook(entry: str) -> str | None:
-    """The residual hook of "release/id/path", all that SAELens' directory says of an SAE; None for other places."""
+    """The residual hook that an entry of SAELens' directory, "release/id/path", stands for; None for other places."""
     if match := re.search(r"/(blocks\.\d+\.hook_resid_(?:pre|post))[_/]", entry):
         return match[1]
     if re.search(r"-res(?:-canonical)?/embedding/", entry):
@@ -310,7 +297,7 @@ def _directory_hook(entry: str) -> str | None:
 
 
 def _model_key(model: str) -> str:
-    """A key that all names of a model have in common: "gpt2-small", "gpt2" and "openai-community/gpt2" share one."""
+    """The same key for all names of a model, such as "gpt2-small", "gpt2" and "openai-community/gpt2"."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
     def last(name: str) -> str:

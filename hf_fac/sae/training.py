@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -29,13 +30,14 @@ from .loading import fold_input_scale, inference_parts, save_sae
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from sae_lens import SAE
+    from sae_lens import SAE, TrainingSAE
     from sae_lens.training.sae_trainer import SAETrainer
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ROWS_AT_ONCE = 256
 _CHECKPOINTS, _SAMPLES, _PROGRESS = "sae-training", "samples-", "progress.json"
+_HELD_OUT = 200  # rows of a stream
 _SCALE_ROWS = 32  # some thousand tokens tell a mean and a median well enough
 
 
@@ -102,21 +104,20 @@ def train_sae(
         batch_tokens = batch_tokens or default_batch_tokens(model.device)
         stream = _Stream(model, reader, train, layer, buffer_tokens, batch_tokens, seed)
         total = training_tokens or epochs * stream.count_tokens()
-        if total < 1:
-            raise ValueError("The data set has no content token to train on.")
         scale, sink_norm = stream.measure_scale()
         batch_size = min(batch_size, total)
         steps = max(total // batch_size, 1)
         torch.manual_seed(seed)
-        config = _sae_config(model, layer, architecture, {"d_in": d_in, "d_sae": d_sae, **(sae_options or {})}, k=k)
-        trainer = _trainer(config, architecture, steps, batch_size, learning_rate)
+        sae_options = {"d_in": d_in, "d_sae": d_sae, **(sae_options or {})}
+        new_sae = _new_sae(model, layer, architecture, sae_options, k)
+        trainer = _trainer(new_sae, steps, batch_size, learning_rate)
         # The rows of a stream are not known yet.
         keeps_rows = output_dir is not None and hasattr(train, "__len__")
         settings = {
-            "config": {name: value for name, value in config.to_dict().items() if name != "metadata"},
+            "config": {name: value for name, value in new_sae.cfg.to_dict().items() if name != "metadata"},
             "layer": layer, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
             "buffer_tokens": buffer_tokens, "max_length": max_length, "scale": round(scale, 4),
-            "model": config.metadata.model_name, "rows": rows_digest(train) if keeps_rows else None,
+            "model": new_sae.cfg.metadata.model_name, "rows": rows_digest(train) if keeps_rows else None,
         }  # fmt: skip
         start = checkpoints.restore(trainer, settings)
         fills = stream.fills(start, sink_norm, scale, batch_size=batch_size, steps=steps - trainer.n_training_steps)
@@ -124,16 +125,12 @@ def train_sae(
             checkpoints.save(trainer, position)
         sae = fold_input_scale(_inference_sae(trainer.sae, model.device), scale)
         metrics = evaluate_sae(model, tokenizer, sae, held_out, layer=layer, sink_norm=sink_norm, max_length=max_length)
+        figures = metrics._asdict()
         sae.cfg.metadata["hf_fac"] = {
-            "layer": layer,
-            "model_revision": getattr(model.config, "_commit_hash", None),
-            "sink_norm": sink_norm,
-            "training_data": _describe(dataset),
-            "training_tokens": trainer.n_training_samples,
-            "seed": seed,
-            **{name: value for name, value in metrics._asdict().items() if name != "tokens"},
-            "eval_tokens": metrics.tokens,
-        }
+            "layer": layer, "model_revision": getattr(model.config, "_commit_hash", None), "sink_norm": sink_norm,
+            "training_data": _describe(dataset), "training_tokens": trainer.n_training_samples, "seed": seed,
+            "eval_tokens": figures.pop("tokens"), **figures,
+        }  # fmt: skip
         if output_dir is not None:
             save_sae(sae, output_dir)
         checkpoints.clear()
@@ -154,25 +151,21 @@ def _check_settings(architecture: str, learning_rate: float, *, d_sae: int, k: i
         )
 
 
-def _sae_config(model: PreTrainedModel, layer: int, architecture: str, options: dict[str, Any], *, k: int) -> Any:
-    """SAELens' config of the SAE; k is left out for an architecture that has none."""
+def _new_sae(model: PreTrainedModel, layer: int, architecture: str, options: dict[str, Any], k: int) -> TrainingSAE:
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
-    options = {"device": str(model.device), **options}
-    if "k" in config_class.__dataclass_fields__:
-        options.setdefault("k", k)
-    config = config_class(**options)
+    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    has_k = "k" in config_class.__dataclass_fields__
+    config = config_class(**{"device": str(model.device), **({"k": k} if has_k else {}), **options})
     config.metadata.model_name = model.config._name_or_path or type(model).__name__
     config.metadata.hook_name = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
     config.metadata.prepend_bos = False
-    return config
+    return sae_class(config)
 
 
-def _trainer(config: Any, architecture: str, steps: int, batch_size: int, learning_rate: float) -> SAETrainer:
-    """SAELens' trainer of a new SAE, without data: it is given batches one by one."""
+def _trainer(sae: TrainingSAE, steps: int, batch_size: int, learning_rate: float) -> SAETrainer:
+    """SAELens' trainer, without data: it is given batches one by one."""
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
     from sae_lens.training.sae_trainer import SAETrainer
 
     trainer_config = SAETrainerConfig(
@@ -184,10 +177,10 @@ def _trainer(config: Any, architecture: str, steps: int, batch_size: int, learni
         lr_decay_steps=steps // 5,
         # A feature counts as dead, and is revived, after a twentieth of the run without an activation.
         dead_feature_window=max(steps // 20, 25),
-        device=config.device,
-        autocast=config.device.startswith("cuda"),
+        device=sae.cfg.device,
+        autocast=sae.cfg.device.startswith("cuda"),
     )
-    return SAETrainer(trainer_config, SAE_TRAINING_CLASS_REGISTRY[architecture][0](config), iter(()))
+    return SAETrainer(trainer_config, sae, iter(()))
 
 
 def _train(
@@ -223,24 +216,25 @@ class _Position(NamedTuple):
     whole: bool = False
 
 
+@dataclass
 class _Stream:
-    """Buffers of hidden states of a data set's content tokens, in an order that depends on seed and epoch alone."""
+    """Buffers of hidden states of a data set's content tokens, in an order that depends on seed and epoch only.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        reader: ConversationReader,
-        dataset: Dataset | IterableDataset,
-        layer: int,
-        buffer_tokens: int,
-        batch_tokens: int,
-        seed: int,
-    ) -> None:
-        self.model, self.reader, self.dataset, self.layer = model, reader, dataset, layer
-        self.buffer_tokens, self.batch_tokens, self.seed = buffer_tokens, batch_tokens, seed
-        self.causal = is_causal(model, layer)
-        self.n_tokens: int | None = None
-        self.first: list[Tensor] = []
+    n_tokens: content tokens of the data set, once counted. first: states of the first rows, read for the scale.
+    """
+
+    model: PreTrainedModel
+    reader: ConversationReader
+    dataset: Dataset | IterableDataset
+    layer: int
+    buffer_tokens: int
+    batch_tokens: int
+    seed: int
+    n_tokens: int | None = None
+    first: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.causal = is_causal(self.model, self.layer)
 
     def groups(self, epoch: int, row: int) -> Iterator[list[dict]]:
         """Yields the rows of an epoch from `row` on, up to 256 at a time."""
@@ -261,10 +255,13 @@ class _Stream:
 
     def measure_scale(self) -> tuple[float, float]:
         """The mean norm over sqrt(d_in), and the norm above which a token is a sink, from the first rows."""
-        first = next(self.groups(0, 0))[:_SCALE_ROWS]
+        first = next(self.groups(0, 0), [])[:_SCALE_ROWS]
         self.first = list(self.states(first, None))
         if not self.first:
-            raise ValueError(f"The first {_SCALE_ROWS} rows have no content token to train on.")
+            raise ValueError(
+                f"The first {_SCALE_ROWS} rows have no content token to train on. Without eval_dataset=, the first "
+                f"{_HELD_OUT} of a stream are held out."
+            )
         norms = torch.cat(self.first).norm(dim=-1).cpu().numpy()
         cutoff = sink_cutoff(norms)
         d_in = self.model.config.get_text_config().hidden_size
@@ -331,7 +328,7 @@ def _split(dataset: Any, eval_dataset: Any, seed: int) -> tuple[Dataset | Iterab
     if isinstance(dataset, IterableDataset):
         if eval_dataset is not None:
             return dataset, eval_dataset
-        return dataset.skip(200), list(dataset.take(200))
+        return dataset.skip(_HELD_OUT), list(dataset.take(_HELD_OUT))
     if not isinstance(dataset, Dataset):
         rows = list(dataset)
         dataset = Dataset.from_list([{"text": row} if isinstance(row, str) else row for row in rows])

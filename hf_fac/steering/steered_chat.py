@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..chat.base import Completion
 from ..chat.local import LocalChat, Steering
@@ -143,13 +144,9 @@ class SteeredChat:
         with evaluation_mode(model):
             for batch in pack([len(piece) for piece in pieces], budget):
                 # Padding stands on the right, where causal attention does not see it, so no mask is needed.
-                padded = torch.zeros(len(batch), len(pieces[batch[0]]), dtype=torch.long)
-                for place, i in enumerate(batch):
-                    padded[place, : len(pieces[i])] = torch.tensor(pieces[i])
-                padded = padded.to(model.device)
+                padded = pad_sequence([torch.tensor(pieces[i]) for i in batch], batch_first=True).to(model.device)
                 logits = model(input_ids=padded, use_cache=False).logits[:, :-1].float()
-                losses = logits.logsumexp(-1) - logits.gather(-1, padded[:, 1:, None])[..., 0]
-                losses = losses.double().cpu()
+                losses = (logits.logsumexp(-1) - logits.gather(-1, padded[:, 1:, None])[..., 0]).double().cpu()
                 for place, i in enumerate(batch):
                     perplexities[i] = losses[place, len(bos) : len(pieces[i]) - 1].mean().exp()
         return perplexities

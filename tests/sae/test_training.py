@@ -243,6 +243,8 @@ def test_a_streaming_data_set_needs_a_number_of_tokens(model, tokenizer, rows):
         train_sae(model, tokenizer, stream, **options())
     sae = train_sae(model, tokenizer, stream, training_tokens=2000, **options())
     assert sae.cfg.metadata["hf_fac"]["training_tokens"] == 2000 // 64 * 64
+    with pytest.raises(ValueError, match=r"no content token to train on.*the first 200 of a stream are held out"):
+        train_sae(model, tokenizer, stream.take(200), training_tokens=2000, **options())
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "standard", "jumprelu", "gated"])
