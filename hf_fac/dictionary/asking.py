@@ -1,15 +1,17 @@
 """Ask a chat model many questions, each until its answer can be read, and none twice.
 
-In: questions, each with a reader of its answers. Out: for each what was read, or the reason why nothing was. Answers
-are kept in a cache under all that shapes them, so that a stopped run asks only what was not answered yet.
+In: questions, each with a function that reads its answer. Out: for each an `Answer`. Completions are cached, so a
+stopped run that starts again asks only what was not answered yet.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
 
 from ..chat.base import ChatError, Completion
 from ..chat.endpoint import EndpointChat
@@ -20,13 +22,15 @@ from ..tasks.parsing import Answer
 if TYPE_CHECKING:
     from ..chat.base import Chat
     from ..tasks.prompts import Message
+    from .questions import PromptFormat
 
 _RETRY_TEMPERATURE = 0.7  # at 0 the same answer would come back
+_TOKENS = 200
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation, and what reads the answer's text: it gives the value, or the reason why there is none."""
+    """A conversation, and the function that reads the text of its answer."""
 
     conversation: list[Message]
     read: Callable[[str], Answer]
@@ -39,8 +43,8 @@ class CachedChat:
         cache_dir: the folder for the answers (`storage.cache.Cache`); None keeps them in memory.
         seed: of the first attempt; each retry takes the next one.
         attempts: how often a question is asked until its answer can be read.
-        batch_size: questions put to the chat at once. A kill loses at most the answers of one batch; of an
-            `EndpointChat`, those of the requests under way.
+        batch_size: questions in one call of the chat. A kill loses the answers of one batch; with an `EndpointChat`,
+            only those of open requests.
     """
 
     def __init__(
@@ -61,16 +65,14 @@ class CachedChat:
     ) -> list[Answer]:
         """Returns for each question what was read, or the reason why nothing was.
 
-        The first attempt is at temperature 0. A request that failed is not retried here and not kept: the next run
-        asks again.
+        The first attempt is at temperature 0. A failed request is not retried here and not cached: the next run asks
+        again.
 
         Args:
             accept_truncated: read answers that end at max_tokens, too.
 
-        Raises: ChatError when the chat cannot answer anything; what it had answered is kept.
+        Raises: ChatError when the chat cannot answer anything; what it had answered is cached.
         """
-        from tqdm.auto import tqdm
-
         answers: dict[int, Answer] = {}
         waiting = list(range(len(questions)))
         with tqdm(total=len(questions), unit="answer", delay=2, leave=False) as bar:
@@ -87,10 +89,22 @@ class CachedChat:
                         answers[place] = _read(questions[place], completion, accept_truncated)
                         if answers[place].reason is not None and _was_answered(completion):
                             unread.append(place)
-                    still_open = len(waiting) - start - len(batch) + len(unread)
-                    bar.update(len(questions) - still_open - bar.n)
+                        else:
+                            bar.update()
                 waiting = unread
         return [answers[place] for place in range(len(questions))]
+
+    def ask_by_feature(
+        self,
+        conversations: Mapping[int, list[Message]],
+        read: Callable[[str, PromptFormat], Answer],
+        prompt_format: PromptFormat,
+    ) -> dict[int, Answer]:
+        """Returns the answers to one question for each feature, whose prompts and answers are in `prompt_format`."""
+        questions = [Question(asked, lambda text: read(text, prompt_format)) for asked in conversations.values()]
+        # In "text" an answer is one line.
+        answers = self.ask(questions, max_tokens=_TOKENS, stop=("\n",) if prompt_format == "text" else ())
+        return dict(zip(conversations, answers, strict=True))
 
     def _complete(self, conversations: Sequence[list[Message]], settings: dict[str, Any]) -> list[Completion]:
         keys = [content_key("question", self.identity, conversation, settings) for conversation in conversations]
@@ -115,8 +129,7 @@ def _read(question: Question, completion: Completion, accept_truncated: bool) ->
     if not _was_answered(completion):
         return Answer(None, f"the chat failed: {completion.error}")
     if completion.finish == "length" and not accept_truncated:
-        cut = f"it was cut off after {completion.completion_tokens} tokens: {completion.text[:80]!a}"
-        return Answer(None, cut)
+        return Answer(None, f"it was cut off after {completion.completion_tokens} tokens: {completion.text[:80]!a}")
     return question.read(completion.text)
 
 

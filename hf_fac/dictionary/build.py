@@ -1,7 +1,7 @@
 """One pass over a data set collects the strongest spans of every feature and how often it is active.
 
-In: a featurizer and rows. Out: a `FeatureDictionary` without explanations. What is held does not grow with the data:
-the n strongest places of each feature, whose texts are cut out at the end. A stopped pass goes on where it was.
+In: a featurizer and rows. Out: a `FeatureDictionary` without explanations. Memory does not grow with the data: only the
+n strongest places of each feature are kept, and their texts are cut out at the end. A stopped pass can be resumed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from tqdm.auto import tqdm
 
+from ..inputs.rows import as_rows
 from ..storage.files import try_output
 from ..storage.parquet import digest_of_hashes, row_hash
+from ..storage.scored_rows import COLUMNS
 from .dictionary import FeatureDictionary
 from .merging import strongest
 from .schema import schema
 from .top_spans import TopSpans, window_hashes
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..features.featurizer import SAEFeaturizer
 
-_CELLS = 1 << 25  # rows x features read at once: where nearly all are active, activations are what takes memory
+_CELLS = 1 << 25  # rows x features read at once, which bounds the memory of their activations
 _MOST_ROWS = 1000
 _MOST_CHARACTERS = 2000  # of a span on each side: a tokenizer may make one token of a whole line
 
@@ -50,17 +53,17 @@ def build_dictionary(
     """Returns the dictionary of a data set: a row for each feature that the featurizer computes, dead ones too.
 
     A span is the activating token (the first that reaches the row's maximum), `before` tokens before it and `after`
-    after it; the same tokens around the same token count once among the spans, but each row counts in the statistics,
-    which are those of `FeatureCoverage`. Beside the rows being read it takes 24 bytes for each feature and span.
+    after it. Equal spans are kept once. The statistics are those of `FeatureCoverage`, in which every row counts.
+    Beside the rows being read it takes 24 bytes for each feature and span.
 
     Args:
         dataset: a `datasets.Dataset` or a list, rows as the featurizer reads them.
         spans: the most spans of a feature.
-        output_dir: keep the state here after each shard; the same call goes on with the first shard not done.
-        shard_rows: rows in a shard, and what a fault can cost.
-        source: what is written beside each span; by default the data set's own name.
-        rank, world_size: every world_size-th shard, from the rank-th on, is read; by default what torchrun and
-            accelerate put into RANK and WORLD_SIZE. Each process gets the dictionary of its rows; `a | b` joins them.
+        output_dir: keep the state here after each shard, from which the same call resumes.
+        shard_rows: rows in a shard; a kill loses the work on one.
+        source: the data set's name beside each span; by default the data set's own.
+        rank, world_size: read every world_size-th shard, from the rank-th on; by default what torchrun and accelerate
+            put into RANK and WORLD_SIZE. Each process gets the dictionary of its rows; `a | b` joins them.
 
     Raises: RowError for a row that cannot be read; ValueError when output_dir holds another pass, or for arguments out
         of range; TypeError for other kinds of data sets. Warns (UserWarning) of rows that were skipped.
@@ -68,7 +71,8 @@ def build_dictionary(
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     _check_arguments(rank, world_size, shard_rows=shard_rows, spans=spans, before=before, after=after)
-    reader, top = _SpanReader(featurizer, _Rows(dataset), before, after), TopSpans(featurizer.d_sae, spans)
+    dataset = _without_scores(dataset)
+    reader, top = _SpanReader(featurizer, dataset, before, after), TopSpans(featurizer.d_sae, spans)
     shards = _parts(range(len(dataset)), shard_rows)[rank::world_size]
     measurement = featurizer.measurement | {"feature_fingerprint": featurizer.feature_fingerprint()}
     settings = {
@@ -77,10 +81,11 @@ def build_dictionary(
     }  # fmt: skip
     state = None if output_dir is None else Path(output_dir) / f"spans-{rank:05d}-of-{world_size:05d}.safetensors"
     if state is not None:
-        _resume(state, settings, top, reader.rows, shards)
-    with _progress(sum(map(len, shards)), top.total_rows) as bar:
+        _resume(state, settings, top, dataset, shards)
+    total = sum(map(len, shards))
+    with tqdm(total=total, initial=top.total_rows, unit="row", desc="Collecting spans", delay=2, leave=False) as bar:
         for shard in shards[top.shards_done :]:
-            hashes = reader.rows.hashes(shard)
+            hashes = _hashes(dataset, shard)
             for part in _parts(shard, max(1, min(_MOST_ROWS, _CELLS // featurizer.d_sae))):
                 reader.add(part, top)
                 bar.update(len(part))
@@ -90,7 +95,8 @@ def build_dictionary(
     if top.skipped:
         skipped = f"{top.skipped:,} of {top.total_rows:,} rows were skipped, without text or unreadable"
         warnings.warn(skipped, stacklevel=2)
-    return _dictionary(reader, top, measurement, source or reader.rows.name)
+    name = None if isinstance(dataset, list) else dataset.info.dataset_name
+    return _dictionary(reader, top, measurement, source or name)
 
 
 def _check_arguments(rank: int, world_size: int, **sizes: int) -> None:
@@ -102,7 +108,7 @@ def _check_arguments(rank: int, world_size: int, **sizes: int) -> None:
             raise ValueError(f"{name} is {size}; it must be at least {least}.")
 
 
-def _resume(state: Path, settings: dict[str, Any], top: TopSpans, rows: _Rows, shards: list[range]) -> None:
+def _resume(state: Path, settings: dict[str, Any], top: TopSpans, dataset: Any, shards: list[range]) -> None:
     """Load the state of a stopped pass, if there is one. Raises: ValueError when it read other rows."""
     try_output(state.parent, folder=True)
     if not state.exists():
@@ -110,7 +116,7 @@ def _resume(state: Path, settings: dict[str, Any], top: TopSpans, rows: _Rows, s
     top.load(state, settings)
     content = ""
     for shard in shards[: top.shards_done]:
-        content = digest_of_hashes(rows.hashes(shard), after=content)
+        content = digest_of_hashes(_hashes(dataset, shard), after=content)
     if content != top.content:
         raise ValueError(f"{state} is of a pass over other rows, or in another order: choose another output_dir.")
 
@@ -120,55 +126,48 @@ def _parts(rows: range, size: int) -> list[range]:
 
 
 def content_hash(dataset: Dataset | list[Any]) -> str:
-    """Returns what a dictionary of these rows, in any order, has in its column `data`."""
-    return f"{sum(_Rows(dataset).hashes(range(len(dataset)))) % 2**64:016x}"
+    """Returns the value of the column `data` in a dictionary of these rows, whatever their order."""
+    return f"{sum(_hashes(_without_scores(dataset), range(len(dataset)))) % 2**64:016x}"
 
 
 def remove_states(output_dir: str | os.PathLike[str]) -> None:
-    """Remove what `build_dictionary` keeps in a folder to go on from, and the folder where it holds nothing else."""
+    """Remove the states of `build_dictionary` from a folder, and the folder when it is empty then."""
     for state in Path(output_dir).glob("spans-*-of-*.safetensors"):
         state.unlink()
     with suppress(OSError):
         Path(output_dir).rmdir()
 
 
-class _Rows:
-    """Rows of a data set or list, without the columns that a scorer added."""
+def _without_scores(dataset: Dataset | list[Any]) -> Dataset | list[Any]:
+    """The rows without the columns that a scorer added."""
+    if isinstance(dataset, list):
+        return dataset
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}: pass a datasets.Dataset (one split) or a list of rows."
+        )
+    return dataset.remove_columns([name for name in COLUMNS if name in dataset.column_names])
 
-    def __init__(self, dataset: Any) -> None:
-        from datasets import Dataset
 
-        from ..storage.scored_rows import COLUMNS
+def _read(dataset: Dataset | list[Any], part: range) -> list[Any]:
+    return list(as_rows(dataset[part.start : part.stop]))
 
-        if not isinstance(dataset, Dataset | list):
-            raise TypeError(
-                f"dataset is a {type(dataset).__name__}: pass a datasets.Dataset (one split) or a list of rows."
-            )
-        if isinstance(dataset, Dataset):
-            dataset = dataset.remove_columns([name for name in COLUMNS if name in dataset.column_names])
-        self.dataset = dataset
-        self.name = dataset.info.dataset_name if isinstance(dataset, Dataset) else None
 
-    def __getitem__(self, part: range) -> list[Any]:
-        from ..inputs.rows import as_rows
-
-        return list(as_rows(self.dataset[part.start : part.stop]))
-
-    def hashes(self, rows: range) -> list[int]:
-        return [row_hash(row) for part in _parts(rows, _MOST_ROWS) for row in self[part]]
+def _hashes(dataset: Dataset | list[Any], rows: range) -> list[int]:
+    return [row_hash(row) for part in _parts(rows, _MOST_ROWS) for row in _read(dataset, part)]
 
 
 @dataclass(frozen=True)
 class _SpanReader:
-    """Reads rows for their activations, and cuts spans out of them: so many tokens before and after."""
+    """Reads rows for their activations, and cuts spans out of them."""
 
     featurizer: SAEFeaturizer
-    rows: _Rows
+    dataset: Dataset | list[Any]
     before: int
     after: int
 
     def add(self, part: range, top: TopSpans) -> None:
-        rows = self.rows[part]
+        rows = _read(self.dataset, part)
 
         def windows(row: np.ndarray, position: np.ndarray) -> np.ndarray:
             wanted, place = np.unique(row, return_inverse=True)
@@ -201,48 +200,29 @@ class _SpanReader:
 
     def _text(self, row: int) -> tuple[Any, ...]:
         """A row's text, the offsets of its tokens, and where its contents are."""
-        [found] = self.rows[range(row, row + 1)]
+        [found] = _read(self.dataset, range(row, row + 1))
         return *self.featurizer.reader.offsets(found), self.featurizer.reader.render(found)[1]
 
 
 def _dictionary(
     reader: _SpanReader, top: TopSpans, measurement: dict[str, Any], source: str | None
 ) -> FeatureDictionary:
-    import pyarrow as pa
-    from datasets import Dataset
-
     featurizer = reader.featurizer
-    columns = featurizer.encoder.columns
-    ids = np.arange(featurizer.d_sae) if columns is None else np.asarray(columns, dtype=np.int64)
+    chosen = featurizer.encoder.columns
+    ids = np.arange(featurizer.d_sae) if chosen is None else np.asarray(chosen, dtype=np.int64)
     loaded = featurizer.source() or {}
     loaded = {key: value for key, value in loaded.items() if key not in ("loader", "fingerprint", "device")}
     settings = {"hf_fac": version("hf-fac"), "spans": top.activation.shape[1]}
     settings |= {"before": reader.before, "after": reader.after} | ({"loaded_from": loaded} if loaded else {})
-    shared = {
-        "data": f"{top.data:016x}",
-        "measurement": json.dumps(measurement, sort_keys=True),
-        "settings": json.dumps(settings, sort_keys=True, default=str),
-    }
-    table = _columns(ids, top, reader.cut(top, ids, source)) | {
-        name: [text] * len(ids) for name, text in shared.items()
-    }
-    arrow = pa.table([pa.array(table[field.name], field.type) for field in schema()], schema=schema())
-    return FeatureDictionary(Dataset(arrow), measurement=measurement)
-
-
-def _columns(ids: np.ndarray, top: TopSpans, spans: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    rows, sums = top.rows[ids], top.activation_sum[ids]
-    nothing = [None] * len(ids)
-    return {
-        "feature": ids.astype(np.int32), "explanation": nothing, "explanation_state": ["none"] * len(ids),
-        "verification": nothing, "verification_reason": nothing, "detection": nothing, "detection_answers": nothing,
-        "ratings": [[]] * len(ids), "rows": rows, "total_rows": [top.total_rows] * len(ids),
-        "frequency": rows / max(top.total_rows, 1), "activation_sum": sums,
-        "mean_activation": sums / np.maximum(rows, 1), "max_activation": top.activation[ids, 0], "spans": spans,
+    n, rows, sums = len(ids), top.rows[ids], top.activation_sum[ids]
+    nothing = [None] * n
+    columns = {
+        "feature": ids, "explanation": nothing, "explanation_state": ["none"] * n, "verification": nothing,
+        "verification_reason": nothing, "detection": nothing, "detection_answers": nothing, "ratings": [[]] * n,
+        "rows": rows, "total_rows": [top.total_rows] * n, "frequency": rows / max(top.total_rows, 1),
+        "activation_sum": sums, "mean_activation": sums / np.maximum(rows, 1),
+        "max_activation": top.activation[ids, 0], "spans": reader.cut(top, ids, source),
+        "data": [f"{top.data:016x}"] * n, "measurement": [json.dumps(measurement, sort_keys=True)] * n,
+        "settings": [json.dumps(settings, sort_keys=True, default=str)] * n,
     }  # fmt: skip
-
-
-def _progress(total: int, done: int) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=done, unit="row", desc="Collecting spans", delay=2, leave=False)
+    return FeatureDictionary(Dataset(pa.table(columns, schema())), measurement=measurement)

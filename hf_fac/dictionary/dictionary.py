@@ -1,8 +1,8 @@
-"""What each feature means: `FeatureDictionary`, with a row for each feature: its strongest spans, how often it is
-active, its explanation, and which tasks it matters for.
+"""What each feature means: a `FeatureDictionary` has a row for each feature.
 
-In: the rows that `build.build_dictionary` makes and `explanation` and `rating` complete. Out: the same rows to look up,
-merge, save and push. They are a `datasets.Dataset` in one Parquet file, which `load_dataset` opens and the Hub shows.
+A row holds the feature's strongest spans, how often it is active, its explanation, and which tasks it matters for. In:
+rows from `build`, completed by `explanation` and `rating`. Out: the same rows to look up, merge, save and push. They
+are a `datasets.Dataset` in one Parquet file, which `load_dataset` opens and the Hub shows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
 from numpy.typing import ArrayLike
 
 from ..inputs.token_context import MarkedSpan
@@ -25,16 +28,14 @@ from ..storage.feature_ids import check_feature_ids
 from ..storage.files import whole_file
 from ..storage.validation import checked as checked_json
 from ..storage.validation import read_measurement
+from .merging import merge_rows
 from .schema import RATINGS, STATES, checked, schema
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-    from datasets import Dataset
-
     from ..features.featurizer import SAEFeaturizer
 
 _FILE = "dictionary.parquet"
-_MAX_BYTES = 8 << 30  # of what is pulled, and of a table in memory: 65,536 features with 10 long spans are some 0.3 GB
+_MAX_BYTES = 8 << 30  # of a download, and of a table in memory; 65,536 features with 10 long spans take 0.3 GB
 
 
 class FeatureDictionary:
@@ -45,17 +46,17 @@ class FeatureDictionary:
         coverage.compare(anchor, features=dictionary.task_features("toxicity"))
 
     dataset: the rows, with the columns of `schema`, by rising id. measurement: how all of them were measured.
-    revision: the commit that it was pulled from, None otherwise.
+    revision: the commit of a dictionary from the Hub.
     """
 
     def __init__(self, dataset: Dataset, *, measurement: Mapping[str, Any] | None = None) -> None:
-        """Make a dictionary of the rows of a data set, in any order; other columns are left out. `measurement` is
-        needed only where there are no rows.
+        """Makes a dictionary of rows in any order; other columns are left out.
+
+        Args:
+            measurement: needed only when there are no rows.
 
         Raises: ValueError for anything but a dictionary's rows, measured alike.
         """
-        from datasets import Dataset
-
         table = checked(dataset.with_format("arrow")[:])
         remedy = "build the dictionary again, or get it anew"
         texts = table["measurement"].unique().to_pylist()
@@ -75,9 +76,6 @@ class FeatureDictionary:
     @classmethod
     def from_rows(cls, rows: list[dict[str, Any]], *, measurement: Mapping[str, Any]) -> Self:
         """Returns the dictionary of rows as `dictionary[feature]` gives them."""
-        import pyarrow as pa
-        from datasets import Dataset
-
         return cls(Dataset(pa.Table.from_pylist(rows, schema=schema())), measurement=measurement)
 
     def __len__(self) -> int:
@@ -117,8 +115,8 @@ class FeatureDictionary:
         return [MarkedSpan(s["before"], s["token"], s["after"], s["activation"]) for s in self[feature]["spans"]]
 
     def summary(self) -> dict[str, int]:
-        """Returns numbers of features: all, live (active in some row), explained, "cannot tell", failed, and verified
-        (yes, probably or maybe)."""
+        """Returns how many features there are, and how many of them are live (active in some row), explained, "cannot
+        tell", failed, and verified (yes, probably or maybe)."""
         states = Counter(self.dataset["explanation_state"])
         live = sum(rows > 0 for rows in self.dataset["rows"])
         verified = sum(verdict in RATINGS[:-1] for verdict in self.dataset["verification"])
@@ -128,7 +126,7 @@ class FeatureDictionary:
     def search(self, words: str) -> FeatureDictionary:
         """Returns the features whose explanation or spans hold all of the words, in any case and order.
 
-        A word is found as a whole word where its script has upper and lower case, else also inside others.
+        In scripts with upper and lower case only whole words count; in others a word may be part of a longer one.
         """
         patterns = [_word(word) for word in words.casefold().split()]
 
@@ -150,38 +148,26 @@ class FeatureDictionary:
 
     def updated(self, changes: Mapping[int, Mapping[str, Any]]) -> FeatureDictionary:
         """Returns the dictionary with the changes made, `{feature: {column: value}}`. Raises: KeyError."""
-        import pyarrow as pa
-        from datasets import Dataset
-
-        table = self._table()
-        places = dict(zip(changes, self._places(list(changes)), strict=True))
-        for name in sorted({column for change in changes.values() for column in change}):
-            values = table[name].to_pylist()
-            for feature, change in changes.items():
-                if name in change:
-                    values[places[feature]] = change[name]
-            index = table.schema.get_field_index(name)
-            table = table.set_column(index, name, pa.array(values, schema().field(name).type))
-        return FeatureDictionary(Dataset(table), measurement=self.measurement)
+        self._places(list(changes))
+        rows = [row | changes.get(row["feature"], {}) for row in self]
+        return FeatureDictionary.from_rows(rows, measurement=self.measurement)
 
     def __or__(self, other: FeatureDictionary) -> FeatureDictionary:
         """Returns both dictionaries as one, the same in any order of merging; see `merging.merge_rows`.
 
         Raises: ValueError for parts measured differently.
         """
-        from .merging import merge_rows
-
         _refuse_different(self.measurement, other.measurement, "Parts measured differently do not merge")
         theirs = {row["feature"]: row for row in other}
         rows = [merge_rows(row, theirs.pop(row["feature"])) if row["feature"] in theirs else row for row in self]
         return FeatureDictionary.from_rows([*rows, *theirs.values()], measurement=self.measurement)
 
     def task_features(self, task: str, *, at_least: str = "maybe", verified: bool = True) -> np.ndarray:
-        """Returns F_task, for `coverage.compare`: int64 ids, rising, of the features rated `at_least` so for the task.
+        """Returns F_task, for `coverage.compare`: int64 ids, rising, of the features that matter for the task.
 
         Args:
             task: the name that they were rated under.
-            at_least: "maybe" leaves out "no" only, "probably" and "yes" more.
+            at_least: the lowest rating: "maybe", "probably" or "yes".
             verified: leave out features whose explanation was not verified, or with no.
 
         Raises: ValueError for a task that no feature was rated for, and another `at_least`.
@@ -199,10 +185,10 @@ class FeatureDictionary:
         return np.array(ids, dtype=np.int64)
 
     def check(self, featurizer: SAEFeaturizer) -> None:
-        """Check that the featurizer has the features of this dictionary.
+        """Checks that the featurizer has the features of this dictionary.
 
-        Raises: ValueError, with what differs, when the model up to the layer or the SAE differs; other settings may
-            (whose tokens count, the floor).
+        Raises: ValueError, with what differs, when the model up to the layer or the SAE differs. Other settings may
+            differ (whose tokens count, the floor).
         """
         theirs = featurizer.measurement | {"feature_fingerprint": featurizer.feature_fingerprint()}
         if self.measurement.get("feature_fingerprint") == theirs["feature_fingerprint"]:
@@ -217,12 +203,7 @@ class FeatureDictionary:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `dictionary.parquet` into a folder, whole or not at all.
-
-        Raises: ValueError when there are no features.
-        """
-        import pyarrow.parquet as pq
-
+        """Writes `dictionary.parquet` into a folder, whole or not at all. Raises: ValueError without features."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not len(self):
@@ -234,15 +215,11 @@ class FeatureDictionary:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """Returns the dictionary that `save_pretrained` wrote into a folder. Without `dictionary.parquet` it is read
-        from all Parquet files in the folder, as `load_dataset(...).to_parquet` writes them.
+        """Returns the dictionary in a folder: `dictionary.parquet`, or else all its Parquet files, as
+        `load_dataset(...).to_parquet` writes them.
 
         Raises: FileNotFoundError without the folder; ValueError where it holds no dictionary.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        from datasets import Dataset
-
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder.")
@@ -270,9 +247,10 @@ class FeatureDictionary:
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Put the dictionary and its card into a data-set repo, whose other files stay. Returns the commit's URL.
+        """Puts the dictionary and its card into a data-set repo, whose other files stay. Returns the commit's URL.
 
-        The arguments are those of `hub.repo.push_folder`.
+        Args:
+            others: as in `hub.repo.push_folder`.
 
         Raises: HubError when the push was refused or failed; ValueError when there are no features.
         """

@@ -1,7 +1,8 @@
-"""Explanations: a chat model says what a feature's strongest spans share, judges that in a second question, and must
-then tell spans that activate the feature from others by the explanation alone.
+"""Explanations: what a feature responds to, as a chat model reads it from the feature's strongest spans.
 
-In: a `FeatureDictionary` with spans, and a `Chat`. Out: the dictionary with explanation, verification and detection.
+The chat model explains, verifies the explanation in a second question, and then detects with the explanation alone
+which spans activate the feature. In: a `FeatureDictionary` with spans, and a `Chat`. Out: the dictionary with
+explanation, verification and detection score.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from .questions import (
     read_detection,
     read_explanation,
     read_rating,
-    stop_strings,
 )
 from .schema import FAILED
 
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 _FEWEST = 2  # answers about each kind of span, below which there is no detection score
 _DRAWS = 100  # for each span of another feature
-_TOKENS, _DETECTION_TOKENS = 200, 8
+_DETECTION_TOKENS = 8
 
 
 class Detection(NamedTuple):
-    """How well spans are told by an explanation.
+    """How well an explanation tells spans that activate the feature from others.
 
-    score: balanced accuracy, 0.5 is chance; None with fewer than 2 answers on either kind of span.
+    score: balanced accuracy, 0.5 is chance; None with fewer than 2 answers about active or about inactive spans.
     answers: how many could be read.
     """
 
@@ -68,17 +68,17 @@ def explain(
 ) -> FeatureDictionary:
     """Returns the dictionary with new explanations of the features; ratings for the old explanations are removed.
 
-    The explanation is drawn from every other span, the strongest first, at most `spans` of them; the verification
-    shows all of these and those between, which are also what detection is measured on. So a dictionary with 20 spans is
-    explained from 10, as in arXiv 2602.10388, and one with 10 from 5. See `detect` for the detection score.
+    The explanation is drawn from the 1st, 3rd, 5th ... strongest span, at most `spans` of them. The spans between are
+    held out for the detection score (see `detect`). The verification shows both. A dictionary with 20 spans is
+    explained from 10, as in arXiv 2602.10388, and one with 10 from 5.
 
     Args:
         features: ids; None is all that have spans.
-        held_out: the most spans kept for the detection score; 0 keeps none, measures none, and explains from the top.
+        held_out: the most spans for the detection score. 0 measures none, and explains from the strongest spans.
         prompt_format: "json", or "text" for a chat model too small to write JSON.
-        cache_dir: a folder for the chat's answers. What it holds is not asked again; other questions are added to it.
-        attempts: how often an answer that cannot be read is asked for; then explanation or verification is "failed".
-        batch_size: questions put to the chat at once, and what a kill can cost.
+        cache_dir: a folder for the chat's answers, so that no question is asked twice.
+        attempts: how often a question is asked until its answer can be read; after that the result is "failed".
+        batch_size: questions in one call of the chat, whose answers a kill loses.
 
     Raises: KeyError for a feature that is not there; ChatError when the chat cannot answer anything. Warns
         (UserWarning) of how many failed, and why the first did.
@@ -86,10 +86,13 @@ def explain(
     asked = CachedChat(chat, cache_dir, seed=seed, attempts=attempts, batch_size=batch_size)
     most = 2 * spans if held_out else spans
     seen = {i: part[:most] for i in features_to_ask(dictionary, features) if (part := dictionary.spans(i))}
-    shown = {i: part[::2] if held_out else part for i, part in seen.items()}
-    explanations = _explanations(asked, shown, prompt_format)
+    shown = {i: ask_explanation(part[::2] if held_out else part, prompt_format) for i, part in seen.items()}
+    explanations = asked.ask_by_feature(shown, read_explanation, prompt_format)
+    _warn_of_failed("explanations", explanations.items())
     texts = {i: answer.value for i, answer in explanations.items() if answer.value not in (None, CANNOT_TELL)}
-    verifications = _verifications(asked, texts, seen, prompt_format)
+    shown = {i: ask_verification(text, seen[i], prompt_format) for i, text in texts.items()}
+    verifications = asked.ask_by_feature(shown, read_rating, prompt_format)
+    _warn_of_failed("verifications", verifications.items())
     kept = {i: dictionary.spans(i)[1::2][:held_out] for i in texts} if held_out else {}
     detections = _detections(asked, dictionary, texts, kept)
     how = {"chat": chat_name(chat), "prompt_version": PROMPT_VERSION, "prompt_format": prompt_format, "seed": seed}
@@ -115,16 +118,16 @@ def detect(
     attempts: int = 3,
     batch_size: int = 64,
 ) -> dict[int, Detection]:
-    """Returns how well the chat model tells spans by the explanation alone, for each explained feature asked for.
+    """Returns for each explained feature how well the chat model recognises its spans from the explanation.
 
-    It sees one span at a time, without marks: up to `held_out` spans that the explanation was not drawn from (the 2nd,
-    4th ... strongest), and as many spans of other features, drawn at random from rows that are not among the feature's
-    own spans. These are not known to leave the feature inactive: of a feature active in a share p of the rows about
-    that share of them may activate it, so the score errs on the low side by up to p / 2.
+    The chat model sees one span at a time, without marks. Half of them are up to `held_out` spans that the explanation
+    was not drawn from (the 2nd, 4th ... strongest). The others are spans of other features, drawn at random from rows
+    that are not among the feature's own spans. Some of those may activate the feature too: about a share p when it is
+    active in a share p of all rows. So the score is too low by up to p / 2.
 
     Args:
-        shuffled: give each feature the explanation of another, as a baseline: the score of explanations that say
-            nothing about their feature.
+        shuffled: give each feature the explanation of another. The score is then a baseline: that of explanations that
+            say nothing about their feature.
         others: as in `explain`.
 
     Raises: as `explain`; ValueError when there are no two explanations to shuffle.
@@ -141,34 +144,10 @@ def detect(
     return _detections(asked, dictionary, texts, kept)
 
 
-def _explanations(
-    chat: CachedChat, shown: Mapping[int, list[MarkedSpan]], prompt_format: PromptFormat
-) -> dict[int, Answer]:
-    questions = [
-        Question(ask_explanation(spans, prompt_format), lambda text: read_explanation(text, prompt_format))
-        for spans in shown.values()
-    ]
-    answers = chat.ask(questions, max_tokens=_TOKENS, stop=stop_strings(prompt_format))
-    _warn_of_failed("explanations", shown, answers)
-    return dict(zip(shown, answers, strict=True))
-
-
-def _verifications(
-    chat: CachedChat, texts: Mapping[int, str], seen: Mapping[int, list[MarkedSpan]], prompt_format: PromptFormat
-) -> dict[int, Answer]:
-    questions = [
-        Question(ask_verification(text, seen[i], prompt_format), lambda answer: read_rating(answer, prompt_format))
-        for i, text in texts.items()
-    ]
-    answers = chat.ask(questions, max_tokens=_TOKENS, stop=stop_strings(prompt_format))
-    _warn_of_failed("verifications", texts, answers)
-    return dict(zip(texts, answers, strict=True))
-
-
 def _detections(
     chat: CachedChat, dictionary: FeatureDictionary, texts: Mapping[int, str], kept: Mapping[int, list[MarkedSpan]]
 ) -> dict[int, Detection]:
-    """`kept`: by feature the spans that activate it."""
+    """`kept`: spans that activate the feature, and that the explanation was not drawn from."""
     others = _OtherSpans(dictionary, chat.seed)
     asked = [
         (i, is_active, span)
@@ -178,7 +157,7 @@ def _detections(
     ]
     questions = [Question(ask_detection(texts[i], span), read_detection) for i, _, span in asked]
     answers = chat.ask(questions, max_tokens=_DETECTION_TOKENS, accept_truncated=True)
-    _warn_of_failed("answers about spans", [i for i, _, _ in asked], answers)
+    _warn_of_failed("answers about spans", zip([i for i, _, _ in asked], answers, strict=True), stacklevel=4)
     right: dict[int, tuple[list[bool], list[bool]]] = {i: ([], []) for i in kept}
     for (i, is_active, _), answer in zip(asked, answers, strict=True):
         if answer.reason is None:
@@ -192,29 +171,31 @@ def _balanced_accuracy(kinds: tuple[list[bool], list[bool]]) -> Detection:
 
 
 class _OtherSpans:
-    """Spans of features at random, by feature the same whatever else is drawn."""
+    """Random spans of other features. A feature's draw does not depend on what is drawn for others."""
 
     def __init__(self, dictionary: FeatureDictionary, seed: int) -> None:
         rows = dictionary.dataset.select_columns(["feature", "spans"])
         self.spans = {row["feature"]: row["spans"] for row in rows}
-        self.pool = [(i, number) for i, spans in self.spans.items() for number in range(len(spans))]
+        self.pool = [(feature, span) for feature, spans in self.spans.items() for span in spans]
         self.seed = seed
 
     def draw(self, feature: int, n: int) -> list[MarkedSpan]:
-        own = self.spans[feature]
-        taken = {(s["source"], s["row"]) for s in own} | {s["before"] + s["token"] + s["after"] for s in own}
+        taken = {mark for span in self.spans[feature] for mark in _text_and_row(span)}
         drawn: list[MarkedSpan] = []
         random = np.random.default_rng([self.seed, feature])
         for place in random.integers(len(self.pool), size=_DRAWS * n).tolist():
-            other, number = self.pool[place]
-            span = self.spans[other][number]
-            text, row = span["before"] + span["token"] + span["after"], (span["source"], span["row"])
-            if other != feature and not {text, row} & taken:
-                taken |= {text, row}
+            owner, span = self.pool[place]
+            marks = _text_and_row(span)
+            if owner != feature and not marks & taken:
+                taken |= marks
                 drawn.append(MarkedSpan(span["before"], span["token"], span["after"]))
             if len(drawn) == n:
                 break
         return drawn
+
+
+def _text_and_row(span: dict[str, Any]) -> set[Any]:
+    return {span["before"] + span["token"] + span["after"], (span["source"], span["row"])}
 
 
 def features_to_ask(dictionary: FeatureDictionary, features: Iterable[int] | None) -> list[int]:
@@ -236,9 +217,7 @@ def rating_of(answer: Answer) -> tuple[str, str]:
 
 
 def _columns(explanation: Answer, verification: Answer | None, detection: Detection | None) -> dict[str, Any]:
-    state = FAILED if explanation.value is None else "explained"
-    if explanation.value == CANNOT_TELL:
-        state = CANNOT_TELL
+    state = {None: FAILED, CANNOT_TELL: CANNOT_TELL}.get(explanation.value, "explained")
     verdict, why = (None, None) if verification is None else rating_of(verification)
     return {
         "explanation": explanation.value if state == "explained" else None, "explanation_state": state,
@@ -254,8 +233,9 @@ def _not_shown(row: dict[str, Any], spans: list[MarkedSpan]) -> list[MarkedSpan]
     return spans[1::2] if how["held_out"] else spans[how["spans"] :]
 
 
-def _warn_of_failed(what: str, features: Iterable[int], answers: list[Answer]) -> None:
-    failed = [(i, answer.reason) for i, answer in zip(features, answers, strict=True) if answer.reason is not None]
+def _warn_of_failed(what: str, answers: Iterable[tuple[int, Answer]], *, stacklevel: int = 3) -> None:
+    reasons = [(feature, answer.reason) for feature, answer in answers]
+    failed = [(feature, reason) for feature, reason in reasons if reason is not None]
     if failed:
         first = visible(f"the first, of feature {failed[0][0]}: {failed[0][1]}")
-        warnings.warn(f"{len(failed):,} of {len(answers):,} {what} failed; {first}", stacklevel=4)
+        warnings.warn(f"{len(failed):,} of {len(reasons):,} {what} failed; {first}", stacklevel=stacklevel)

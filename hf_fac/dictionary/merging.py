@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..storage.differences import differences
 from .schema import RATINGS
 
 _ANNOTATION = (
@@ -20,27 +21,24 @@ _SPAN_SETTINGS = ("spans", "before", "after")
 def merge_rows(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """Returns the row of a feature that two dictionaries have.
 
-    Statistics are added up, unless both counted the same rows (`data`): then they are those of one. The strongest spans
-    of both are kept. Of two annotations the one that says most is kept (explained before cannot tell, failed and none;
-    then the better verified, then the better detected), with its ratings; those for another explanation are dropped.
+    Statistics are added up, unless both counted the same rows (`data`). The strongest spans of both are kept. Of two
+    explanations the better one is kept: explained before "cannot tell", failed and none; then the better verified; then
+    the better detected. Ratings for the other explanation are dropped.
 
     Raises: ValueError for spans that were collected in different number or width.
     """
     settings = [json.loads(row["settings"]) for row in (a, b)]
-    if different := [key for key in _SPAN_SETTINGS if settings[0].get(key) != settings[1].get(key)]:
-        values = "; ".join(f"{key}: {settings[0].get(key)} and {settings[1].get(key)}" for key in different)
-        raise ValueError(f"Feature {a['feature']}: the spans of both were collected differently ({values}).")
+    if found := differences(*({key: each.get(key) for key in _SPAN_SETTINGS} for each in settings)):
+        raise ValueError(f"Feature {a['feature']}: the spans of both were collected differently ({found}).")
 
     def rank(row: dict[str, Any]) -> tuple[Any, ...]:
-        state, verdict, detection = row["explanation_state"], row["verification"], row["detection"]
-        best = ("none", "failed", "cannot tell", "explained").index(state)
-        place = RATINGS.index(verdict) if verdict in RATINGS else len(RATINGS)
+        best = ("none", "failed", "cannot tell", "explained").index(row["explanation_state"])
+        detection = -1.0 if row["detection"] is None else row["detection"]
         text = json.dumps([row[name] for name in _ANNOTATION], sort_keys=True)
-        return best, -place, -1.0 if detection is None else detection, text
+        return best, -_place(row["verification"]), detection, text
 
-    merged = dict(a)
     winner = max((a, b), key=rank)
-    merged |= {name: winner[name] for name in _ANNOTATION}
+    merged = a | {name: winner[name] for name in _ANNOTATION}
     kept = [row for row in (a, b) if row["explanation"] == winner["explanation"]]
     merged["ratings"] = _merged_ratings([r for row in kept for r in row["ratings"]])
     merged["spans"] = strongest([*a["spans"], *b["spans"]], settings[0].get("spans"))
@@ -64,11 +62,12 @@ def strongest(spans: list[dict[str, Any]], n: int | None) -> list[dict[str, Any]
 
 
 def _merged_ratings(ratings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def rank(rating: dict[str, Any]) -> tuple[Any, ...]:
-        found = rating["rating"]
-        return RATINGS.index(found) if found in RATINGS else len(RATINGS), rating["reason"] or ""
-
     by_task: dict[str, dict[str, Any]] = {}
-    for rating in sorted(ratings, key=rank):
+    for rating in sorted(ratings, key=lambda r: (_place(r["rating"]), r["reason"])):
         by_task.setdefault(rating["task"], rating)
     return [by_task[task] for task in sorted(by_task)]
+
+
+def _place(rating: str | None) -> int:
+    """0 for the best rating; a failed or missing one comes last."""
+    return RATINGS.index(rating) if rating in RATINGS else len(RATINGS)

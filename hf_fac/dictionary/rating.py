@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..chat.identity import chat_name
 from ..storage.terminal import visible
 from ..tasks.task import Task, get_task
-from .asking import CachedChat, Question
+from .asking import CachedChat
 from .explanation import features_to_ask, rating_of, with_settings
-from .questions import PROMPT_VERSION, PromptFormat, ask_rating, read_rating, stop_strings
+from .questions import PROMPT_VERSION, PromptFormat, ask_rating, read_rating
 from .schema import FAILED, RATINGS
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .dictionary import FeatureDictionary
 
 _SPANS = 5  # shown beside the explanation
-_TOKENS = 200
 
 
 def rate(
@@ -43,18 +42,14 @@ def rate(
     attempts: int = 3,
     batch_size: int = 64,
 ) -> FeatureDictionary:
-    """Returns the dictionary with a rating for the task and its reason, of each feature that can be rated.
+    """Returns the dictionary with ratings for the task: yes, probably, maybe or no, and the reason.
 
-    The rating is yes, probably, maybe or no. A feature can be rated when it has an explanation whose verification is
-    not no.
+    Features are rated whose explanation was verified with yes, probably or maybe.
 
     Args:
         task: a `Task`, the name of a built-in one, or the path of a YAML file.
-        features: ids; None is all that have spans. Those that cannot be rated are skipped, and counted in a warning.
-        prompt_format: "json", or "text" for a chat model too small to write JSON.
-        cache_dir: a folder for the chat's answers. What it holds is not asked again; other questions are added to it.
-        attempts: how often an answer that cannot be read is asked for; then the rating is "failed".
-        batch_size: questions put to the chat at once, and what a kill can cost.
+        features: ids; None is all that have spans. Others than the above are skipped, and counted in a warning.
+        others: as in `explain`.
 
     Raises: KeyError for a feature that is not there; ValueError for no such task; ChatError when the chat cannot answer
         anything. Warns (UserWarning) of how many were skipped or failed.
@@ -63,23 +58,18 @@ def rate(
     rows = {i: dictionary[i] for i in features_to_ask(dictionary, features)}
     skipped = {i: why for i, row in rows.items() if (why := _why_not_rated(row))}
     rated = {i: row for i, row in rows.items() if i not in skipped}
-    questions = [
-        Question(
-            ask_rating(task.name, task.guideline, row["explanation"], dictionary.spans(i)[:_SPANS], prompt_format),
-            lambda text: read_rating(text, prompt_format),
-        )
-        for i, row in rated.items()
-    ]
     asked = CachedChat(chat, cache_dir, seed=seed, attempts=attempts, batch_size=batch_size)
-    answers = asked.ask(questions, max_tokens=_TOKENS, stop=stop_strings(prompt_format))
+    questions = {
+        i: ask_rating(task.name, task.guideline, row["explanation"], dictionary.spans(i)[:_SPANS], prompt_format)
+        for i, row in rated.items()
+    }
+    answers = asked.ask_by_feature(questions, read_rating, prompt_format)
     _warn_of_unrated(task.name, skipped, answers)
     how = {
         "guideline": hashlib.sha256(task.guideline.encode()).hexdigest()[:16], "chat": chat_name(chat),
         "prompt_version": PROMPT_VERSION, "prompt_format": prompt_format, "seed": seed,
     }  # fmt: skip
-    return dictionary.updated(
-        {i: _columns(row, task.name, answer, how) for (i, row), answer in zip(rated.items(), answers, strict=True)}
-    )
+    return dictionary.updated({i: _columns(rated[i], task.name, answer, how) for i, answer in answers.items()})
 
 
 def _columns(row: dict[str, Any], task: str, answer: Answer, how: dict[str, Any]) -> dict[str, Any]:
@@ -91,8 +81,8 @@ def _columns(row: dict[str, Any], task: str, answer: Answer, how: dict[str, Any]
     return {"ratings": ratings, "settings": with_settings(row["settings"], rate=recorded)}
 
 
-def _warn_of_unrated(task: str, skipped: Mapping[int, str], answers: list[Answer]) -> None:
-    failed = [answer.reason for answer in answers if answer.reason is not None]
+def _warn_of_unrated(task: str, skipped: Mapping[int, str], answers: Mapping[int, Answer]) -> None:
+    failed = [answer.reason for answer in answers.values() if answer.reason is not None]
     notes = []
     if skipped:
         reasons = ", ".join(f"{count:,} {why}" for why, count in Counter(skipped.values()).most_common())

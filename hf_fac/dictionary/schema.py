@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+import pyarrow as pa
+import pyarrow.compute as pc
 
 STATES = ("none", "explained", "cannot tell", "failed")  # of an explanation
 RATINGS = ("yes", "probably", "maybe", "no")  # of a verification, and of a task's need for a feature
@@ -33,8 +32,6 @@ def schema() -> pa.Schema:
     data: a hash of the rows counted, in any order. measurement: JSON, `SAEFeaturizer.measurement` and, as
     feature_fingerprint, which model and SAE the features are of. settings: JSON, what else the row was made with.
     """
-    import pyarrow as pa
-
     text, long = pa.string(), pa.int64()
     rating = pa.struct({"task": text, "rating": text, "reason": text})
     span = pa.struct(
@@ -61,9 +58,6 @@ def checked(table: pa.Table) -> pa.Table:
 
     Raises: ValueError, with what is wrong, for anything but a dictionary's rows.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     wanted = schema()
     if absent := [name for name in wanted.names if name not in table.column_names]:
         held = ", ".join(table.column_names[:8]) or "none"
@@ -89,9 +83,6 @@ def checked(table: pa.Table) -> pa.Table:
 
 def _leaves(name: str, values: pa.ChunkedArray) -> Iterator[tuple[str, pa.ChunkedArray]]:
     """A column and all that is inside its lists and structs, by name ("spans.token")."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     yield name, values
     if pa.types.is_list(values.type):
         yield from _leaves(name, pc.list_flatten(values))

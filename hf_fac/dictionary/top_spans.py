@@ -1,7 +1,7 @@
 """The strongest places of every feature, kept in arrays whose size does not grow with the data.
 
-In: activations of rows as a featurizer reads them, part by part. Out: the n places of each feature where it is
-strongest, no surroundings twice, and exact statistics; on disk, a state from which a stopped pass goes on.
+In: activations of rows as a featurizer reads them, part by part. Out: the n strongest places of each feature, each with
+different text around it, and exact statistics. They are saved to disk, so that a stopped pass can be resumed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TopSpans:
     def add(
         self, first_row: int, reading: FeatureActivations, windows: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> None:
-        """Count rows `first_row` and on. `windows` gives the hashes at rows and positions, int64 [m] each, of them."""
+        """Counts rows from `first_row` on. `windows` returns hashes of the text at rows and positions, int64 [m] each."""
         acts = reading.activations
         feature, value, d_sae = acts.indices.astype(np.int64), acts.data, len(self.rows)
         rounded = np.rint(value.astype(np.float64) * _PER_UNIT) / _PER_UNIT
@@ -67,7 +67,7 @@ class TopSpans:
             self._keep(feature[strong], value[strong], windows(row, position), first_row + row, position)
 
     def end_shard(self, hashes: list[int]) -> None:
-        """Count a shard as done; `hashes` are those of its rows, in their order."""
+        """Counts a shard as done; `hashes` are those of its rows, in their order."""
         self.data = (self.data + sum(hashes)) % 2**64
         self.content = digest_of_hashes(hashes, after=self.content)
         self.shards_done += 1
@@ -114,14 +114,14 @@ class TopSpans:
                 vars(self).update({name: json.loads(metadata[name]) for name in _COUNTS})
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is no pass of build_dictionary ({error}): delete it, or choose another."
+                f"{path} is no pass of build_dictionary ({error}): delete it, or choose another output_dir."
             ) from error
 
 
 def window_hashes(
     pieces: TokenizedRows, row: np.ndarray, position: np.ndarray, *, before: int, after: int
 ) -> np.ndarray:
-    """Returns uint64 [m]: a hash of the token ids around each place, and of where the row begins and ends there.
+    """Returns a hash of the token ids around each place, and of the row's ends when they are near: uint64 [m].
 
     row, position: int64 [m], of the place's token.
     """
@@ -132,7 +132,7 @@ def window_hashes(
         lengths[owner] = max(lengths[owner], offset + len(ids))
     starts = before + np.concatenate([[0], np.cumsum(lengths + before + after)])
     tokens = np.full(starts[-1] + after, -1, np.int64)
-    # Windows overlap, and in a later one a BOS may stand in place of the first token: the earlier one has it right.
+    # Pieces of a row overlap. The first token of a later piece may be a BOS, so the earlier piece is written last.
     for owner, ids, offset in reversed(list(zip(pieces.row, pieces.ids, pieces.offset, strict=True))):
         tokens[starts[owner] + offset :][: len(ids)] = ids
     powers = np.uint64(_ODD) ** np.arange(before + 1 + after, dtype=np.uint64)

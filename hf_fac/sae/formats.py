@@ -128,9 +128,10 @@ def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | b
             text = f"{repo!r} is no local path and did not come from the Hub: {error}"
             raise HubError(text, status=error.status) from error
         files = [file.relative_to(cached).as_posix() for file in cached.rglob("*") if file.is_file()]
-    folder, weights = _choose(files, sae_id)
+    weights = _choose(files, sae_id)
     if weights is None:
         raise _no_sae(f"{repo}:{sae_id}" if sae_id else repo, files)
+    folder = weights.rpartition("/")[0]
     target = weights if weights.endswith(".pth") else folder
     if cached is not None:
         return cached / target
@@ -149,10 +150,10 @@ def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | b
     return pull(weights, max_bytes=min(most, _MOST_BYTES)) / target
 
 
-def _choose(files: Collection[str], sae_id: str | None) -> tuple[str, str | None]:
-    """The folder of an SAE among the paths of a repository, and the path of its weights."""
+def _choose(files: Collection[str], sae_id: str | None) -> str | None:
+    """The path of an SAE's weights among those of a repository; None when there is no such SAE, or several."""
     if sae_id is not None and sae_id.endswith(".pth"):
-        return "", sae_id if sae_id in files else None
+        return sae_id if sae_id in files else None
     folders: dict[str, set[str]] = {}
     for file in files:
         folder, _, name = file.rpartition("/")
@@ -161,7 +162,7 @@ def _choose(files: Collection[str], sae_id: str | None) -> tuple[str, str | None
     folder = (sae_id or "").strip("/")
     if sae_id is None and "" not in found and len(found) == 1:
         folder = next(iter(found))
-    return folder, f"{folder}/{found[folder]}".lstrip("/") if folder in found else None
+    return f"{folder}/{found[folder]}".lstrip("/") if folder in found else None
 
 
 def _weights(names: Collection[str]) -> str | None:

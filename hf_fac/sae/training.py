@@ -350,8 +350,8 @@ def _describe(dataset: Any) -> str:
 class _Checkpoints:
     """The last checkpoint of a run, in `output_dir/sae-training`; without an output_dir none is kept.
 
-    While it is entered no other process trains an SAE there. Nothing but checkpoints of the run's own settings is ever
-    deleted.
+    Within its context no other process trains an SAE there. Only checkpoints of the run's own settings are deleted.
+
     Raises: BlockingIOError when another process trains there; OSError when nothing can be written there.
     """
 
@@ -383,7 +383,7 @@ class _Checkpoints:
 
     def _found(self) -> dict[Path, dict]:
         """The progress of each checkpoint, the last one first."""
-        paths = self.folder.glob(f"{_SAMPLES}*/{_PROGRESS}")
+        paths = [] if self.folder is None else self.folder.glob(f"{_SAMPLES}*/{_PROGRESS}")
         found = {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
         return dict(sorted(found.items(), key=lambda item: item[1]["samples"], reverse=True))
 
@@ -391,8 +391,6 @@ class _Checkpoints:
         """Raises: ValueError for a checkpoint of other settings."""
         from safetensors.torch import load_file
 
-        if self.folder is None:
-            return _Position(0, 0, 0)
         self.key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         for path, progress in self._found().items():
             if progress["settings"] != self.key:
@@ -420,6 +418,6 @@ class _Checkpoints:
         self.clear(but=path)
 
     def clear(self, *, but: Path | None = None) -> None:
-        for path, progress in ({} if self.folder is None else self._found()).items():
+        for path, progress in self._found().items():
             if path != but and progress["settings"] == self.key:
                 shutil.rmtree(path)
