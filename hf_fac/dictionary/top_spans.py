@@ -51,7 +51,7 @@ class TopSpans:
     def add(
         self, first_row: int, reading: FeatureActivations, windows: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> None:
-        """Counts rows from `first_row` on. `windows` returns hashes of the text at rows and positions, int64 [m] each."""
+        """Counts rows from `first_row` on. `windows` returns hashes of the text at these rows and positions."""
         acts = reading.activations
         feature, value, d_sae = acts.indices.astype(np.int64), acts.data, len(self.rows)
         rounded = np.rint(value.astype(np.float64) * _PER_UNIT) / _PER_UNIT

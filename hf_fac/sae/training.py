@@ -257,7 +257,7 @@ class _Stream:
         """The mean norm over sqrt(d_in), and the norm above which a token is a sink, from the first rows."""
         first = next(self.groups(0, 0), [])[:_SCALE_ROWS]
         self.first = list(self.states(first, None))
-        if not self.first:
+        if not any(map(len, self.first)):
             raise ValueError(
                 f"The first {_SCALE_ROWS} rows have no content token to train on. Without eval_dataset=, the first "
                 f"{_HELD_OUT} of a stream are held out."

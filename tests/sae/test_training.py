@@ -310,6 +310,13 @@ def test_what_cannot_be_trained_is_refused(model, tokenizer, rows, changes, mess
         train_sae(model, tokenizer, Dataset.from_list(rows), **options(**changes))
 
 
+@pytest.mark.parametrize("n", [0, 3])
+def test_rows_without_a_content_token_are_refused(model, tokenizer, n):
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": tokenizer.eos_token * n}]}] * 40)
+    with pytest.raises(ValueError, match="no content token to train on"):
+        train_sae(model, tokenizer, rows, **options())
+
+
 def test_too_few_rows_to_hold_some_out_are_refused(model, tokenizer, rows):
     with pytest.raises(ValueError, match="at least 20 rows"):
         train_sae(model, tokenizer, rows[:10], **options())
