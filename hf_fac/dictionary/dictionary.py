@@ -58,7 +58,7 @@ class FeatureDictionary:
         Raises: ValueError for anything but a dictionary's rows, measured alike.
         """
         table = checked(dataset.with_format("arrow")[:])
-        remedy = "build the dictionary again, or get it anew"
+        remedy = "build or download the dictionary again"
         texts = table["measurement"].unique().to_pylist()
         found = [read_measurement(text, "its column 'measurement'", remedy) for text in texts] or [measurement]
         for text in table["settings"].unique().to_pylist():
@@ -215,7 +215,7 @@ class FeatureDictionary:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """Returns the dictionary in a folder: `dictionary.parquet`, or else all its Parquet files, as
+        """Returns the dictionary in a folder. Without `dictionary.parquet` all Parquet files are read, as
         `load_dataset(...).to_parquet` writes them.
 
         Raises: FileNotFoundError without the folder; ValueError where it holds no dictionary.

@@ -1,6 +1,6 @@
 """Explanations: what a feature responds to, as a chat model reads it from the feature's strongest spans.
 
-The chat model explains, verifies the explanation in a second question, and then detects with the explanation alone
+The chat model explains, verifies the explanation in a second question, and then detects from the explanation only
 which spans activate the feature. In: a `FeatureDictionary` with spans, and a `Chat`. Out: the dictionary with
 explanation, verification and detection score.
 """
@@ -86,12 +86,12 @@ def explain(
     asked = CachedChat(chat, cache_dir, seed=seed, attempts=attempts, batch_size=batch_size)
     most = 2 * spans if held_out else spans
     seen = {i: part[:most] for i in features_to_ask(dictionary, features) if (part := dictionary.spans(i))}
-    shown = {i: ask_explanation(part[::2] if held_out else part, prompt_format) for i, part in seen.items()}
-    explanations = asked.ask_by_feature(shown, read_explanation, prompt_format)
+    questions = {i: ask_explanation(part[::2] if held_out else part, prompt_format) for i, part in seen.items()}
+    explanations = asked.ask_by_feature(questions, read_explanation, prompt_format)
     _warn_of_failed("explanations", explanations.items())
     texts = {i: answer.value for i, answer in explanations.items() if answer.value not in (None, CANNOT_TELL)}
-    shown = {i: ask_verification(text, seen[i], prompt_format) for i, text in texts.items()}
-    verifications = asked.ask_by_feature(shown, read_rating, prompt_format)
+    questions = {i: ask_verification(text, seen[i], prompt_format) for i, text in texts.items()}
+    verifications = asked.ask_by_feature(questions, read_rating, prompt_format)
     _warn_of_failed("verifications", verifications.items())
     kept = {i: dictionary.spans(i)[1::2][:held_out] for i in texts} if held_out else {}
     detections = _detections(asked, dictionary, texts, kept)

@@ -22,13 +22,13 @@ def schema() -> pa.Schema:
 
     feature: id, rising. explanation: null unless explanation_state (one of `STATES`) is "explained".
     verification: one of `RATINGS` or "failed", null where not asked; verification_reason says why.
-    detection: balanced accuracy of telling spans by the explanation alone (0.5 is chance); detection_answers: of how
-    many answers. ratings: by task, one of `RATINGS` or "failed", and the reason.
+    detection: balanced accuracy of recognising spans from the explanation (0.5 is chance), over detection_answers
+    answers. ratings: by task, one of `RATINGS` or "failed", and the reason.
     rows: those that activate the feature, of total_rows; frequency: their share. activation_sum, mean_activation and
     max_activation: over those rows, of each row's maximum, in the SAE's units. The sum is of activations rounded to
     multiples of 2**-20, so that sums below 2**33 are exact, and parts add up to the same in any order.
-    spans: before + token + after is the text, token the first one to reach the row's maximum, `activation`; row: its
-    number in the data set `source`. The strongest first, no text twice.
+    spans: the strongest first, no text twice. before + token + after is the text; token is the first one to reach the
+    row's maximum, `activation`; row is the row's number in the data set `source`.
     data: a hash of the rows counted, in any order. measurement: JSON, `SAEFeaturizer.measurement` and, as
     feature_fingerprint, which model and SAE the features are of. settings: JSON, what else the row was made with.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CONFIG, SAELENS_WEIGHTS, SPARSIFY_WEIGHTS = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
 LAYOUTS = f"{CONFIG} with {SAELENS_WEIGHTS} (SAELens) or {SPARSIFY_WEIGHTS} (sparsify), or one .pth file of the paper"
 ELSEWHERE = "take one that find_sae(model_id) lists, or train one with train_sae"
-_REPAIR = "get the SAE anew from where it was made, or mend that file"
+_REPAIR = "download the SAE again from where it was made, or correct that file"
 _CONFIG_BYTES = 1 << 20
 _BYTES_EACH = 32  # of [d_sae, d_in]: twice the two float64 matrices
 _MOST_BYTES = 64 << 30
@@ -138,7 +138,7 @@ def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | b
 
     def pull(*paths: str, max_bytes: int) -> Path:
         wanted = [glob.escape(path) for path in paths]
-        # .pth files are fetched only when a pattern names them.
+        # A .pth file is fetched only when a pattern names it, and only tensors are read from it.
         return pull_folder(repo, revision=commit, token=token, allow_patterns=wanted, max_bytes=max_bytes).path
 
     if target == weights:

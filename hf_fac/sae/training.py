@@ -312,7 +312,7 @@ class _Stream:
                 raise ValueError("The data set has no content token to train on.")
             epoch, row = epoch + 1, 0
             if whole:
-                # All of it fits: later epochs are the same buffer, shuffled anew.
+                # All of it fits: later epochs shuffle the same buffer again.
                 bar.close()
                 buffer = torch.cat(held)
                 held.clear()

@@ -349,7 +349,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         ("sae_weights.safetensors", b"", "cannot be read as an SAE: .*header"),
         ("sae_weights.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "cannot be read as an SAE: .*Missing key"),
         ("cfg.json", b"{", "cannot be read as an SAE: cfg.json: Invalid JSON: EOF"),
-        ("cfg.json", b"{}", "cannot be read as an SAE: cfg.json: d_in: Field required; get the SAE anew"),
+        ("cfg.json", b"{}", "cannot be read as an SAE: cfg.json: d_in: Field required; download the SAE again"),
         ("cfg.json", None, "cannot be read as an SAE: missing or unknown to SAELens: 'batchtopk'"),
     ],
 )
@@ -399,7 +399,9 @@ WRONG = [
 def test_a_config_that_would_measure_wrongly_names_file_field_and_remedy(tmp_path, change, message):
     file = save_sae(make_sae(), tmp_path / "sae") / "cfg.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=r"sae' cannot be read as an SAE: cfg\.json: .*get the SAE anew") as caught:
+    with pytest.raises(
+        ValueError, match=r"sae' cannot be read as an SAE: cfg\.json: .*download the SAE again"
+    ) as caught:
         load_sae(tmp_path / "sae")
     assert message in str(caught.value)
 
