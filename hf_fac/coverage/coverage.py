@@ -23,7 +23,7 @@ from ..storage.scored_rows import REMEDY, scored_batches
 from ..storage.validation import Measurement, checked, read_measurement
 from .grid import ActivationGrid
 from .report import FACReport
-from .statistics import fac_curve, jackknife_interval, kl_divergence
+from .statistics import fac, jackknife_interval, kl_divergence
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -270,10 +270,10 @@ class FeatureCoverage:
             "data_support": data_support, "delta": np.broadcast_to(delta, self.d_sae),
         }  # fmt: skip
         table = {"feature": in_anchor, "covered": covered} | {name: all_[in_anchor] for name, all_ in columns.items()}
-        fac = float(fac_curve(np.where(covered, 0, 1), 0)[0])
+        share = fac(covered)
         return FACReport(
-            fac=fac,
-            interval=jackknife_interval(fac, self._lost_without_a_row(in_anchor, delta), len(in_anchor), self.rows),
+            fac=share,
+            interval=jackknife_interval(share, self._lost_without_a_row(in_anchor, delta), len(in_anchor), self.rows),
             threshold=delta if delta.ndim else float(delta),
             threshold_source=source,
             features=features,

@@ -128,15 +128,15 @@ class FACReport:
         n_rows, d_sae = added.shape
         is_above = added.data > np.broadcast_to(np.float64(self.threshold), d_sae)[added.col]
         row, feature = added.row[is_above], added.col[is_above]
-        first_row = np.full(d_sae, n_rows + 1)
-        np.minimum.at(first_row, feature, row + 1)
-        first_row[self.covered] = 0
+        covered_after = np.full(d_sae, n_rows + 1)
+        np.minimum.at(covered_after, feature, row + 1)
+        covered_after[self.covered] = 0
         in_anchor = np.union1d(self.covered, self.missing)
-        curve = fac_curve(first_row[in_anchor], n_rows)
+        curve = fac_curve(covered_after[in_anchor], n_rows)
         return AddedRows(
             fac=float(curve[-1]),
             curve=curve,
-            covered=in_anchor[first_row[in_anchor] <= n_rows],
+            covered=in_anchor[covered_after[in_anchor] <= n_rows],
             kl_divergence=self._kl_with(np.bincount(feature, minlength=d_sae)),
         )
 

@@ -5,24 +5,29 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 CONFIDENCE = 0.95
 _DEVIATIONS = 1.96  # of a normal distribution, for this confidence
 
 
-def fac_curve(first_row: ArrayLike, n_rows: int) -> np.ndarray:
-    """Returns FAC before and after each of n rows: float64 [n_rows + 1], NaN where F(anchor) is empty.
-
-    FAC = |F(D) & F(anchor)| / |F(anchor)| (arXiv 2602.10388).
+def fac(covered: np.ndarray) -> float:
+    """Returns FAC, |F(D) & F(anchor)| / |F(anchor)| (arXiv 2602.10388); NaN where F(anchor) is empty.
 
     Args:
-        first_row: int [|F(anchor)|], for each feature of the anchor the number, from 1, of the first row that activates
-            it; 0 where it is covered before, more than n_rows where no row activates it.
+        covered: bool [|F(anchor)|], whether the data activates each feature of the anchor.
     """
-    first_row = np.asarray(first_row)
-    newly_covered = np.bincount(first_row[first_row <= n_rows], minlength=n_rows + 1)
-    return np.cumsum(newly_covered) / (len(first_row) or math.nan)
+    return np.count_nonzero(covered) / (len(covered) or math.nan)
+
+
+def fac_curve(covered_after: np.ndarray, n_rows: int) -> np.ndarray:
+    """Returns `fac` before and after each of n rows: float64 [n_rows + 1].
+
+    Args:
+        covered_after: int [|F(anchor)|], the number of rows after which each feature of the anchor is covered: 0 before
+            the first, more than n_rows where no row activates it.
+    """
+    newly_covered = np.bincount(covered_after[covered_after <= n_rows], minlength=n_rows + 1)
+    return np.cumsum(newly_covered) / (len(covered_after) or math.nan)
 
 
 def kl_divergence(anchor_support: np.ndarray, data_support: np.ndarray) -> float:
@@ -39,17 +44,18 @@ def kl_divergence(anchor_support: np.ndarray, data_support: np.ndarray) -> float
     return float(np.sum(p * np.log(p / q)))
 
 
-def jackknife_interval(fac: float, lost: np.ndarray, n_features: int, n_rows: int) -> tuple[float, float]:
+def jackknife_interval(center: float, lost: np.ndarray, n_features: int, n_rows: int) -> tuple[float, float]:
     """Returns the interval of the mean FAC of data sets of this size, clipped to [0, 1]; NaN below 2 rows.
 
-    fac +- 1.96 deviations by the delete-1 jackknife over rows (Heltshe & Forrester 1983), whose variance errs on the
+    FAC +- 1.96 deviations by the delete-1 jackknife over rows (Heltshe & Forrester 1983), whose variance errs on the
     large side (Efron & Stein 1981).
 
     Args:
+        center: FAC of the data set.
         lost: for each row that alone activates some features of the anchor: how many.
     """
     if n_rows < 2 or not n_features:
         return math.nan, math.nan
     variance = (n_rows - 1) / n_rows * (np.sum(lost**2) - np.sum(lost) ** 2 / n_rows) / n_features**2
     half = _DEVIATIONS * math.sqrt(variance)
-    return max(0.0, fac - half), min(1.0, fac + half)
+    return max(0.0, center - half), min(1.0, center + half)

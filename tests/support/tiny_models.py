@@ -1,4 +1,4 @@
-"""Tiny random models of each family, tiny random SAEs, and the slow reference: PAPER.md's definitions, written out."""
+"""Tiny random models of each family, tiny random SAEs, and the slow reference, written from arXiv 2602.10388."""
 
 from __future__ import annotations
 
