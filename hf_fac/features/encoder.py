@@ -1,4 +1,4 @@
-"""An SAE's encoder, as featurizing needs it: the maximum of each feature over each row's tokens.
+"""An SAE's encoder, as featurizing needs it: the maximum of each feature over the tokens of each piece.
 
 Where the activation is element-wise and rises with its input (ReLU, JumpReLU), the maximum is taken before it and only
 the wanted columns are computed; top-k SAEs touch k values a token; everything else goes through SAELens' own `encode`.
@@ -25,7 +25,7 @@ _CHUNK = 2**24
 
 
 class Encoder:
-    """Maxima of an SAE's features over groups of tokens.
+    """Maxima of an SAE's features over the tokens of pieces.
 
     Args:
         activation: "native", or "relu", without top-k or threshold.
@@ -101,14 +101,14 @@ class Encoder:
     def maxima(
         self, x: Tensor, counts: Tensor, lengths: Sequence[int], *, positions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the maxima, float32 [n_rows, width], 0 for a row without tokens that count.
+        """Returns the maxima, float32 [n_pieces, width], 0 for a piece without tokens that count.
 
-        With `positions`, also the first token of `x` that reaches each: int64 [n_rows, width], -1 for a maximum of 0.
+        With `positions`, also the first token of `x` that reaches each: int64 [n_pieces, width], -1 for a maximum of 0.
 
         Args:
-            x: [n_tokens, d_in] float32, row after row.
+            x: [n_tokens, d_in] float32, piece after piece.
             counts: bool [n_tokens]; tokens that are False are ignored.
-            lengths: number of tokens of each row; their sum is n_tokens.
+            lengths: number of tokens of each piece; their sum is n_tokens.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         if self._kind == "topk":
@@ -120,23 +120,23 @@ class Encoder:
         left_out = None if x.device.type == "cpu" and bool(counts.all()) else ~counts[:, None]
         # An SAE that is not element-wise computes all its columns, whichever are wanted.
         computed = self.width if self.elementwise else self.d_sae
-        for rows, tokens, whole in _chunks(lengths, max(_CHUNK // computed, 1)):
+        for pieces, tokens, whole in _chunks(lengths, max(_CHUNK // computed, 1)):
             n = tokens.stop - tokens.start
-            parts = sizes[rows] if whole else sizes.new_full((1,), n)
+            runs = sizes[pieces] if whole else sizes.new_full((1,), n)
             values = self._values(x[tokens])
             if left_out is not None:
                 values.masked_fill_(left_out[tokens], -torch.inf)
-            peak = _reduced(values, parts, "max", -torch.inf)
+            peak = _reduced(values, runs, "max", -torch.inf)
             active = self._activate(peak)
-            better = active > out[rows]
-            out[rows] = torch.where(better, active, out[rows])
+            better = active > out[pieces]
+            out[pieces] = torch.where(better, active, out[pieces])
             if first is not None:
                 # Whole numbers are exact in float32 up to 2**24, which no chunk exceeds.
                 number = torch.arange(n, device=x.device, dtype=torch.float32)[:, None]
-                is_peak = values == peak.repeat_interleave(parts, 0, output_size=n)
+                is_peak = values == peak.repeat_interleave(runs, 0, output_size=n)
                 at = torch.where(is_peak, number, float(n))
-                at = _reduced(at, parts, "min", float(n))
-                first[rows] = torch.where(better, tokens.start + at.long(), first[rows])
+                at = _reduced(at, runs, "min", float(n))
+                first[pieces] = torch.where(better, tokens.start + at.long(), first[pieces])
         return out, first
 
     def _values(self, x: Tensor) -> Tensor:
@@ -155,14 +155,14 @@ class Encoder:
     def _topk_maxima(
         self, x: Tensor, counts: Tensor, lengths: np.ndarray, positions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        row = to_device(np.repeat(np.arange(len(lengths)) * self.d_sae, lengths), x.device)
+        base = to_device(np.repeat(np.arange(len(lengths)) * self.d_sae, lengths), x.device)
         out, nowhere = x.new_zeros(len(lengths) * self.d_sae), len(x)
         kept, size = [], max(_CHUNK // self.d_sae, 1)
         for start in range(0, len(x), size):
             tokens = slice(start, start + size)
             values, ids = self._values(x[tokens]).topk(self.sae.cfg.k, dim=-1, sorted=False)
             values = values.relu_().masked_fill_(~counts[tokens, None], 0.0)
-            cells = row[tokens, None] + ids
+            cells = base[tokens, None] + ids
             out.scatter_reduce_(0, cells.reshape(-1), values.reshape(-1), "amax")
             if positions:
                 kept.append((start, values, cells))
@@ -177,30 +177,30 @@ class Encoder:
         return out.view(len(lengths), self.d_sae)[:, self._picked], first
 
 
-def _reduced(values: Tensor, parts: Tensor, how: Literal["max", "min"], initial: float) -> Tensor:
-    """The maximum or minimum [n_rows, width] of each run of rows [parts, width]; `initial` for an empty run."""
+def _reduced(values: Tensor, sizes: Tensor, how: Literal["max", "min"], initial: float) -> Tensor:
+    """The maximum or minimum, [n_runs, width], of each run of tokens; `initial` for an empty run."""
     if values.device.type == "cpu":
         # Ten times as fast there as segment_reduce.
-        runs = values.split(parts.tolist())
+        runs = values.split(sizes.tolist())
         return torch.stack([getattr(r, f"a{how}")(0) if len(r) else r.new_full(r.shape[1:], initial) for r in runs])
     # `unsafe` skips checks that would wait for the device.
-    return torch.segment_reduce(values, how, lengths=parts, axis=0, initial=initial, unsafe=True)
+    return torch.segment_reduce(values, how, lengths=sizes, axis=0, initial=initial, unsafe=True)
 
 
 def _chunks(lengths: np.ndarray, limit: int) -> Iterator[tuple[slice, slice, bool]]:
-    """Yields runs of whole rows with at most `limit` tokens as `(rows, tokens, True)`.
+    """Yields whole pieces with at most `limit` tokens together as `(pieces, tokens, True)`.
 
-    A longer row comes by itself, in parts, as `(row, tokens, False)`.
+    A longer piece comes by itself, in parts, as `(piece, tokens, False)`.
     """
     ends = np.cumsum(lengths).tolist()
-    row, start = 0, 0
-    while row < len(ends):
-        stop = max(bisect_right(ends, start + limit), row + 1)
+    piece, start = 0, 0
+    while piece < len(ends):
+        stop = max(bisect_right(ends, start + limit), piece + 1)
         end = ends[stop - 1]
         if end - start <= limit:
             if end > start:
-                yield slice(row, stop), slice(start, end), True
+                yield slice(piece, stop), slice(start, end), True
         else:
             for token in range(start, end, limit):
-                yield slice(row, stop), slice(token, min(token + limit, end)), False
-        row, start = stop, end
+                yield slice(piece, stop), slice(token, min(token + limit, end)), False
+        piece, start = stop, end
