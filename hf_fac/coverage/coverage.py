@@ -19,7 +19,7 @@ from pydantic import BaseModel, Json, NonNegativeInt
 from ..storage.differences import differences
 from ..storage.feature_ids import check_feature_ids
 from ..storage.files import whole_file
-from ..storage.scored_rows import REMEDY, scored_batches
+from ..storage.scored_rows import REMEDY, ScoredRows, scored_batches
 from ..storage.validation import Measurement, checked, read_measurement
 from .grid import ActivationGrid
 from .report import FACReport
@@ -98,7 +98,7 @@ class FeatureCoverage:
                 coverage.measurement = _agreed(
                     coverage.measurement, found, f"row {row:,} and after: measured differently"
                 )
-            coverage._add(rows.first_row, rows.features, rows.activations, np.diff(rows.starts), rows.tokens)
+            coverage._add(rows)
         if coverage is None:
             raise ValueError("an empty data set does not say how it was measured: pass measurement=")
         return coverage
@@ -120,15 +120,16 @@ class FeatureCoverage:
         if (expected := (len(tokens), coverage.d_sae)) != acts.shape:
             raise ValueError(f"activations have shape {acts.shape}, tokens and the measurement say {expected}")
         for start in range(0, len(tokens), _BATCH):
-            part = acts[start : start + _BATCH]
-            coverage._add(start, part.indices, part.data, np.diff(part.indptr), tokens[start : start + _BATCH])
+            rows = matrix_rows(acts, start, start + _BATCH)
+            coverage._add(rows._replace(tokens=tokens[start : start + _BATCH]))
         return coverage
 
-    def _add(self, first_row: int, ids: np.ndarray, acts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> None:
-        ids, rows = ids.astype(np.int64, copy=False), np.repeat(np.arange(len(lengths)), lengths)
-        self._refuse_bad(first_row, rows, ids, acts, tokens)
+    def _add(self, part: ScoredRows) -> None:
+        ids, acts, lengths = part.features.astype(np.int64, copy=False), part.activations, np.diff(part.starts)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        self._refuse_bad(part, rows * self.d_sae + ids, part.tokens[rows])
         self.rows += len(lengths)
-        self.rows_without_tokens += int(np.count_nonzero(tokens == 0))
+        self.rows_without_tokens += int(np.count_nonzero(part.tokens == 0))
         self._count(rows, ids, self._grid.level_of(acts), len(lengths))
         # What is below the second maximum changes nothing, so that soon few activations are left to sort.
         strong = np.flatnonzero(acts >= self.second_maximum[ids])
@@ -148,22 +149,16 @@ class FeatureCoverage:
         cell = self._grid.bucket_of[above] + np.arange(levels) * buckets
         np.add.at(self.active_counts.reshape(-1), cell.reshape(-1), 1)
 
-    def _refuse_bad(
-        self, first_row: int, rows: np.ndarray, ids: np.ndarray, acts: np.ndarray, tokens: np.ndarray
-    ) -> None:
-        def refuse(bad: np.ndarray, problem: str) -> None:
-            if bad.any():
-                k = int(np.argmax(bad))
-                raise ValueError(f"row {first_row + rows[k]:,}: feature {ids[k]} at {acts[k]:g} {problem}: {REMEDY}")
-
-        refuse((ids < 0) | (ids >= self.d_sae), f"is not in [0, {self.d_sae:,}), the width of the SAE")
-        refuse(~np.isfinite(acts), "is not finite (some models overflow in float16)")
-        refuse(acts <= np.float64(self.keep_above), f"is not above the floor keep_above = {self.keep_above:g}")
-        refuse(tokens[rows] <= 0, "is in a row without content tokens")
-        key = rows * self.d_sae + ids
+    def _refuse_bad(self, part: ScoredRows, key: np.ndarray, tokens: np.ndarray) -> None:
+        """Check activations: `key` is a number for each row and feature, `tokens` are those of its row."""
+        check_activations(part, self.d_sae)
+        too_low = part.activations <= np.float64(self.keep_above)
+        _refuse(part, too_low, f"is not above the floor keep_above = {self.keep_above:g}")
+        _refuse(part, tokens <= 0, "is in a row without content tokens")
         if (np.diff(key) <= 0).any():
             order = np.argsort(key)
-            refuse(np.isin(key, key[order][1:][np.diff(key[order]) == 0]), "stands twice in its row")
+            twice = key[order][1:][np.diff(key[order]) == 0]
+            _refuse(part, np.isin(key, twice), "stands twice in its row")
 
     def _raise_maxima(
         self, i: np.ndarray | slice, maximum: np.ndarray, second: np.ndarray, row_hash: np.ndarray
@@ -321,18 +316,10 @@ def _choose_threshold(
     """Returns delta, float64 [] or [d_sae], and how it was chosen."""
     if threshold is not None and relative is not None:
         raise ValueError("give threshold or relative, not both")
-    if threshold is not None:
-        return _given_threshold(anchor, threshold)
-    return _calibrated_threshold(anchor) if relative is None else _relative_threshold(anchor, relative)
-
-
-def _given_threshold(anchor: FeatureCoverage, threshold: float | ArrayLike) -> tuple[np.ndarray, str]:
-    delta = check_threshold(threshold, anchor.d_sae)
-    if (least := delta.min()) < anchor.keep_above:
-        remedy = "score both data sets again with a lower keep_above, or raise the threshold"
-        raise ValueError(f"threshold {least:g} is below the floor keep_above = {anchor.keep_above:g}: {remedy}")
-    values = f"{least:.4g}" if not delta.ndim else f"{least:.4g} to {delta.max():.4g}, one for each feature"
-    return delta, f"{values}, as given"
+    if threshold is None:
+        return _calibrated_threshold(anchor) if relative is None else _relative_threshold(anchor, relative)
+    delta = check_threshold(threshold, anchor.d_sae, keep_above=anchor.keep_above)
+    return delta, f"{delta.min():.4g}{f' to {delta.max():.4g}, one for each feature' if delta.ndim else ''}, as given"
 
 
 def _relative_threshold(anchor: FeatureCoverage, relative: float) -> tuple[np.ndarray, str]:
@@ -356,8 +343,11 @@ def _calibrated_threshold(anchor: FeatureCoverage) -> tuple[np.ndarray, str]:
     raise ValueError(f"the median anchor row never activates {limit}: give threshold= or relative=")
 
 
-def check_threshold(threshold: float | ArrayLike, d_sae: int) -> np.ndarray:
-    """Returns delta, float64 [] or [d_sae]. Raises: ValueError where it is negative, not finite or of another shape."""
+def check_threshold(threshold: float | ArrayLike, d_sae: int, *, keep_above: float = 0.0) -> np.ndarray:
+    """Returns delta, float64 [] or [d_sae].
+
+    Raises: ValueError where it is negative, not finite, of another shape, or below the floor.
+    """
     try:
         delta = np.array(threshold, np.float64)
     except (TypeError, ValueError):
@@ -366,7 +356,34 @@ def check_threshold(threshold: float | ArrayLike, d_sae: int) -> np.ndarray:
         raise ValueError(
             f"threshold must be one finite number or {d_sae:,} of them, none negative; got {threshold!r:.100}"
         )
+    if (delta < keep_above).any():
+        remedy = "score the rows again with a lower keep_above, or raise the threshold"
+        raise ValueError(f"threshold {delta.min():g} is below the floor keep_above = {keep_above:g}: {remedy}")
     return delta
+
+
+def matrix_rows(acts: csr_array, start: int, stop: int) -> ScoredRows:
+    """Returns rows of activations [n, d_sae]; they say neither tokens nor measurement."""
+    starts = acts.indptr[start : stop + 1]
+    entries = slice(starts[0], starts[-1])
+    return ScoredRows(start, acts.indices[entries], acts.data[entries], starts - starts[0], np.zeros(0, np.int32), [])
+
+
+def check_activations(rows: ScoredRows, d_sae: int | None) -> None:
+    """Raises: ValueError, naming the row, for ids out of [0, d_sae) and activations that are not finite."""
+    ids, acts, width = rows.features, rows.activations, d_sae or math.inf
+    # Extremes first: they need no memory.
+    if len(ids) and (ids.min() < 0 or ids.max() >= width):
+        _refuse(rows, (ids < 0) | (ids >= width), f"is not in [0, {width:,}), the width of the SAE")
+    if len(acts) and not np.isfinite([acts.min(), acts.max()]).all():
+        _refuse(rows, ~np.isfinite(acts), "is not finite (some models overflow in float16)")
+
+
+def _refuse(rows: ScoredRows, is_bad: np.ndarray, problem: str) -> None:
+    if is_bad.any():
+        k = int(np.argmax(is_bad))
+        row = rows.first_row + int(np.searchsorted(rows.starts, k, side="right")) - 1
+        raise ValueError(f"row {row:,}: feature {rows.features[k]} at {rows.activations[k]:g} {problem}: {REMEDY}")
 
 
 def _agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..storage.feature_ids import check_feature_ids
-from ..storage.scored_rows import ACTIVATIONS, FEATURES, MEASUREMENT, REMEDY, read_scored
+from ..storage.scored_rows import ACTIVATIONS, FEATURES, MEASUREMENT, REMEDY, ScoredRows, read_scored
 from ..storage.validation import read_measurement
+from .coverage import check_activations, check_threshold, matrix_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -154,34 +156,25 @@ def _targets(pool: _Pool, wanted: np.ndarray, threshold: float | ArrayLike) -> _
     # np.take(mode="clip") sends every id above the last wanted one to the last place.
     place = np.full(int(wanted.max(initial=-1)) + 2, -1, np.int32)
     place[wanted] = np.arange(len(wanted))
-    limit = np.full(len(place), np.inf, np.result_type(pool.read(0, 0)[1], np.float32))
+    limit = np.full(len(place), np.inf, np.result_type(pool.read(0, 0).activations, np.float32))
     limit[wanted] = _limits(threshold, wanted, pool, limit.dtype)
     return _Targets(place, limit)
 
 
 class _Pool(NamedTuple):
-    """n_rows; width: d_sae, None where it is not known; floor: below which the rows keep no activations.
-
-    read: gives of rows [start, stop) the ids, the activations, and where each row of them starts (one more than rows).
-    """
+    """A pool. width: d_sae, None where it is not known. keep_above: the floor. read: returns rows [start, stop)."""
 
     n_rows: int
     width: int | None
-    floor: float
-    read: Callable[[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+    keep_above: float
+    read: Callable[[int, int], ScoredRows]
 
 
 def _open(pool: Any) -> _Pool:
     from scipy.sparse import issparse
 
     if issparse(pool) and pool.ndim == 2:
-        acts = pool.tocsr()
-
-        def read_sparse(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            starts = acts.indptr[start : stop + 1]
-            return acts.indices[starts[0] : starts[-1]], acts.data[starts[0] : starts[-1]], starts - starts[0]
-
-        return _Pool(*acts.shape, 0.0, read_sparse)
+        return _Pool(*pool.shape, 0.0, partial(matrix_rows, pool.tocsr()))
     from datasets import Dataset
 
     if not isinstance(pool, Dataset):
@@ -193,40 +186,26 @@ def _open(pool: Any) -> _Pool:
     text = next((text for _, text in read_scored(table[:1], columns=columns).measurements), None)
     measurement = read_measurement(text, "the pool: fac_measurement", REMEDY) if text else {}
 
-    def read_arrow(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(start: int, stop: int) -> ScoredRows:
         part = read_scored(table[start:stop], columns=columns, first_row=start)
         for row, found in part.measurements:
             if found != text:
                 raise ValueError(f"row {row:,} of the pool was measured differently from row 0: {REMEDY}")
-        return part.features, part.activations, part.starts
+        return part
 
-    return _Pool(len(table), measurement.get("d_sae"), measurement.get("keep_above", 0.0), read_arrow)
+    return _Pool(len(table), measurement.get("d_sae"), measurement.get("keep_above", 0.0), read)
 
 
 def _activated(pool: _Pool, rows: range, targets: _Targets) -> tuple[np.ndarray, np.ndarray]:
     """Of the rows, the places in `missing` of the features that they activate, int32, and where each row starts."""
     found, starts = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
     for start in range(rows.start, rows.stop, _BATCH):
-        ids, acts, ends = pool.read(start, min(start + _BATCH, rows.stop))
-        if len(ids):
-            _refuse_bad(ids, acts, ends, start, pool.width)
-        kept = np.flatnonzero(acts > targets.limit.take(ids, mode="clip"))
-        found.append(targets.place.take(ids[kept]))
-        starts.append(starts[-1][-1] + np.searchsorted(kept, ends[1:]))
+        part = pool.read(start, min(start + _BATCH, rows.stop))
+        check_activations(part, pool.width)
+        kept = np.flatnonzero(part.activations > targets.limit.take(part.features, mode="clip"))
+        found.append(targets.place.take(part.features[kept]))
+        starts.append(starts[-1][-1] + np.searchsorted(kept, part.starts[1:]))
     return np.concatenate(found), np.concatenate(starts)
-
-
-def _refuse_bad(ids: np.ndarray, acts: np.ndarray, ends: np.ndarray, start: int, width: int | None) -> None:
-    width = width or np.inf
-    if ids.min() < 0 or ids.max() >= width:
-        bad, problem = (ids < 0) | (ids >= width), f"is not in [0, {width}), the width of the pool"
-    elif not np.isfinite([acts.min(), acts.max()]).all():
-        bad, problem = ~np.isfinite(acts), "is not finite"
-    else:
-        return
-    k = int(np.argmax(bad))
-    row = start + int(np.searchsorted(ends, k, side="right")) - 1
-    raise ValueError(f"row {row:,} of the pool: feature {ids[k]} at {acts[k]:g} {problem}: {REMEDY}")
 
 
 def _integer_weights(weights: ArrayLike | None, m: int) -> tuple[np.ndarray, int]:
@@ -242,16 +221,10 @@ def _integer_weights(weights: ArrayLike | None, m: int) -> tuple[np.ndarray, int
 
 def _limits(threshold: float | ArrayLike, wanted: np.ndarray, pool: _Pool, dtype: np.dtype) -> np.ndarray:
     """Returns [n_wanted]: a feature is activated by what exceeds its limit."""
-    delta, width, floor = np.asarray(threshold, np.float64), pool.width, pool.floor
-    if delta.ndim > 1 or (delta.ndim and len(delta) != (width or len(delta))):
-        raise ValueError(f"threshold has shape {delta.shape}; it is one number, or one for each of {width} features")
+    delta = check_threshold(threshold, pool.width or np.size(threshold), keep_above=pool.keep_above)
     if delta.ndim and len(wanted) and wanted.max() >= len(delta):
         raise ValueError(f"threshold is for {len(delta):,} features; missing holds feature {wanted.max()}")
-    if not (np.isfinite(delta) & (delta >= 0)).all():
-        raise ValueError("threshold must be finite and not negative (what a row does not store is 0)")
     delta = delta[wanted] if delta.ndim else np.broadcast_to(delta, len(wanted))
-    if (delta < floor).any():
-        raise ValueError(f"threshold {delta.min():g} is below the floor keep_above = {floor:g} of the pool's rows")
     if dtype != np.float32:
         return delta
     # For a float32 x, x > delta just when x exceeds the largest float32 that is not above delta.

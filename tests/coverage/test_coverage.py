@@ -561,7 +561,7 @@ def test_a_data_set_that_was_not_scored_names_the_column_and_the_remedy():
         ({"threshold": math.inf}, "got inf"),
         ({"threshold": [1.0] * 7}, r"one finite number or 8 of them"),
         ({"threshold": [1.0] * 7 + [0.1]}, r"threshold 0\.1 is below the floor"),
-        ({"threshold": 0.1}, r"below the floor keep_above = 0\.25: score both data sets again with a lower keep_above"),
+        ({"threshold": 0.1}, r"below the floor keep_above = 0\.25: score the rows again with a lower keep_above"),
         ({"threshold": 1.0, "relative": 0.5}, "not both"),
         ({"threshold": "high"}, "one finite number or 8 of them"),
         ({"threshold": [[1.0], [1.0, 2.0]]}, "one finite number or 8 of them"),

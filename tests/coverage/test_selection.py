@@ -222,11 +222,11 @@ ACTS = csr_array(np.ones((5, 3), np.float32))
         (([0, 1], 1), {"weights": [1, np.nan]}, r"weights\[1\] is nan"),
         (([0, 1], 1), {"weights": [np.inf, 1]}, r"weights\[0\] is inf"),
         (([0, 1], 1), {"weights": [1, -2]}, r"weights\[1\] is -2"),
-        (([0], 1), {"threshold": np.nan}, "finite and not negative"),
-        (([0], 1), {"threshold": [0, 0, np.inf]}, "finite and not negative"),
-        (([0], 1), {"threshold": -1}, "finite and not negative"),
-        (([0], 1), {"threshold": [0, 0]}, r"threshold has shape \(2,\)"),
-        (([0], 1), {"threshold": [[0, 0, 0]]}, r"threshold has shape \(1, 3\)"),
+        (([0], 1), {"threshold": np.nan}, "one finite number or 3 of them, none negative"),
+        (([0], 1), {"threshold": [0, 0, np.inf]}, "one finite number or 3 of them, none negative"),
+        (([0], 1), {"threshold": -1}, "one finite number or 3 of them, none negative"),
+        (([0], 1), {"threshold": [0, 0]}, "one finite number or 3 of them, none negative"),
+        (([0], 1), {"threshold": [[0, 0, 0]]}, "one finite number or 3 of them, none negative"),
     ],
 )
 def test_refuses_bad_arguments(arguments, options, message):
@@ -254,10 +254,10 @@ def test_refuses_what_is_no_pool():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"fac_features": [1], "fac_activations": [float("nan")]}, "row 5 of the pool: feature 1 at nan is not finite"),
-        ({"fac_features": [1], "fac_activations": [float("inf")]}, "row 5 of the pool: feature 1 at inf is not finite"),
-        ({"fac_features": [1], "fac_activations": [-math.inf]}, "row 5 of the pool: feature 1 at -inf is not finite"),
-        ({"fac_features": [-7], "fac_activations": [2.0]}, "row 5 of the pool: feature -7 at 2 is not in"),
+        ({"fac_features": [1], "fac_activations": [float("nan")]}, "row 5: feature 1 at nan is not finite"),
+        ({"fac_features": [1], "fac_activations": [float("inf")]}, "row 5: feature 1 at inf is not finite"),
+        ({"fac_features": [1], "fac_activations": [-math.inf]}, "row 5: feature 1 at -inf is not finite"),
+        ({"fac_features": [-7], "fac_activations": [2.0]}, "row 5: feature -7 at 2 is not in"),
         ({"fac_features": [1, 2], "fac_activations": [1.0]}, "row 5 has 2 features but 1 activations"),
         ({"fac_features": [1, 2, 1], "fac_activations": [1.0] * 3}, "row 5 of the pool holds a missing feature twice"),
         ({"fac_features": None, "fac_activations": [1.0]}, "row 5 holds a null in fac_features"),
@@ -273,5 +273,5 @@ def test_names_the_bad_row(bad, message):
 def test_refuses_a_matrix_whose_ids_leave_its_width():
     acts = csr_array((np.ones(2, np.float32), np.array([0, 2]), np.array([0, 1, 2])), shape=(2, 3))
     acts.indices[1] = 9
-    with pytest.raises(ValueError, match=r"row 1 of the pool: feature 9 at 1 is not in \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"row 1: feature 9 at 1 is not in \[0, 3\)"):
         select(acts, [0], 1)
