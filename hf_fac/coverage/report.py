@@ -9,6 +9,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import Field, NonNegativeInt
+from pydantic import BeforeValidator, ConfigDict, GetPydanticSchema, NonNegativeInt
+from pydantic_core import core_schema
 
 from ..storage.files import write_whole
-from ..storage.validation import Strict, WholeMeasurement, checked
+from ..storage.validation import WholeMeasurement, checked
 from .statistics import CONFIDENCE, fac_curve, kl_divergence
 
 if TYPE_CHECKING:
@@ -30,29 +32,18 @@ if TYPE_CHECKING:
 _TABLES = ("table", "data_only")
 
 
-class SavedReport(Strict):
-    """A `FACReport` as JSON, checked when it is read back."""
+def _from_json(kind: Any, make: Callable[[Any], Any]) -> GetPydanticSchema:
+    """How a saved field is read: checked as `kind`, then turned into what the report holds."""
+    return GetPydanticSchema(
+        lambda _, handler: core_schema.no_info_after_validator_function(make, handler.generate_schema(kind))
+    )
 
-    fac: float | None
-    interval: Annotated[list[float | None], Field(min_length=2, max_length=2)]
-    confidence: float
-    threshold: float | list[float]
-    threshold_source: str
-    features: list[NonNegativeInt] | None
-    covered: list[NonNegativeInt]
-    missing: list[NonNegativeInt]
-    missing_support: list[NonNegativeInt]
-    support_exact: bool
-    kl_divergence: float | None
-    rows: NonNegativeInt
-    rows_without_tokens: NonNegativeInt
-    anchor_rows: NonNegativeInt
-    anchor_rows_without_tokens: NonNegativeInt
-    active_share: float | None
-    anchor_active_share: float | None
-    measurement: WholeMeasurement
-    table: dict[str, list[Any]] = Field(default_factory=dict)
-    data_only: dict[str, list[NonNegativeInt]] = Field(default_factory=dict)
+
+_Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+_Ids = Annotated[np.ndarray, _from_json(list[NonNegativeInt], lambda ids: np.array(ids, np.int64))]
+_Column = Annotated[np.ndarray, _from_json(list[Any], lambda values: np.array(values, None if values else np.int64))]
+_Delta = Annotated[np.ndarray, _from_json(list[float], np.array)]
+_Measured = Annotated[dict[str, Any], _from_json(WholeMeasurement, lambda found: found.model_dump(exclude_unset=True))]
 
 
 class AddedRows(NamedTuple):
@@ -73,34 +64,36 @@ class AddedRows(NamedTuple):
 class FACReport:
     """FAC of a data set against an anchor set: what is covered, what is missing, above which delta.
 
-    It is a flat record, as wide as what a comparison finds: each figure is read by its name, in Python and in JSON.
+    It is a flat record, as wide as what a comparison finds: each figure is read by its name, in Python and in JSON. The
+    types say how `load` reads a field.
 
     Everything is exact at any delta but numbers of rows that activate a feature (support), and with them the order of
     `missing` and the KL divergence. Off the grid these are lower bounds, the count at the next level above, and active
     shares are upper bounds. A calibrated delta is on the grid; one that was given, or is relative, seldom is.
     """
 
-    fac: float  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
-    interval: tuple[float, float]  # of the mean FAC of such data sets, see `jackknife_interval`; NaN below 2 rows
-    threshold: float | np.ndarray  # delta in the SAE's units; float64 [d_sae] with relative=, or where given so
+    __pydantic_config__ = ConfigDict(strict=True)
+
+    fac: _Number  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
+    interval: tuple[_Number, _Number]  # of the mean FAC of such data sets, see `jackknife_interval`; NaN below 2 rows
+    threshold: float | _Delta  # delta in the SAE's units; float64 [d_sae] with relative=, or where given so
     threshold_source: str
-    features: np.ndarray | None  # int64, rising: the subset F_task; None for all features
-    covered: np.ndarray  # int64 ids, rising
-    missing: np.ndarray  # int64 ids, by anchor rows above delta and then anchor maximum, strongest first
-    missing_support: np.ndarray  # int64: anchor rows above delta of each of missing
+    features: _Ids | None  # int64, rising: the subset F_task; None for all features
+    covered: _Ids  # int64, rising
+    missing: _Ids  # int64, by anchor rows above delta and then anchor maximum, strongest first
+    missing_support: _Ids  # int64: anchor rows above delta of each of missing
     support_exact: bool  # delta is on FeatureCoverage.grid
-    kl_divergence: float  # KL(anchor || data) in nats, see `kl_divergence`
-    rows: int
-    rows_without_tokens: int
-    anchor_rows: int
-    anchor_rows_without_tokens: int
-    active_share: float  # features above delta in the median row, of d_sae; NaN where delta is [d_sae]
-    anchor_active_share: float
-    measurement: dict[str, Any]
-    table: dict[str, np.ndarray] = field(repr=False)  # see `to_pandas`
-    data_only: dict[str, np.ndarray] = field(
-        repr=False
-    )  # feature, data_support: what the data activates beyond F(anchor)
+    kl_divergence: _Number  # KL(anchor || data) in nats, see `kl_divergence`
+    rows: NonNegativeInt
+    rows_without_tokens: NonNegativeInt
+    anchor_rows: NonNegativeInt
+    anchor_rows_without_tokens: NonNegativeInt
+    active_share: _Number  # features above delta in the median row, of d_sae; NaN where delta is [d_sae]
+    anchor_active_share: _Number
+    measurement: _Measured
+    table: dict[str, _Column] = field(default_factory=dict, repr=False)  # see `to_pandas`
+    # feature, data_support: what the data activates beyond F(anchor)
+    data_only: dict[str, _Column] = field(default_factory=dict, repr=False)
     confidence: float = CONFIDENCE
 
     def to_pandas(self) -> pd.DataFrame:
@@ -163,21 +156,7 @@ class FACReport:
         Raises: ValueError, with the field, for anything else.
         """
         remedy = "save the report again, or give what `hf-fac missing --output` wrote"
-        saved = checked(SavedReport, Path(path).read_bytes(), f"{path} is no report of hf_fac", remedy)
-        values = {name: getattr(saved, name) for name in SavedReport.model_fields}
-        for name in ("fac", "kl_divergence", "active_share", "anchor_active_share"):
-            values[name] = math.nan if values[name] is None else values[name]
-        for name in ("features", "covered", "missing", "missing_support"):
-            values[name] = None if values[name] is None else np.array(values[name], np.int64)
-        values["interval"] = tuple(math.nan if end is None else end for end in saved.interval)
-        values["measurement"] = saved.measurement.model_dump(exclude_unset=True)
-        if isinstance(saved.threshold, list):
-            values["threshold"] = np.array(saved.threshold)
-        for name in _TABLES:
-            values[name] = {
-                column: np.array(entries, None if entries else np.int64) for column, entries in values[name].items()
-            }
-        return cls(**values)
+        return checked(cls, Path(path).read_bytes(), f"{path} is no report of hf_fac", remedy)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all but the tables, and hf_fac's version, for JSON: arrays become lists, NaN None."""
