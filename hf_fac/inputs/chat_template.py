@@ -237,7 +237,7 @@ def _mark(
         inside = list(tags.finditer(content)) if tags and role in split else []
         thought = 0
         if role == "assistant":
-            # What comes after the last closing tag is the answer, one piece.
+            # What comes after the last closing tag is the answer, one run.
             thought = max((tag.start() for tag in inside if tag.group()[1] == "/"), default=-1)
             inside = [tag for tag in inside if tag.start() <= thought]
         borders = [0, *(edge for tag in inside for edge in tag.span()), len(content)]
@@ -327,27 +327,27 @@ def _fill(text: str, skeleton: _Skeleton, marks: list[_Mark]) -> list[Place] | N
 
 
 def _joined(text: str, filled: list[_Filled]) -> Iterator[_Filled]:
-    """Joins the parts of a content and the tags between them, where the text has the tags as the content has them."""
+    """Joins the runs of a content and the tags between them, where the text has the tags as the content has them."""
     held: _Filled | None = None
-    for part in filled:
+    for run in filled:
         floor, goes_on = 0, False
         if held is not None:
-            goes_on = held.mark.unit == part.mark.unit and held.inner_end <= part.inner_start
-            between = held.mark.content[held.inner_end : part.inner_start]
-            if goes_on and text[held.end : part.start] == between:
-                held = held._replace(end=part.end, inner_end=part.inner_end)
+            goes_on = held.mark.unit == run.mark.unit and held.inner_end <= run.inner_start
+            between = held.mark.content[held.inner_end : run.inner_start]
+            if goes_on and text[held.end : run.start] == between:
+                held = held._replace(end=run.end, inner_end=run.inner_end)
                 continue
-            held = _with_end(text, held, part.start)
+            held = _with_end(text, held, run.start)
             yield held
             floor = held.end
-        before = "" if goes_on else part.mark.content[: part.inner_start].lstrip()
-        if text.endswith(before, floor, part.start):
-            part = part._replace(start=part.start - len(before), inner_start=part.inner_start - len(before))
-        held = part
+        before = "" if goes_on else run.mark.content[: run.inner_start].lstrip()
+        if text.endswith(before, floor, run.start):
+            run = run._replace(start=run.start - len(before), inner_start=run.inner_start - len(before))
+        held = run
     if held is not None:
         yield _with_end(text, held, len(text))
 
 
-def _with_end(text: str, part: _Filled, ceiling: int) -> _Filled:
-    after = part.mark.content[part.inner_end :].rstrip()
-    return part._replace(end=part.end + len(after)) if text.startswith(after, part.end, ceiling) else part
+def _with_end(text: str, run: _Filled, ceiling: int) -> _Filled:
+    after = run.mark.content[run.inner_end :].rstrip()
+    return run._replace(end=run.end + len(after)) if text.startswith(after, run.end, ceiling) else run

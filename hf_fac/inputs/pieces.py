@@ -26,15 +26,15 @@ class UniquePieces(NamedTuple):
     owner: np.ndarray
 
 
-def unique_pieces(pieces: TokenizedRows, *, causal: bool) -> UniquePieces:
+def unique_pieces(tokenized: TokenizedRows, *, causal: bool) -> UniquePieces:
     """Returns the pieces that the model has to read, each once.
 
     In a causal model the tokens after the last content token are cut off, as they change nothing. A piece without
     content keeps no ids.
     """
     seen: dict[tuple[bytes, bytes, bool], int] = {}
-    unique = UniquePieces([], [], [], np.zeros(len(pieces.ids), np.int64))
-    for i, (ids, content, offset) in enumerate(zip(pieces.ids, pieces.content, pieces.offset, strict=True)):
+    unique = UniquePieces([], [], [], np.zeros(len(tokenized.ids), np.int64))
+    for i, (ids, content, offset) in enumerate(zip(tokenized.ids, tokenized.content, tokenized.offset, strict=True)):
         counting = np.flatnonzero(content)
         end = 0 if not len(counting) else counting[-1] + 1 if causal else len(ids)
         ids, content = ids[:end], content[:end]

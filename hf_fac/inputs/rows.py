@@ -150,7 +150,7 @@ class ConversationReader:
         Returns: `TokenizedRows`. A row that was skipped, or has no text, has one piece without tokens.
         Raises: `RowError` for a row that cannot be read, unless `on_error="skip"`.
         """
-        pieces, rendered = TokenizedRows(), []
+        tokenized, rendered = TokenizedRows(), []
         first_type: str | None = None
         for index, row in enumerate(as_rows(rows)):
             rendered.append(_NO_TEXT)
@@ -166,20 +166,20 @@ class ConversationReader:
                 if any(found.text[span.start : span.end].strip() for span in found.content):
                     rendered[index] = found._replace(content=counted)
                 else:
-                    pieces.skipped[index] = "it has no text: what it holds is empty or whitespace"
+                    tokenized.skipped[index] = "it has no text: what it holds is empty or whitespace"
             except ValueError as error:
                 if self.on_error == "raise":
                     raise RowError(
                         f"Row {first_row + index} cannot be read: {error}. (on_error='skip' leaves such rows out "
                         f"and counts them.) The row: {excerpt(row)}"
                     ) from error
-                pieces.skipped[index] = str(error)
-        pieces.n_rows = len(rendered)
+                tokenized.skipped[index] = str(error)
+        tokenized.n_rows = len(rendered)
         encoded = iter(self._tokenize([row for row in rendered if row.text]))
         for index, row in enumerate(rendered):
             ids, offsets = next(encoded) if row.text else ([], [])
-            self._add(pieces, index, row, np.array(ids, dtype=np.int32), offsets)
-        return pieces
+            self._add(tokenized, index, row, np.array(ids, dtype=np.int32), offsets)
+        return tokenized
 
     def render(self, row: Any) -> tuple[str, list[Span], bool]:
         """Returns the row as text, its content spans that count, and whether it is plain text (no chat template).
@@ -274,7 +274,7 @@ class ConversationReader:
         return [span for span in content if span.role == self.pool_over]
 
     def _add(
-        self, pieces: TokenizedRows, index: int, row: _RenderedRow, ids: np.ndarray, offsets: list[tuple[int, int]]
+        self, tokenized: TokenizedRows, index: int, row: _RenderedRow, ids: np.ndarray, offsets: list[tuple[int, int]]
     ) -> None:
         counts = np.zeros(len(ids), dtype=bool)
         if len(ids):
@@ -286,7 +286,7 @@ class ConversationReader:
             counts = content_up_to[bounds[:, 1]] > content_up_to[bounds[:, 0]]
             special = np.isin(ids, self._special)
             if self.skip_first is None:
-                pieces.special_in_content += int((counts & special).sum())
+                tokenized.special_in_content += int((counts & special).sum())
             counts &= ~special
         bos = np.array([self.tokenizer.bos_token_id] if self.prepend_bos and len(ids) else [], dtype=np.int32)
         if len(bos) and ids[0] != bos[0]:
@@ -297,7 +297,7 @@ class ConversationReader:
         starts = [0]
         if len(ids) > limit:
             if self.stride is None:
-                pieces.truncated += 1
+                tokenized.truncated += 1
             else:
                 overlap = max(self.stride, len(bos))
                 starts = list(range(0, len(ids) - overlap, limit - overlap))
@@ -305,10 +305,10 @@ class ConversationReader:
             window, counted = ids[start : start + limit], counts[start : start + limit]
             if start and len(bos):
                 window, counted = np.concatenate([bos, window[1:]]), np.concatenate([[False], counted[1:]])
-            pieces.ids.append(window)
-            pieces.content.append(counted)
-            pieces.row.append(index)
-            pieces.offset.append(start)
+            tokenized.ids.append(window)
+            tokenized.content.append(counted)
+            tokenized.row.append(index)
+            tokenized.offset.append(start)
 
 
 def as_rows(rows: Any) -> Iterable[Any]:
