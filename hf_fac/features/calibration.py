@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..inputs.hidden_states import hidden_states, sink_cutoff
+from ..inputs.hidden_states import sink_cutoff
 from ..inputs.rows import ConversationReader
+from ..sae.evaluation import content_states
 from ..sae.loading import fvu
 
 if TYPE_CHECKING:
@@ -57,12 +58,8 @@ def mean_content_norm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def _content_norms(
     model: PreTrainedModel, reader: ConversationReader, layer: int, causal: bool | None = None
 ) -> np.ndarray:
-    pieces = reader(list(_SENTENCES))
-    norms = []
-    for batch in hidden_states(model, pieces.ids, layer, batch_tokens=512, causal=causal):
-        for i, hidden in zip(batch.pieces.tolist(), batch.hidden, strict=True):
-            norms.append(hidden[: len(pieces.ids[i])].float().norm(dim=-1).cpu().numpy()[pieces.content[i]])
-    norms = np.concatenate(norms)
+    batches = content_states(model, reader(list(_SENTENCES)), layer, batch_tokens=512, sink_norm=None, causal=causal)
+    norms = torch.cat([states.norm(dim=-1) for states in batches]).cpu().numpy()
     norms = norms[np.isfinite(norms)]
     if not len(norms):
         raise ValueError(

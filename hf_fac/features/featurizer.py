@@ -23,6 +23,7 @@ from ..inputs.pieces import UniquePieces, unique_pieces
 from ..inputs.rows import ConversationReader, PoolOver, RowError, Side
 from ..inputs.token_context import MarkedSpan, cut_span
 from ..sae.loading import SAESettings, check_sae, load_sae, read_settings
+from ..storage.validation import check_counts
 from .calibration import FitCheck, calibrate_sinks
 from .encoder import Encoder
 from .fingerprint import TensorHash, change_marks, model_settings, parameters_up_to, tokenizer_settings
@@ -36,16 +37,7 @@ if TYPE_CHECKING:
 # Part of every fingerprint: raise it whenever the same rows give other activations than before.
 VERSION = 1
 
-_forked = False
-
-
-def _remember_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if os.name == "posix":
-    os.register_at_fork(after_in_child=_remember_fork)
+_IMPORTED_BY = os.getpid()
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,8 @@ class SAEFeaturizer:
     ) -> None:
         if preset not in (None, "paper"):
             raise ValueError(f'preset is {preset!r}; the only one is "paper".')
-        _check_numbers(keep_above=keep_above, sink_norm=sink_norm, batch_tokens=batch_tokens)
+        check_counts(batch_tokens=batch_tokens)
+        _check_numbers(keep_above, sink_norm)
         expected = read_settings(sae)
         layer = expected.layer if layer is None else layer
         if layer is None:
@@ -197,8 +190,7 @@ class SAEFeaturizer:
         featurizer = cls(loaded.to(chosen), tokenizer, loaded_sae, **settings)
         featurizer._source = {
             "model": str(model), "sae": str(sae), "sae_id": sae_id, "revision": revision, "sae_revision": sae_revision,
-            "device": device and chosen, "dtype": dtype, "trust_remote_code": trust_remote_code,
-            **_as_source(settings, featurizer),
+            "device": device and chosen, "dtype": dtype, "trust_remote_code": trust_remote_code, **settings,
         }  # fmt: skip
         return featurizer
 
@@ -219,7 +211,7 @@ class SAEFeaturizer:
             made.settings = replace(made.settings, calibrated=True)
         made._fit, made._weights_hash = self._fit, self._weights_hash
         if self._source is not None:
-            made._source = self._source | _as_source(changes, made)
+            made._source = self._source | changes
         return made
 
     @property
@@ -255,18 +247,18 @@ class SAEFeaturizer:
             first_row: number of the first row, in messages.
         Raises: RowError for a row that cannot be read or whose hidden states are not finite.
         """
-        pieces = self.reader(rows, first_row=first_row)
-        unique = unique_pieces(pieces, causal=self.settings.causal)
+        tokenized = self.reader(rows, first_row=first_row)
+        unique = unique_pieces(tokenized, causal=self.settings.causal)
         maxima = PieceMaxima(len(unique.ids), keep_above=self.settings.keep_above, columns=self.encoder.columns)
         for batch in hidden_states(
             self.model, unique.ids, self.layer, batch_tokens=self.settings.batch_tokens, causal=self.settings.causal
         ):
             maxima.add(self._maxima(batch, unique, positions))
-        result, not_finite = maxima.of_rows(pieces, unique.owner, d_sae=self.d_sae, positions=positions)
+        result, not_finite = maxima.of_rows(tokenized, unique.owner, d_sae=self.d_sae, positions=positions)
         for index in not_finite.tolist():
             reason = "it has hidden states that are NaN or infinite"
             if self.reader.on_error == "raise":
-                start = self.tokenizer.decode(pieces.ids[pieces.row.index(index)][:20])
+                start = self.tokenizer.decode(tokenized.ids[tokenized.row.index(index)][:20])
                 raise RowError(
                     f"Row {first_row + index} cannot be measured: {reason}. Check the model's weights, or load it in "
                     f"float32. The row begins: {start!a}"
@@ -279,14 +271,14 @@ class SAEFeaturizer:
         device, overlap = self.sae.W_dec.device, self.reader.stride or 0
         content = [np.flatnonzero(unique.content[i]) for i in batch.pieces]
         lengths = np.array([len(c) for c in content])
-        at, piece = np.concatenate(content), np.repeat(np.arange(len(content)), lengths)
+        at, line = np.concatenate(content), np.repeat(np.arange(len(content)), lengths)
         # A token in the overlap was counted in the window before.
         continues = np.array([unique.continues[i] for i in batch.pieces])
-        is_new = at >= np.where(continues, overlap, 0)[piece]
-        index = np.stack([piece * batch.hidden.shape[1] + at, piece, is_new])
-        where, piece, is_new = to_device(index, batch.hidden.device)
+        is_new = at >= np.where(continues, overlap, 0)[line]
+        index = np.stack([line * batch.hidden.shape[1] + at, line, is_new])
+        where, line, is_new = to_device(index, batch.hidden.device)
         x = batch.hidden.flatten(0, 1)[where].to(device, torch.float32)
-        piece, is_new = piece.to(device), is_new.to(device).bool()
+        line, is_new = line.to(device), is_new.to(device).bool()
         norms = x.norm(dim=-1)
         finite = norms.isfinite()
         counts = finite & (norms <= self.settings.sink_norm)
@@ -295,7 +287,7 @@ class SAEFeaturizer:
         self._fit.add(x, counts)
         values, first = self.encoder.maxima(x, counts, lengths, positions=positions)
         kinds = torch.stack([counts & is_new, finite & ~counts & is_new, ~finite], dim=1)
-        counted, sinks, not_finite = torch.zeros(len(content), 3, device=device).index_add_(0, piece, kinds.float()).T
+        counted, sinks, not_finite = torch.zeros(len(content), 3, device=device).index_add_(0, line, kinds.float()).T
         return BatchMaxima(batch.pieces, at, values, first, counted, sinks, not_finite)
 
     def span(self, row: Any, position: int, *, before: int = 10, after: int = 5) -> MarkedSpan:
@@ -373,10 +365,13 @@ class SAEFeaturizer:
         return [*parameters_up_to(self.model, self.layer), *self.sae.state_dict(prefix="sae.").items()]
 
     def source(self) -> dict[str, Any] | None:
-        """Returns the arguments that load this featurizer again; None when it was made from loaded objects."""
+        """Returns the arguments that load this featurizer again, and its fingerprint; None when it was made from loaded
+        objects."""
         if self._source is None:
             return None
-        return {**self._source, "fingerprint": self.fingerprint()}
+        columns = self.encoder.columns
+        features = {} if columns is None else {"features": columns.tolist()}
+        return self._source | features | {"fingerprint": self.fingerprint()}
 
     @classmethod
     def restored(cls, source: dict[str, Any], *, rank: int | None = None) -> SAEFeaturizer:
@@ -386,7 +381,7 @@ class SAEFeaturizer:
         the fork, and waiting for them never ends.
         Raises: RuntimeError when the names now lead to another model or SAE.
         """
-        if _forked:
+        if os.getpid() != _IMPORTED_BY:
             torch.set_num_threads(1)
         arguments = {name: value for name, value in source.items() if name not in ("loader", "fingerprint")}
         if rank is not None and torch.cuda.is_available() and arguments.get("device") != "cpu":
@@ -409,19 +404,11 @@ class SAEFeaturizer:
         return SAEFeaturizer.restored, (source,)
 
 
-def _as_source(settings: dict[str, Any], featurizer: SAEFeaturizer) -> dict[str, Any]:
-    """Settings as JSON values, so that they can be pickled without arrays."""
-    columns = featurizer.encoder.columns
-    return settings | ({} if columns is None else {"features": columns.tolist()})
-
-
-def _check_numbers(*, keep_above: float, sink_norm: float | None, batch_tokens: int | None) -> None:
+def _check_numbers(keep_above: float, sink_norm: float | None) -> None:
     if not 0 <= keep_above < float("inf"):
         raise ValueError(f"keep_above is {keep_above}; it must be a number from 0 up (activations are not negative).")
     if sink_norm is not None and not sink_norm > 0:
         raise ValueError(f"sink_norm is {sink_norm}; it must be a positive number (inf leaves every token in).")
-    if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1.")
 
 
 def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: int | None) -> int | None:

@@ -50,13 +50,13 @@ class LeftOut:
     skipped: int = 0
     first: str = ""
 
-    def add(self, rows: FeatureActivations, first_row: int) -> None:
-        self.rows += len(rows.tokens)
-        self.truncated += rows.truncated
-        self.skipped += len(rows.skipped)
-        if rows.skipped and not self.first:
-            index = min(rows.skipped)
-            self.first = f" (row {first_row + index:,}: {rows.skipped[index]})"
+    def add(self, reading: FeatureActivations, first_row: int) -> None:
+        self.rows += len(reading.tokens)
+        self.truncated += reading.truncated
+        self.skipped += len(reading.skipped)
+        if reading.skipped and not self.first:
+            index = min(reading.skipped)
+            self.first = f" (row {first_row + index:,}: {reading.skipped[index]})"
 
     def __str__(self) -> str:
         counts = (f"{self.truncated:,} cut at max_length", self.truncated), (f"{self.skipped:,} skipped", self.skipped)
@@ -117,7 +117,7 @@ class PieceMaxima:
         self._not_finite[batch.pieces] = batch.not_finite
 
     def of_rows(
-        self, rows: TokenizedRows, owner: np.ndarray, *, d_sae: int, positions: bool
+        self, tokenized: TokenizedRows, owner: np.ndarray, *, d_sae: int, positions: bool
     ) -> tuple[FeatureActivations, np.ndarray]:
         """Returns what the rows activate, and the indices of rows with states that are not finite: these have nothing.
 
@@ -128,41 +128,33 @@ class PieceMaxima:
 
         while self._waiting:
             self._collect(self._waiting.popleft().wait())
-        piece_row = np.array(rows.row, dtype=np.int64)
+        piece_row = np.array(tokenized.row, dtype=np.int64)
         counted, sinks, not_finite = (
-            np.bincount(piece_row, weights=of_piece[owner], minlength=rows.n_rows).astype(np.int32)
+            np.bincount(piece_row, weights=of_piece[owner], minlength=tokenized.n_rows).astype(np.int32)
             for of_piece in (self._counted, self._sinks, self._not_finite)
         )
         counted[not_finite > 0] = 0
-        piece, feature, value, position = self._gather(owner)
-        row, position = piece_row[piece], position + np.array(rows.offset, dtype=np.int32)[piece]
-        if len(rows.ids) > rows.n_rows:
+        of_maxima, feature, value, position = (np.concatenate(parts) for parts in zip(*self._entries, strict=True))
+        shape = (len(self._counted), d_sae)
+        entries = csr_array((np.arange(len(value)), (of_maxima, feature)), shape=shape)[owner]
+        piece = np.repeat(np.arange(len(owner)), np.diff(entries.indptr))
+        row, feature, value = piece_row[piece], entries.indices, value[entries.data]
+        position = position[entries.data] + np.array(tokenized.offset, dtype=np.int32)[piece]
+        if len(tokenized.ids) > tokenized.n_rows:
             row, feature, value, position = _merge_windows(row, feature, value, position)
         if not_finite.any():
             keep = not_finite[row] == 0
             row, feature, value, position = row[keep], feature[keep], value[keep], position[keep]
-        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows.n_rows))])
-        if len(value) < 2**31:
-            starts = starts.astype(np.int32)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=tokenized.n_rows))])
         return FeatureActivations(
-            activations=csr_array((value, feature, starts), shape=(rows.n_rows, d_sae)),
+            activations=csr_array((value, feature, starts), shape=(tokenized.n_rows, d_sae)),
             tokens=counted,
             positions=position if positions else None,
-            skipped=rows.skipped,
-            truncated=rows.truncated,
+            skipped=tokenized.skipped,
+            truncated=tokenized.truncated,
             sinks=int(sinks.sum()),
-            special_in_content=rows.special_in_content,
+            special_in_content=tokenized.special_in_content,
         ), np.flatnonzero(not_finite)
-
-    def _gather(self, owner: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Index into `owner`, feature, value and position of each activation, piece after piece of the rows."""
-        unique, *others = (np.concatenate(parts) for parts in zip(*self._entries, strict=True))
-        order = np.argsort(unique, kind="stable")
-        starts = np.searchsorted(unique[order], [owner, owner + 1])
-        sizes = starts[1] - starts[0]
-        ends = np.cumsum(sizes)
-        take = order[np.arange(sizes.sum()) + np.repeat(starts[0] - (ends - sizes), sizes)]
-        return np.repeat(np.arange(len(owner)), sizes), *(entries[take] for entries in others)
 
 
 class _Transfer:

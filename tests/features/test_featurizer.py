@@ -569,7 +569,7 @@ def test_a_row_that_cannot_be_read_is_named_or_skipped(tokenizer):
         ({"keep_above": float("inf")}, "from 0 up"),
         ({"sink_norm": 0.0}, "positive"),
         ({"sink_norm": float("nan")}, "positive"),
-        ({"batch_tokens": 0}, "at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens is 0; it must be a whole number from 1 up"),
         ({"max_length": 0}, "at least 1"),
         ({"max_length": 257}, "takes at most 256 tokens"),
         ({"preset": "papers"}, '"paper"'),
