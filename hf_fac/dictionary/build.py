@@ -201,7 +201,7 @@ class _SpanReader:
     def _text(self, row: int) -> tuple[Any, ...]:
         """A row's text, the offsets of its tokens, and where its contents are."""
         [found] = _read(self.dataset, range(row, row + 1))
-        return *self.featurizer.reader.offsets(found), self.featurizer.reader.render(found)[1]
+        return self.featurizer.reader.render(found)
 
 
 def _dictionary(

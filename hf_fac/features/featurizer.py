@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 VERSION = 1
 
 _IMPORTED_BY = os.getpid()
+_NOT_LOADABLE = (
+    "This featurizer was made from loaded objects, so another process cannot load it again: make it with "
+    "SAEFeaturizer.from_pretrained(...), or use one process (num_proc=None)."
+)
 
 
 @dataclass(frozen=True)
@@ -300,10 +304,10 @@ class SAEFeaturizer:
             before, after: most tokens on each side.
         Raises: ValueError for a position outside the row.
         """
-        text, offsets = self.reader.offsets(row)
+        text, offsets, contents = self.reader.render(row)
         if not 0 <= position < len(offsets):
             raise ValueError(f"Position {position} is not in the row, which has {len(offsets)} tokens.")
-        return cut_span(text, offsets, self.reader.render(row)[1], position, before, after)
+        return cut_span(text, offsets, contents, position, before, after)
 
     @property
     def measurement(self) -> dict[str, Any]:
@@ -324,8 +328,6 @@ class SAEFeaturizer:
 
         It changes when the model is trained or gets an adapter. It is the same in every process.
         """
-        import xxhash
-
         reader, elsewhere = self.reader, ("metadata", "device", "dtype")
         settings = {
             "version": VERSION, "weights": self._weights_hash(self._tensors()), "layer": self.layer,
@@ -339,7 +341,7 @@ class SAEFeaturizer:
             "stride": reader.stride, "prepend_bos": reader.prepend_bos, "skip_first": reader.skip_first,
             "center": self.settings.center,
         }  # fmt: skip
-        return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
+        return _digest(settings)
 
     def feature_fingerprint(self) -> str:
         """Returns a hash of what defines each feature: the weights up to the layer, adapters, and the SAE.
@@ -347,13 +349,11 @@ class SAEFeaturizer:
         Settings, tokenizer and template are left out. So a dictionary of features can be used under other settings than
         it was collected with.
         """
-        import xxhash
-
         parts = {
             "weights": self._weights_hash(self._tensors()), "adapters": model_settings(self.model)["adapters"],
             "layer": self.layer, "architecture": self.sae.cfg.architecture(), "center": self.settings.center,
         }  # fmt: skip
-        return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+        return _digest(parts)
 
     def change_marks(self) -> list[Any]:
         """Change detector, far cheaper than `fingerprint`: other values when the model was trained on, got other
@@ -374,13 +374,15 @@ class SAEFeaturizer:
         return self._source | features | {"fingerprint": self.fingerprint()}
 
     @classmethod
-    def restored(cls, source: dict[str, Any], *, rank: int | None = None) -> SAEFeaturizer:
+    def restored(cls, source: dict[str, Any] | None, *, rank: int | None = None) -> SAEFeaturizer:
         """Returns the featurizer that `source()` describes; where there are several GPUs, on that of the rank.
 
         A forked process (those of `map`) computes with one thread from here on: PyTorch's other threads did not survive
         the fork, and waiting for them never ends.
-        Raises: RuntimeError when the names now lead to another model or SAE.
+        Raises: RuntimeError when there are no names, or they now lead to another model or SAE.
         """
+        if source is None:
+            raise RuntimeError(_NOT_LOADABLE)
         if os.getpid() != _IMPORTED_BY:
             torch.set_num_threads(1)
         arguments = {name: value for name, value in source.items() if name not in ("loader", "fingerprint")}
@@ -397,11 +399,14 @@ class SAEFeaturizer:
     def __reduce__(self) -> tuple[Any, ...]:
         source = self.source()
         if source is None:
-            raise TypeError(
-                "This featurizer was made from loaded objects, so another process cannot load it again; make it with "
-                "SAEFeaturizer.from_pretrained(...), or use one process."
-            )
+            raise TypeError(_NOT_LOADABLE)
         return SAEFeaturizer.restored, (source,)
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
 def _check_numbers(keep_above: float, sink_norm: float | None) -> None:

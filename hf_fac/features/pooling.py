@@ -161,26 +161,19 @@ class _Transfer:
     """Copies a batch to the CPU without making a GPU wait."""
 
     def __init__(self, batch: BatchMaxima) -> None:
-        self._batch, self._arrived = batch, None
-        tensors = {name: part for name, part in batch._asdict().items() if isinstance(part, torch.Tensor)}
         device = batch.values.device
-        if device.type != "cuda":
-            self._host = {name: tensor.cpu() for name, tensor in tensors.items()}
-            return
-        self._host = {name: _pinned_copy(tensor) for name, tensor in tensors.items()}
-        self._arrived = torch.cuda.Event()
+        is_cuda = device.type == "cuda"
+        tensors = {name: part for name, part in batch._asdict().items() if isinstance(part, torch.Tensor)}
+        # PyTorch copies to pinned memory when it need not wait.
+        self._host = {name: tensor.to("cpu", non_blocking=is_cuda) for name, tensor in tensors.items()}
+        self._batch = batch
         # The stream of the results' own GPU, which need not be the current one.
-        self._arrived.record(torch.cuda.current_stream(device))
+        self._arrived = torch.cuda.current_stream(device).record_event() if is_cuda else None
 
     def wait(self) -> BatchMaxima:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._batch._replace(**{name: tensor.numpy() for name, tensor in self._host.items()})
-
-
-def _pinned_copy(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
 
 
 def _merge_windows(

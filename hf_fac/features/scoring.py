@@ -42,13 +42,7 @@ class FACScorer:
     @property
     def featurizer(self) -> SAEFeaturizer:
         if self._featurizer is None:
-            state = self._pickled
-            if state["featurizer"] is None:
-                raise RuntimeError(
-                    "This process cannot load the featurizer again: it was made from loaded objects. Make it with "
-                    "SAEFeaturizer.from_pretrained(...), or map with num_proc=None."
-                )
-            self._featurizer = SAEFeaturizer.restored(state["featurizer"], rank=state.get("rank"))
+            self._featurizer = SAEFeaturizer.restored(self._pickled["featurizer"], rank=self._pickled.get("rank"))
         return self._featurizer
 
     def __call__(
@@ -70,15 +64,16 @@ class FACScorer:
                 "choose columns before it with select_columns."
             )
         # `map` adds no names: the rank is an int, the rows' numbers are a list.
+        numbers = next((one for one in extra if isinstance(one, list)), None)
         if self._featurizer is None:
             self._pickled["rank"] = next((one for one in extra if isinstance(one, int)), None)
-        first_row += next((one[0] for one in extra if isinstance(one, list) and one), 0)
-        featurizer = self.featurizer
+        first_row += numbers[0] if numbers else 0
+        rows = {name: batch[name] for name in batch if name not in COLUMNS}
         size = len(next(iter(batch.values()))) if batch else 0
         try:
-            reading = featurizer.read({name: batch[name] for name in batch if name not in COLUMNS}, first_row=first_row)
+            reading = self.featurizer.read(rows, first_row=first_row)
         except RowError as error:
-            if not any(isinstance(one, list) for one in extra):
+            if numbers is None:
                 error.add_note("The row is counted in its batch: map with with_indices=True for its number.")
             raise
         activations = reading.activations

@@ -7,6 +7,7 @@ equals the first rendering are the positions known. When it differs, the content
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -61,11 +62,8 @@ class _Slot(NamedTuple):
     escape: bool
 
     def trimmed(self, content: str, start: int, end: int) -> tuple[int, int]:
-        run = content[start:end]
-        kept = run.lstrip(self.left) if self.left != "" else run
-        start = end - len(kept)
-        kept = kept.rstrip(self.right) if self.right != "" else kept
-        return start, start + len(kept)
+        start = end - len(content[start:end].lstrip(self.left))
+        return start, start + len(content[start:end].rstrip(self.right))
 
 
 class _Skeleton(NamedTuple):
@@ -85,7 +83,6 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._skeletons: dict[tuple[str, str], _Skeleton | None] = {}
-        self._tags: dict[str, re.Pattern[str] | None] = {}
 
     def __call__(
         self,
@@ -114,7 +111,7 @@ class ChatRenderer:
             )
         text = self._render(messages, settings)
         template = self.tokenizer.get_chat_template(settings.get("chat_template"), settings.get("tools"))
-        tags = self._tags_of(template)
+        tags = _tags(template)
         tried: list[list[dict[str, Any]]] = []
         everyone = {message["role"] for message in messages}
         # A template may search a content: the model's for a thought, a user's for a tool's answer, any for some text.
@@ -141,12 +138,6 @@ class ChatRenderer:
                 f"the chat template refuses the row ({type(error).__name__}: {reason}); change the row to what "
                 "the template takes, or set another tokenizer.chat_template"
             ) from error
-
-    def _tags_of(self, template: str) -> re.Pattern[str] | None:
-        if template not in self._tags:
-            tags = sorted(set(_TAG.findall(template)), key=len, reverse=True)
-            self._tags[template] = re.compile("|".join(map(re.escape, tags))) if tags else None
-        return self._tags[template]
 
     def _skeleton(self, template: str, marked: list[dict[str, Any]], settings: dict[str, Any]) -> _Skeleton | None:
         key = (template, repr((marked, settings, self.tokenizer.special_tokens_map)))
@@ -220,8 +211,15 @@ def _read_options(options: Any) -> dict[str, Any]:
     return dict(options or {})
 
 
+@functools.lru_cache
+def _tags(template: str) -> re.Pattern[str]:
+    """Returns a pattern of the tags that a template looks for, longest first; without tags it matches nothing."""
+    tags = sorted(set(_TAG.findall(template)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tags)) or "(?!)")
+
+
 def _mark(
-    messages: list[dict[str, Any]], tags: re.Pattern[str] | None, split: set[str], keep_bare: bool
+    messages: list[dict[str, Any]], tags: re.Pattern[str], split: set[str], keep_bare: bool
 ) -> tuple[list[dict[str, Any]], list[_Mark]]:
     """The messages with probes in place of their contents, or in place of the text between a content's tags.
 
@@ -234,7 +232,7 @@ def _mark(
         if not content:
             return content
         role = messages[message]["role"]
-        inside = list(tags.finditer(content)) if tags and role in split else []
+        inside = list(tags.finditer(content)) if role in split else []
         thought = 0
         if role == "assistant":
             # What comes after the last closing tag is the answer, one run.

@@ -181,21 +181,17 @@ class ConversationReader:
             self._add(tokenized, index, row, np.array(ids, dtype=np.int32), offsets)
         return tokenized
 
-    def render(self, row: Any) -> tuple[str, list[Span], bool]:
-        """Returns the row as text, its content spans that count, and whether it is plain text (no chat template).
+    def render(self, row: Any) -> tuple[str, list[tuple[int, int]], list[Span]]:
+        """Returns the row as text, the `[start, end)` characters of each of its token ids, before any truncation, and
+        its content that counts.
 
         Raises: ValueError, without the row's number, when the row cannot be read.
         """
         found = self._read(row)
-        return found.text, self._pooled(found), found.is_plain
-
-    def offsets(self, row: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Returns the row's text and the `[start, end)` characters of each of its token ids, before any truncation."""
-        found = self._read(row)
         [(ids, offsets)] = self._tokenize([found])
         if self.prepend_bos and ids[:1] != [self.tokenizer.bos_token_id]:
             offsets = [(0, 0), *offsets]
-        return found.text, offsets
+        return found.text, offsets, self._pooled(found)
 
     def _tokenize(self, rows: list[_RenderedRow]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Token ids, and their characters, of rows of one type."""
@@ -236,23 +232,20 @@ class ConversationReader:
 
     def _parts(self, row: Mapping[str, Any], kind: tuple[str, ...]) -> tuple[Any, Any]:
         """The prompt and the completion; rows of type messages are all prompt."""
-        if kind in (("messages",), ("prompt",)):
-            prompt = _standard_or_messages(row, kind[0])
-            return prompt, type(prompt)()
-        if kind == ("prompt", "completion"):
-            prompt, answer = _standard_or_messages(row, "prompt"), _standard_or_messages(row, "completion")
+        parts = {column: _standard_or_messages(row, column) for column in kind}
+        if kind != ("chosen", "rejected"):
+            prompt = parts[kind[0]]
+            answer = parts.get("completion", type(prompt)())
         else:
-            chosen, rejected = _standard_or_messages(row, "chosen"), _standard_or_messages(row, "rejected")
-            if type(chosen) is not type(rejected):
+            if type(parts["chosen"]) is not type(parts["rejected"]):
                 raise ValueError(
                     "of chosen and rejected one is a string, the other a list of messages; make both the same"
                 )
-            answer = chosen if self.side == "chosen" else rejected
-            if row.get("prompt") is not None:
-                prompt = _standard_or_messages(row, "prompt")
-            else:
-                shared = _shared(chosen, rejected)
-                prompt, answer = answer[:shared], answer[shared:]
+            answer = parts[self.side]
+            if row.get("prompt") is None:
+                shared = _shared(parts["chosen"], parts["rejected"])
+                return answer[:shared], answer[shared:]
+            prompt = _standard_or_messages(row, "prompt")
         if type(prompt) is not type(answer):
             raise ValueError(
                 "the prompt is a string and the completion a list of messages, or the other way round; make both the "
@@ -276,18 +269,16 @@ class ConversationReader:
     def _add(
         self, tokenized: TokenizedRows, index: int, row: _RenderedRow, ids: np.ndarray, offsets: list[tuple[int, int]]
     ) -> None:
-        counts = np.zeros(len(ids), dtype=bool)
-        if len(ids):
-            bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-            is_content = np.zeros(len(row.text) + 1, dtype=np.int64)
-            for span in row.content:
-                is_content[span.start + 1 : span.end + 1] = 1
-            content_up_to = np.cumsum(is_content)
-            counts = content_up_to[bounds[:, 1]] > content_up_to[bounds[:, 0]]
-            special = np.isin(ids, self._special)
-            if self.skip_first is None:
-                tokenized.special_in_content += int((counts & special).sum())
-            counts &= ~special
+        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        is_content = np.zeros(len(row.text) + 1, dtype=np.int64)
+        for span in row.content:
+            is_content[span.start + 1 : span.end + 1] = 1
+        content_up_to = np.cumsum(is_content)
+        counts = content_up_to[ends] > content_up_to[starts]
+        special = np.isin(ids, self._special)
+        if self.skip_first is None:
+            tokenized.special_in_content += int((counts & special).sum())
+        counts &= ~special
         bos = np.array([self.tokenizer.bos_token_id] if self.prepend_bos and len(ids) else [], dtype=np.int32)
         if len(bos) and ids[0] != bos[0]:
             ids, counts = np.concatenate([bos, ids]), np.concatenate([[False], counts])

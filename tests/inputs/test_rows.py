@@ -47,12 +47,12 @@ def says(*contents, first="user"):
 def counted(reader, row) -> list[str]:
     """The texts of the tokens that count, as the row's characters."""
     pieces = reader([row])
-    text, offsets = reader.offsets(row)
+    text, offsets, _ = reader.render(row)
     return [text[slice(*offsets[i])] for i in np.flatnonzero(pieces.content[0])]
 
 
 def stretches(reader, row) -> list[str]:
-    text, spans, _ = reader.render(row)
+    text, _, spans = reader.render(row)
     return [text[span.start : span.end] for span in spans]
 
 
@@ -360,14 +360,13 @@ def test_content_is_found_to_the_character_whatever_it_says(template, messages):
             spans.append((position, position + len(text), messages[message]["role"]))
         position += len(text)
     expected = "".join(text for text, _ in parts)
-    text, found, is_plain = READERS[template].render({"messages": messages})
+    text, _, found = READERS[template].render({"messages": messages})
     assert text == expected
     found, spans = marks(text, found_spans(found)), marks(text, spans)
     if template == "Llama-2" and not all(m["content"].strip() for m in messages[:2]):
         # Where stripping a merged turn eats into the template's own words, what is blank may be left uncounted.
         found = [f or s * text[i].isspace() for i, (f, s) in enumerate(zip(found, spans, strict=True))]
     assert found == spans
-    assert not is_plain
 
 
 READERS = {
@@ -425,7 +424,7 @@ def test_of_a_turn_with_a_thought_what_the_template_leaves_is_found(messages):
     parts = list(qwen3(messages))
     # Of a row with closing tags, which the template looks for, every word is found; of any other, every character.
     unsure = r"<[^<>\s]+>|\s+|$" if any("</" in m["content"] for m in messages) else "$"
-    text, found, _ = QWEN_READER.render({"messages": messages})
+    text, _, found = QWEN_READER.render({"messages": messages})
     assert text == "".join(part for part, _, _ in parts)
     surely, perhaps, position = [], [], 0
     for part, message, is_tag in parts:
@@ -499,7 +498,7 @@ def test_every_template_that_trl_ships_is_read_right_or_refuses(path):
     reader, refused = ConversationReader(tokenizer), []
     for messages in NAMED.values():
         try:
-            text, spans, _ = reader.render({"messages": messages})
+            text, _, spans = reader.render({"messages": messages})
         except ValueError as error:
             refused.append(str(error))
             continue
@@ -716,7 +715,7 @@ def test_special_tokens_added_later_than_the_tokenizers_own_never_count():
 def test_a_token_that_straddles_content_and_template_counts():
     tokenizer = tiny.byte_level_tokenizer(chat_template="{{ 'so th' + messages[0].content + 'e end' }}")
     reader, row = ConversationReader(tokenizer), {"messages": says("e river th")}
-    text, offsets = reader.offsets(row)
+    text, offsets, _ = reader.render(row)
     assert text == "so the river the end"
     assert (2, 6) in offsets
     assert (12, 16) in offsets
@@ -727,7 +726,7 @@ def test_a_token_that_straddles_content_and_template_counts():
 def test_whitespace_of_content_counts_and_of_the_template_does_not(make):
     """GPT-2's own post-processor gives the offsets of a token without its spaces."""
     reader = ConversationReader(make(chat_template="{% for m in messages %}{{ '  ' + m.content + '  ' }}{% endfor %}"))
-    text, offsets = reader.offsets({"messages": says("a   b")})
+    text, offsets, _ = reader.render({"messages": says("a   b")})
     assert text == "  a   b  "
     assert [slice_ for start, end in offsets for slice_ in range(start, end)] == list(range(len(text)))
     assert "".join(counted(reader, {"messages": says("a   b")})).strip(" ") == "a   b"
@@ -741,7 +740,7 @@ def test_offsets_cover_the_spaces_of_robertas_post_processor_too():
         ends, ends, trim_offsets=True, add_prefix_space=False
     )
     reader = ConversationReader(tokenizer)
-    assert reader.offsets("x  b")[1] == [(0, 0), (0, 1), (1, 2), (2, 4), (0, 0)]
+    assert reader.render("x  b")[1] == [(0, 0), (0, 1), (1, 2), (2, 4), (0, 0)]
     assert reader(["x  b"]).content[0].tolist() == [False, True, True, True, False]
     assert tokenizer("x  b", return_offsets_mapping=True)["offset_mapping"][2] == (2, 2), "the tokenizer is changed"
 
@@ -858,7 +857,7 @@ def test_prepend_bos_starts_every_row_with_one_bos():
     assert chat[0] == tokenizer.bos_token_id
     assert chat[1:].tolist() == ConversationReader(tokenizer)([{"messages": says("hello")}]).ids[0].tolist()
     for row in ("hello", {"messages": says("hello")}):
-        pieces, (_, offsets) = reader([row]), reader.offsets(row)
+        pieces, (_, offsets, _) = reader([row]), reader.render(row)
         assert len(pieces.ids[0]) == len(offsets)
         assert not pieces.content[0][0]
     assert reader([""]).ids[0].tolist() == []
