@@ -176,12 +176,11 @@ class FACReport:
 
     def warn(self, *, stacklevel: int) -> None:
         """Warn (UserWarning) where FAC says nothing."""
-        if math.isnan(self.fac):
-            problem = "FAC is NaN: the anchor activates none of the features; lower the threshold"
-            warnings.warn(problem, stacklevel=stacklevel)
-        if self.anchor_active_share > 0.10:
-            problem = f"the median anchor row activates {self.anchor_active_share:.0%} of all features above delta"
-            warnings.warn(f"FAC says nothing: {problem}; raise the threshold", stacklevel=stacklevel)
-        if self.fac > 0.98:
-            problem = f"FAC {self.fac:.3f} is too near 1 to tell data sets apart: raise the threshold"
-            warnings.warn(problem, stacklevel=stacklevel)
+        dense = f"the median anchor row activates {self.anchor_active_share:.0%} of all features above delta"
+        for applies, problem in (
+            (math.isnan(self.fac), "FAC is NaN: the anchor activates none of the features; lower the threshold"),
+            (self.anchor_active_share > 0.10, f"FAC says nothing: {dense}; raise the threshold"),
+            (self.fac > 0.98, f"FAC {self.fac:.3f} is too near 1 to tell data sets apart: raise the threshold"),
+        ):
+            if applies:
+                warnings.warn(problem, stacklevel=stacklevel)

@@ -20,7 +20,7 @@ import torch
 
 from ..inputs.hidden_states import Batch, check_layer, default_batch_tokens, hidden_states, is_causal, to_device
 from ..inputs.pieces import UniquePieces, unique_pieces
-from ..inputs.rows import ConversationReader, PoolOver, RowError, Side
+from ..inputs.rows import ConversationReader, OnError, PoolOver, RowError, Side
 from ..inputs.token_context import MarkedSpan, cut_span
 from ..sae.loading import SAESettings, check_sae, load_sae, read_settings
 from ..storage.validation import check_counts
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Part of every fingerprint: raise it whenever the same rows give other activations than before.
 VERSION = 1
 
-_IMPORTED_BY = os.getpid()
+_IMPORTED_BY = os.getpid()  # a forked process has another number
 _NOT_LOADABLE = (
     "This featurizer was made from loaded objects, so another process cannot load it again: make it with "
     "SAEFeaturizer.from_pretrained(...), or use one process (num_proc=None)."
@@ -107,7 +107,7 @@ class SAEFeaturizer:
         stride: int | None = None,
         sink_norm: float | None = None,
         batch_tokens: int | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
         preset: Literal["paper"] | None = None,
     ) -> None:
         if preset not in (None, "paper"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PoolOver = Literal["all", "user", "assistant", "completion"]
 Side = Literal["chosen", "rejected"]
+OnError = Literal["raise", "skip"]
 
 # TRL's data-set types and their columns, most telling first: a data set may hold columns of several.
 ROW_TYPES: dict[str, tuple[str, ...]] = {
@@ -116,7 +117,7 @@ class ConversationReader:
     stride: int | None = None
     prepend_bos: bool = False
     skip_first: int | None = None
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -124,11 +125,8 @@ class ConversationReader:
                 f"{type(self.tokenizer).__name__} is a slow tokenizer and gives no character offsets; load a fast one "
                 "(AutoTokenizer.from_pretrained(..., use_fast=True))."
             )
-        for name, allowed in (
-            ("pool_over", ("all", "user", "assistant", "completion")),
-            ("side", ("chosen", "rejected")),
-            ("on_error", ("raise", "skip")),
-        ):
+        for name, choices in (("pool_over", PoolOver), ("side", Side), ("on_error", OnError)):
+            allowed = get_args(choices)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if self.max_length is not None and self.max_length < 1:
