@@ -1,8 +1,8 @@
 """Rows in, sparse feature activations out: g_i(x), the maximum of feature i over a row's content tokens (arXiv
 2602.10388).
 
-It costs one forward pass to the SAE's layer and the encoder's product for the features asked for. Texts are read in
-order of length, equal texts once, and [tokens x features] never exists as a whole.
+It costs one forward pass to the SAE's layer and the encoder's product for the features asked for. Pieces (rows, or
+windows of long ones) are read in order of length, equal ones once, and [tokens x features] never exists as a whole.
 """
 
 from __future__ import annotations

@@ -225,6 +225,7 @@ ACTS = csr_array(np.ones((5, 3), np.float32))
         (([0], 1), {"threshold": np.nan}, "one finite number or 3 of them, none negative"),
         (([0], 1), {"threshold": [0, 0, np.inf]}, "one finite number or 3 of them, none negative"),
         (([0], 1), {"threshold": -1}, "one finite number or 3 of them, none negative"),
+        (([0], 1), {"threshold": "high"}, "one finite number or 3 of them, none negative"),
         (([0], 1), {"threshold": [0, 0]}, "one finite number or 3 of them, none negative"),
         (([0], 1), {"threshold": [[0, 0, 0]]}, "one finite number or 3 of them, none negative"),
     ],
