@@ -138,7 +138,7 @@ class PieceMaxima:
         shape = (len(self._counted), d_sae)
         entries = csr_array((np.arange(len(value)), (of_maxima, feature)), shape=shape)[owner]
         piece = np.repeat(np.arange(len(owner)), np.diff(entries.indptr))
-        row, feature, value = piece_row[piece], entries.indices, value[entries.data]
+        row, feature, value = piece_row[piece], entries.indices.astype(np.int32), value[entries.data]
         position = position[entries.data] + np.array(tokenized.offset, dtype=np.int32)[piece]
         if len(tokenized.ids) > tokenized.n_rows:
             row, feature, value, position = _merge_windows(row, feature, value, position)
@@ -146,6 +146,8 @@ class PieceMaxima:
             keep = not_finite[row] == 0
             row, feature, value, position = row[keep], feature[keep], value[keep], position[keep]
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=tokenized.n_rows))])
+        if len(value) < 2**31:
+            starts = starts.astype(np.int32)
         return FeatureActivations(
             activations=csr_array((value, feature, starts), shape=(tokenized.n_rows, d_sae)),
             tokens=counted,

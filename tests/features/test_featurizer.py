@@ -108,6 +108,7 @@ def check(featurizer, family, rows, *, layer=2, columns=None, **reader):
     assert found.shape == (len(rows), featurizer.d_sae)
     assert_same_features(found, values_of(expected), floor=featurizer.keep_above, columns=columns)
     assert reading.tokens.dtype == reading.positions.dtype == np.int32
+    assert found.indices.dtype == found.indptr.dtype == np.int32
     assert reading.tokens.tolist() == [tokens for _, tokens, _ in expected]
     assert reading.sinks == sum(sinks for _, _, sinks in expected)
     assert len(reading.positions) == found.nnz
