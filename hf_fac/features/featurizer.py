@@ -115,8 +115,7 @@ class SAEFeaturizer:
         check_counts(batch_tokens=batch_tokens)
         _check_numbers(keep_above, sink_norm)
         expected = read_settings(sae)
-        layer = expected.layer if layer is None else layer
-        if layer is None:
+        if (layer := expected.layer if layer is None else layer) is None:
             raise ValueError("The SAE does not say which layer it reads: give layer=.")
         blocks = check_layer(model, layer)
         check_sae(sae, d_in=model.config.get_text_config().hidden_size)

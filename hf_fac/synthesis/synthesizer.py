@@ -193,9 +193,8 @@ class FACSynthesizer:
             anchor: rows that a dictionary is built from when the synthesizer has none.
             cache_dir: a folder where answers and measurements are kept as they come. The same call after a kill asks
                 for nothing again; other settings and bounds use what they share with it.
-            pool: rows of the task's type, scored by `FACScorer`: of these the ones that activate most missing features
-                are accepted first (`select`), but for those that `avoid` or `keep` rules out; what they activate is not
-                written for.
+            pool: rows of the task's type, scored by `FACScorer`. Those that activate most missing features are accepted
+                first (`select`), unless `avoid` or `keep` rules them out; nothing is written for what they activate.
             max_samples, max_requests, max_seconds: bounds on samples, completions, and time: once one is reached
                 nothing new begins (rows under way are completed, within max_requests). The same call with the same
                 bounds on samples or completions gives the same samples; a higher bound continues.
@@ -214,12 +213,7 @@ class FACSynthesizer:
         wanted, delta = self._missing(missing, features), self._delta(missing)
         cache = Cache(cache_dir, processes)
         scorer = SampleScorer(self.featurizer, self.task, wanted, delta, cache)
-        from_pool = FromPool([], [], wanted)
-        if pool is not None:
-            measurement = self.featurizer.measurement
-            from_pool = take_from_pool(
-                pool, wanted, scorer, measurement=measurement, known=self._avoided, keep=self.keep
-            )
+        from_pool = FromPool([], [], wanted) if pool is None else self._take_from_pool(pool, wanted, scorer)
         unconditional = self._unconditional_prompt()
         steered = None if unconditional is None else unconditional.steered
         dictionary = self._dictionary(anchor, cache.folder)
@@ -238,6 +232,10 @@ class FACSynthesizer:
             exhausted=progress.exhausted(self.settings.schedule()), source=source, refusal=refusal,
             provenance=self._provenance(), seconds=time.perf_counter() - started,
         )  # fmt: skip
+
+    def _take_from_pool(self, pool: Dataset, wanted: np.ndarray, scorer: SampleScorer) -> FromPool:
+        measurement = self.featurizer.measurement
+        return take_from_pool(pool, wanted, scorer, measurement=measurement, known=self._avoided, keep=self.keep)
 
     def _write(
         self, progress: Progress, verifier: Verifier, source: TextSource, unconditional: UnconditionalPrompt | None
