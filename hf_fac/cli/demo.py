@@ -15,18 +15,21 @@ if TYPE_CHECKING:
     from ..features.featurizer import SAEFeaturizer
     from ..synthesis.report import SynthesisResult
 
-# No bound on time: the same samples come out on every machine. Some four minutes on two idle cores.
+# No bound on time: the same samples come out on every machine.
 _FEATURES, _ROUNDS, _CANDIDATES = 10, 1, 4
 
 
 def demo(top: opt.Top = 10) -> None:
     """Find what a small seed set misses of a broad anchor set, and write it: offline, with SmolLM2-135M-Instruct."""
+    from dataclasses import replace
+
     from transformers.utils.logging import disable_progress_bar
 
     from ..chat.local import LocalChat
     from ..coverage.coverage import FeatureCoverage
     from ..embedded.loader import load_anchor, load_dictionary, load_featurizer, load_seed
     from ..synthesis.synthesizer import FACSynthesizer
+    from ..tasks.task import get_task
 
     disable_progress_bar()
     console.print("Loading SmolLM2-135M-Instruct and its SAE (layer 15, 4,096 features) ...")
@@ -40,13 +43,15 @@ def demo(top: opt.Top = 10) -> None:
     print_report(report, scored_anchor, featurizer, top)
     features = report.missing[:_FEATURES]
     console.print(
-        f"\nWriting samples for the {len(features)} strongest missing features with the same model. It has 135M "
+        f"\nWriting prompts for the {len(features)} strongest missing features with the same model. It has 135M "
         "parameters and writes accordingly ..."
     )
+    instructions = get_task("instruction_following")
+    prompts = replace(instructions, type="prompt", parts={"prompt": instructions.parts["prompt"]})
     synthesizer = FACSynthesizer(
         LocalChat(featurizer.model, featurizer.tokenizer, batch_size=96), featurizer, load_dictionary(),
-        task="instruction_following", samples_per_feature=1, prompt_format="list", candidates=_CANDIDATES,
-        rounds=_ROUNDS, answer_tokens=128, avoid={"the seed set": seed, "the anchor set": anchor},
+        task=prompts, samples_per_feature=1, prompt_format="list", candidates=_CANDIDATES, rounds=_ROUNDS,
+        avoid={"the seed set": seed, "the anchor set": anchor},
     )  # fmt: skip
     print_samples(synthesizer.synthesize(report, features=features), featurizer)
 

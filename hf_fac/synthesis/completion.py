@@ -37,7 +37,9 @@ class RowCompleter:
         for candidate in candidates:
             if candidate.row is None:
                 candidate.parts = {self.settings.task.target_field: candidate.text}
-        waiting = list(candidates)
+                if problem := self._make_row(candidate):  # a row of one part
+                    candidate.reject(Rejection.INCOMPLETE, problem)
+        waiting = [c for c in candidates if c.status is Status.HIT]
         while waiting:
             # A candidate without a row always lacks a part.
             requests = [(c, *next_part_prompt(self.settings.task, c.parts)) for c in waiting if c.row is None]
@@ -70,10 +72,16 @@ class RowCompleter:
             problem = "it is truncated"
         if problem is None:
             candidate.parts[name] = value
-            if set(candidate.parts) == set(task.parts):
-                candidate.row, problem = task.row(candidate.parts)
+            problem = self._make_row(candidate)
         if problem is not None:
             self._ask_again(candidate, name, Rejection.INCOMPLETE, f"{name}: {problem}")
+
+    def _make_row(self, candidate: Candidate) -> str | None:
+        """Make the row once all parts are there; returns why the task refuses them, if it does."""
+        if set(candidate.parts) < set(self.settings.task.parts):
+            return None
+        candidate.row, problem = self.settings.task.row(candidate.parts)
+        return problem
 
     def _ask_again(self, candidate: Candidate, part: str, rejection: Rejection | None, detail: str = "") -> None:
         """rejection: of the candidate if this was the last attempt; None where the chat was not asked."""

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from datasets import Features
 
 Text = Annotated[str, Field(strict=True, pattern=r"\S")]  # not empty
-TaskType = Literal["labelled", "messages", "prompt_completion", "preference", "implicit_preference", "contrastive"]
+TaskType = Literal[
+    "labelled", "prompt", "messages", "prompt_completion", "preference", "implicit_preference", "contrastive"
+]
 # By type: the parts that a model writes, and the columns of a row.
 _PARTS: dict[str, tuple[str, ...]] = {
     "labelled": ("text", "label"),
+    "prompt": ("prompt",),
     "messages": ("prompt", "completion"),
     "prompt_completion": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
@@ -40,6 +43,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
 _COLUMNS = {**ROW_TYPES, "labelled": _PARTS["labelled"], "contrastive": ROW_TYPES["preference"]}
 _POOLS: dict[str, tuple[PoolOver, ...]] = dict.fromkeys(_PARTS, ("all", "user", "assistant", "completion")) | {
     "labelled": ("all", "user"),
+    "prompt": ("all", "user"),
     "messages": ("all", "user", "assistant"),
     "contrastive": ("all", "user"),  # the answer is a letter: what can activate a feature stands in the question
 }
@@ -58,11 +62,12 @@ class Task:
         name: recorded with ratings and samples.
         guideline: when a feature matters for the task, and what the ratings yes, probably, maybe and no mean for it.
         type: the columns of a row, conversational but for the first type:
-            labelled: text, label. messages: messages. prompt_completion: prompt, completion.
+            labelled: text, label. prompt: prompt (for trainers that write the answers themselves, such as
+            GRPOTrainer). messages: messages. prompt_completion: prompt, completion.
             preference: prompt, chosen, rejected. implicit_preference: chosen, rejected, both with the prompt.
             contrastive: prompt (a question with choices A and B), chosen and rejected (a letter each).
         pool_over: whose tokens are pooled, as in `ConversationReader`.
-        parts: what a model is told to write, by part: text and label; prompt and completion; prompt, chosen and
+        parts: what a model is told to write, by part: text and label; prompt; prompt and completion; prompt, chosen and
             rejected; question, matching and other (the choices that show a behaviour, and do not).
         labels: of a labelled task, their names; the label of a row is the index.
         system_prompt: put before every request for samples; "" for none.

@@ -192,6 +192,8 @@ class FlakyServer:
                 send(call, 200, {"error": {"message": "overloaded", "code": 529}})
             case "content is a number":
                 send(call, 200, {**proper, "choices": [{"message": {"role": "assistant", "content": 7}}]})
+            case "echo":
+                send(call, 422, {"error": {"message": f"the server says {call.headers['Authorization']}"}})
             case "no body":
                 send(call, 200, b"")
 

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,6 +72,20 @@ def test_every_sample_activates_its_feature_on_the_tokens_that_the_task_pools(
     if task.target_field == "chosen":
         other = make_featurizer(pool_over=task.pool_over, side="rejected")(samples).toarray()
         assert (other[np.arange(len(samples)), feature] <= report.threshold).all()
+
+
+@pytest.mark.parametrize("form", ["list", "text", "json"])
+def test_a_task_of_prompts_alone_asks_for_no_answer(featurizer, dictionary, report, form):
+    instructions = get_task("instruction_following")
+    task = replace(instructions, type="prompt", parts={"prompt": instructions.parts["prompt"]})
+    chat = WritingChat()
+    result = synthesizer(featurizer, dictionary, report, task=task, chat=chat, prompt_format=form).synthesize(report)
+    assert len(result.dataset) > 2
+    assert [message["role"] for row in result.dataset["prompt"] for message in row] == ["user"] * len(result.dataset)
+    found = make_featurizer(pool_over="user")(result.dataset.select_columns(["prompt"])).toarray()
+    assert (found[np.arange(len(found)), result.dataset["fac_feature"]] > report.threshold).all()
+    texts = {row["prompt"][0]["content"] for row in result.dataset}
+    assert not texts & set(asked_of(chat))
 
 
 def test_the_report_counts_what_the_samples_add(featurizer, dictionary, report):

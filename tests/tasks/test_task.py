@@ -33,11 +33,13 @@ def numbered(task, *hints):
 TASKS = {name: get_task(name) for name in BUILTIN_TASKS}
 HELPFULNESS, INSTRUCTION_FOLLOWING = TASKS["helpfulness"], TASKS["instruction_following"]
 TOXICITY, SYCOPHANCY, SURVIVAL_INSTINCT = TASKS["toxicity"], TASKS["sycophancy"], TASKS["survival_instinct"]
+PROMPT = replace(INSTRUCTION_FOLLOWING, type="prompt", parts={"prompt": INSTRUCTION_FOLLOWING.parts["prompt"]})
 MESSAGES = replace(INSTRUCTION_FOLLOWING, type="messages")
 IMPLICIT = replace(HELPFULNESS, type="implicit_preference")
-EVERY = [*TASKS.values(), MESSAGES, IMPLICIT]
+EVERY = [*TASKS.values(), PROMPT, MESSAGES, IMPLICIT]
 PARTS = {
     "labelled": {"text": "Where does the river rise?", "label": "safe"},
+    "prompt": {"prompt": "Where does the river rise?"},
     "messages": {"prompt": "Where does the river rise?", "completion": "In the hills."},
     "preference": {"prompt": "Where does the river rise?", "chosen": "In the hills.", "rejected": "In the sea."},
     "contrastive": {"question": "I say rivers rise in the sea. Do you agree?", "matching": "Yes!", "other": "No."},
@@ -80,7 +82,7 @@ def test_a_featurizer_reads_the_part_that_must_activate_the_feature(task, pool_o
     except ValueError:
         assert (task.type, pool_over) in {
             ("messages", "completion"),
-            *((kind, pool) for kind in ("labelled", "contrastive") for pool in ("assistant", "completion")),
+            *((kind, pool) for kind in ("labelled", "prompt", "contrastive") for pool in ("assistant", "completion")),
         }
         return
     row = task.read(answer(task)).value
@@ -90,6 +92,7 @@ def test_a_featurizer_reads_the_part_that_must_activate_the_feature(task, pool_o
     assert PARTS[task.type][task.target_field] in content
     expected = {
         "labelled": "text",
+        "prompt": "prompt",
         "contrastive": "question",
         "preference": "chosen",
         "implicit_preference": "chosen",
@@ -471,7 +474,7 @@ GOOD = {
         ({"parts": ..., "pool_over": ..., "task": 1}, "pool_over: Field required, parts: Field required, task: Unexp"),
         ({"name": 5}, "name: Input should be a valid string, got 5"),
         ({"guideline": " "}, "guideline: String should match pattern"),
-        ({"type": "labeled"}, "type: Input should be 'labelled', 'messages', .*, got 'labeled'"),
+        ({"type": "labeled"}, "type: Input should be 'labelled', 'prompt', 'messages', .*, got 'labeled'"),
         ({"type": ["labelled"]}, "type: Input should be "),
         ({"pool_over": "completion"}, "pool_over is 'completion'; for labelled it is one of all, user"),
         ({"parts": {"text": "a text"}}, "the parts of labelled are text, label; got text"),
