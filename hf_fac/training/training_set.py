@@ -67,10 +67,15 @@ class TrainingSet:
 
         Args:
             to: the set with earlier new rows in it, if there are any.
+
+        Raises: ValueError for earlier new rows in a set that is packed or shuffled: their raw form, with which it would
+            be prepared again, is not known.
         """
         to = self.tokenized if to is None else to
         if not len(new):
             return Joined(to, new)
+        if self.order != "kept" and to is not self.tokenized:
+            raise ValueError(f"A {self.order} set is prepared again as a whole: pass all new rows at once, without to=.")
         rows, n_own = self._numbered(new.select_columns(self.new_columns), range(len(new))), 0
         if self.order != "kept":  # a row's place depends on all rows
             rows = after(self._numbered(self.raw, [-1] * len(self.raw)), rows)

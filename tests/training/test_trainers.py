@@ -112,6 +112,15 @@ def test_new_rows_have_the_format_of_the_set(form, tmp_path):
     assert [list(joined.tokenized[i]["input_ids"]) for i in (7, 8)] == expected
 
 
+@pytest.mark.parametrize("arranged", [PACKED, {"shuffle_dataset": True}])
+def test_rows_that_joined_a_rearranged_set_are_not_lost_when_others_join(arranged, tmp_path):
+    rows = examples("messages", 7)
+    data = data_of(sft(rows, tmp_path, **arranged), "messages", train_dataset=rows)
+    joined = data.join(examples("messages", 2, start=90), to=data.tokenized)
+    with pytest.raises(ValueError, match="pass all new rows at once"):
+        data.join(examples("messages", 2, start=95), to=joined.tokenized)
+
+
 OTHER_ROWS = {
     "others": lambda rows: examples("messages", 7, start=900),
     "fewer": lambda rows: rows.select(range(3)),
