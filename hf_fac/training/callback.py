@@ -73,7 +73,9 @@ class FACSynthesisCallback(TrainerCallback):
         every: with "epoch", before every so many epochs.
         max_samples: bound of all rounds; needed with "epoch".
         max_seconds: bound of what is written, less the time that earlier rounds took, measuring included.
-        on_error: "raise", or "warn" when measuring or writing fails, and train on what was written by then.
+        on_error: "raise", or "warn" when measuring or writing fails, and train on. Rows that were finished before the
+            chat gave up are trained on; after any other error only those of earlier rounds are. The answers stay in
+            `work`: this run does not read them again, a new run does.
         output_dir: by default the trainer's; not a folder inside it, which would be pushed to the Hub with the model.
         log_rows: log the new rows as a table too, where W&B or Trackio are reported to.
         prepare: raw rows (Dataset) to rows as the training set has them; for the plain Trainer, and for rows that you

@@ -113,7 +113,7 @@ class Rounds:
             group.wait_for_all()
             result, rows, failure = None, state.new_rows, f"{type(error).__name__}: {error}"
             if group.rank == 0:
-                save_rows(rows, self.folder)
+                save_rows(rows, self.folder)  # checkpoints name them; no earlier round has saved those of the first
         if failure:
             warnings.warn(f"FAC synthesis failed; the run has {len(rows):,} new rows: {failure}", stacklevel=2)
         seconds = time.monotonic() - start

@@ -561,19 +561,21 @@ def test_a_second_train_and_a_smaller_batch_write_nothing_again(tmp_path):
     assert len(trainer.train_dataset) == 7 + len(callback.new_rows)
 
 
-def test_a_run_that_died_while_writing_reuses_its_answers(tmp_path):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_run_that_died_or_failed_while_writing_reuses_its_answers(error, tmp_path):
     class Dies(TinySynthesizer):
         def _write_now(self, folder, feature):
             if len(self.written) == 3:
-                raise KeyboardInterrupt
+                raise error
             super()._write_now(folder, feature)
 
     rows = examples("messages", 7)
     trainer = sft(rows, tmp_path / "a")
     dying = Dies(featurizer_of(trainer.model, trainer.processing_class), "messages")
-    callback_for(trainer, "messages", synthesizer=dying, on_error="warn")
-    with pytest.raises(KeyboardInterrupt):
+    failed = callback_for(trainer, "messages", synthesizer=dying, on_error="warn")
+    with pytest.raises(error) if error is KeyboardInterrupt else pytest.warns(UserWarning, match="OSError"):
         trained(trainer)
+    assert not failed.new_rows
 
     trainer = sft(rows, tmp_path / "a")
     callback = callback_for(trainer, "messages")

@@ -359,6 +359,18 @@ def test_a_round_that_raises_adds_no_rows(tmp_path):
     assert len(callback.new_rows) == 0
 
 
+def test_a_run_whose_first_round_failed_can_be_resumed(tmp_path):
+    rows, settings = examples("messages", 7), {"save_strategy": "epoch"}
+    trainer = sft(rows, tmp_path, **settings)
+    callback_for(trainer, "messages", synthesizer=frozen("messages", fails_in=0), on_error="warn")
+    trained(trainer)
+    resumed = sft(rows, tmp_path, **settings)
+    callback = callback_for(resumed, "messages", synthesizer=frozen("messages"), on_error="warn")
+    trained(resumed, resume_from_checkpoint=str(min(tmp_path.glob("checkpoint-*"))))
+    assert callback.synthesizer.calls == 0
+    assert_same_weights(resumed, trainer)
+
+
 @pytest.mark.parametrize("where", ["measuring", "writing"])
 def test_measuring_or_writing_that_takes_all_memory_makes_no_batch_smaller(where, tmp_path):
     trainer = sft(examples("messages", 7), tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4)
