@@ -1,8 +1,5 @@
 """The loop of one synthesis: rounds of writing, verifying and completing, until every feature has its samples.
 
-These rounds ask for texts in different ways. The coverage rounds of a trainer's run, each of which measures the data
-and runs a synthesis, are in training/rounds.py.
-
 The loop is deterministic: it depends on the settings, the answers and the measurements alone. With these in the cache,
 the same call goes through the same steps again and continues where an earlier one stopped.
 """

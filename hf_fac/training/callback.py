@@ -26,8 +26,8 @@ from ..storage.files import write_whole
 from . import checks
 from .coverage_round import empty_rows
 from .model_in_training import featurizer_digest, preserved
-from .rounds import CallbackSettings, Rounds, RunState
 from .run_folder import FOLDER, RECORD, CheckpointRecord, check_same_run, find_rows, read_record, save_rows
+from .run_rounds import CallbackSettings, Rounds, RunState
 from .summary import log_table, model_card_section
 from .trainers import training_set_of
 from .training_set import FixedLengthDataset, Prepare
@@ -119,30 +119,31 @@ class FACSynthesisCallback(TrainerCallback):
         checks.check_anchor(anchor, synthesizer)
         if any(isinstance(callback, FACSynthesisCallback) for callback in trainer.callback_handler.callbacks):
             raise ValueError("The trainer has a FACSynthesisCallback already: one is all it takes.")
-        self.trainer, self.synthesizer = trainer, synthesizer
+        self.trainer = trainer
+        self.synthesizer = synthesizer
         self.folder = Path(output_dir or trainer.args.output_dir) / FOLDER
         checks.check_output_folder(self.folder.parent, Path(trainer.args.output_dir))
         if features is not None:
             check_feature_ids(features, synthesizer.featurizer.d_sae, may_repeat=True)
         checks.check_models(trainer, synthesizer, anchor, refresh=refresh)
         with self._preserved():
-            own = training_set_of(trainer, synthesizer.task, train_dataset=train_dataset, prepare=prepare)
-            checks.check_readable(synthesizer, training=own.content, anchor=anchor)
+            training_set = training_set_of(trainer, synthesizer.task, train_dataset=train_dataset, prepare=prepare)
+            checks.check_readable(synthesizer, training=training_set.content, anchor=anchor)
             record = CheckpointRecord(
-                training_set=own.digest, featurizer=featurizer_digest(trainer, synthesizer), refresh=refresh,
+                training_set=training_set.digest, featurizer=featurizer_digest(trainer, synthesizer), refresh=refresh,
                 max_samples=max_samples,
             )  # fmt: skip
         if refresh == "epoch":
-            checks.check_can_grow(trainer, own)
-        checks.warn_of_cut_rows(trainer, own, synthesizer.featurizer)
-        self._training_set = own
-        self._rounds = Rounds(trainer, synthesizer, anchor, self.settings, own, self.folder)
-        self._state = RunState(record, empty_rows(synthesizer), (), own.tokenized)
-        self._given: Dataset | FixedLengthDataset = own.tokenized  # the set that the trainer has
+            checks.check_can_grow(trainer, training_set)
+        checks.warn_of_cut_rows(trainer, training_set, synthesizer.featurizer)
+        self._training_set = training_set
+        self._rounds = Rounds(trainer, synthesizer, anchor, self.settings, training_set, self.folder)
+        self._state = RunState(record, empty_rows(synthesizer), (), training_set.prepared)
+        self._trainers_set: Dataset | FixedLengthDataset = training_set.prepared
         self._checkpoint: Path | None = None  # that train() resumes from
         self._logged_epoch = -1
-        # The Trainer computes steps, schedule and resumed position from its loader, before any callback is called; it
-        # tells callbacks of a checkpoint when that may be on its way to the Hub, and of a model card never.
+        # Methods are wrapped because no callback event comes in time: the loader is built before on_train_begin,
+        # checkpoints are announced after a possible push, model cards never.
         self._wrap("train", self._train)
         self._wrap("get_train_dataloader", self._get_train_dataloader)
         self._wrap("save_model", self._save_model)
@@ -204,7 +205,7 @@ class FACSynthesisCallback(TrainerCallback):
 
     def _get_train_dataloader(self, original: Callable[[], Any]) -> Any:
         if self.trainer.is_in_train:
-            if self.trainer.train_dataset is not self._given:
+            if self.trainer.train_dataset is not self._trainers_set:
                 raise ValueError(
                     "The trainer got another training set after the callback was made: make trainer and callback "
                     "again, the callback last."
@@ -225,21 +226,22 @@ class FACSynthesisCallback(TrainerCallback):
         joined = self._training_set.join(rows)
         if self.trainer.args.process_index == 0:
             save_rows(rows, self.folder)  # beside the checkpoints to come
-        self._state, self._logged_epoch = RunState(record, rows, (joined.kept,), joined.tokenized), record.epoch
+        self._state = RunState(record, rows, (joined.kept_rows,), joined.prepared)
+        self._logged_epoch = record.epoch
 
     def _fill(self) -> None:
         """Give the trainer the rows of the state."""
-        rows = self._state.tokenized
+        rows = self._state.prepared
         if self.settings.refresh == "epoch":
-            # The Trainer takes columns that are not trained on off a Dataset only.
+            # Trainer removes unused columns only from a datasets.Dataset, so select them here.
             columns = self._training_set.columns
-            if not isinstance(self._given, FixedLengthDataset):
-                own = self._training_set.tokenized.select_columns(columns)
-                self._given = FixedLengthDataset(own, self.settings.max_samples)
-            self._given.fill(rows.select_columns(columns))
+            if not isinstance(self._trainers_set, FixedLengthDataset):
+                trainer_rows = self._training_set.prepared.select_columns(columns)
+                self._trainers_set = FixedLengthDataset(trainer_rows, self.settings.max_samples)
+            self._trainers_set.fill(rows.select_columns(columns))
         else:
-            self._given = rows
-        self.trainer.train_dataset = self._given
+            self._trainers_set = rows
+        self.trainer.train_dataset = self._trainers_set
 
     def _save_model(
         self, original: Callable[..., None], output_dir: str | None = None, *args: Any, **kwargs: Any

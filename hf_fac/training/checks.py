@@ -90,7 +90,7 @@ def check_can_grow(trainer: Trainer, training_set: TrainingSet) -> None:
     problems = {
         "a run of one epoch has no second one: train longer": args.max_steps <= 0 and args.num_train_epochs <= 1,
         "max_steps leaves open how many epochs there are: set num_train_epochs": args.max_steps > 0,
-        "packing and shuffle_dataset rearrange all rows: leave them out": training_set.order != "kept",
+        "packing and shuffle_dataset rearrange all rows: leave them out": training_set.order != "unchanged",
         f"train_sampling_strategy={args.train_sampling_strategy!r} sorts by lengths that change": (
             args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         ),
@@ -106,7 +106,8 @@ def warn_of_cut_rows(trainer: Trainer, training_set: TrainingSet, featurizer: SA
     """Warn (UserWarning) where the trainer truncates rows that the featurizer reads further."""
     import pyarrow.compute as pc
 
-    reader, limit = featurizer.reader, getattr(trainer.args, "max_length", None)
+    reader = featurizer.reader
+    limit = getattr(trainer.args, "max_length", None)
     measured = reader.max_length if reader.stride is None else None
     ids = [name for name in ("input_ids", "prompt_ids", "chosen_ids") if name in training_set.columns]
     drops = ids == ["chosen_ids"]  # RewardTrainer drops long pairs whole
@@ -114,7 +115,7 @@ def warn_of_cut_rows(trainer: Trainer, training_set: TrainingSet, featurizer: SA
     if limit is None or drops or splits or (measured is not None and measured <= limit):
         return
     # SFTTrainer truncates when it prepares rows, so that none is longer than the limit; DPOTrainer in its collator.
-    for table in training_set.tokenized.select_columns(ids).with_format("arrow").iter(batch_size=1000):
+    for table in training_set.prepared.select_columns(ids).with_format("arrow").iter(batch_size=1000):
         if (sum(pc.list_value_length(column).to_numpy() for column in table.columns) >= limit).any():
             warnings.warn(
                 f"The trainer cuts rows at max_length={limit:,} tokens, the featurizer measures "

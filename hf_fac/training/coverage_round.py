@@ -52,8 +52,10 @@ class RoundResult:
     @property
     def activated(self) -> list[int]:
         """Features with a row of their own that the trainer keeps."""
-        own = self.joined.kept["fac_feature"][:] if len(self.joined.kept) else []
-        return [] if self.synthesis is None else np.intersect1d(self.synthesis.activated, own).astype(int).tolist()
+        if self.synthesis is None or not len(self.joined.kept_rows):
+            return []
+        written_for = self.joined.kept_rows["fac_feature"][:]
+        return np.intersect1d(self.synthesis.activated, written_for).astype(int).tolist()
 
     @property
     def exhausted(self) -> list[int]:
@@ -76,7 +78,7 @@ class RoundResult:
             "fac/covered": self.covered_after,
             "fac/missing": len(self.before.missing),
             "fac/synthesized": len(self.rows),
-            "fac/dropped": len(self.rows) - len(self.joined.kept),
+            "fac/dropped": len(self.rows) - len(self.joined.kept_rows),
             "fac/requests": 0 if self.synthesis is None else self.synthesis.requests,
             "fac/completion_tokens": 0 if self.synthesis is None else self.synthesis.completion_tokens,
         }
@@ -102,7 +104,7 @@ class CoverageRound:
         group: the processes that take part.
         features: ids that count, None for all.
         threshold: delta; None calibrates it on the anchor set.
-        number: part of the answers' cache key: the model may have been trained since the last round.
+        epoch: part of the answers' cache key: the model may have been trained since the last round.
         max_samples, max_seconds: bounds of what is written; with a bound of 0 or less nothing is.
         skip: features that are not written for.
     """
@@ -113,21 +115,23 @@ class CoverageRound:
     group: ProcessGroup
     features: ArrayLike | None = None
     threshold: float | ArrayLike | None = None
-    number: int = 0
+    epoch: int = 0
     max_samples: int | None = None
     max_seconds: float | None = None
     skip: Collection[int] = ()
 
-    def run(self, kept: Sequence[Dataset] = (), *, to: Dataset | None = None) -> RoundResult:
+    def run(self, kept_by_round: Sequence[Dataset] = (), *, to: Dataset | None = None) -> RoundResult:
         """Measure, have the missing features written, and join the new rows.
 
         Args:
-            kept: of each earlier round, the new rows that the trainer keeps. to: the trainer's set with them.
+            kept_by_round: of each earlier round, the new rows that the trainer keeps.
+            to: the trainer's set that already has those rows.
 
         Raises: RuntimeError, in all processes and before anything is measured, when they have other rows, another model
             or another synthesizer; OtherProcessFailed when one of them failed.
         """
-        fingerprint, anchor = self.synthesizer.fingerprint(), self.anchor
+        fingerprint = self.synthesizer.fingerprint()
+        anchor = self.anchor
         is_rows = isinstance(anchor, Dataset)
         anchor_digest = rows_digest(anchor) if is_rows else content_key(anchor.maximum.tolist())
         # The processes wait for one another's files, whose names depend on these values. Process 0 keeps the time.
@@ -138,7 +142,7 @@ class CoverageRound:
         )  # fmt: skip
         anchor = self._coverage(anchor, anchor_digest) if is_rows else anchor
         coverage = self._coverage(self.training_set.content, self.training_set.digest)
-        for rows in kept:
+        for rows in kept_by_round:
             coverage |= self._coverage_of_new(rows)
         before = coverage.compare(anchor, features=self.features, threshold=self.threshold)
 
@@ -148,7 +152,7 @@ class CoverageRound:
         self.group.barrier({"new rows": rows_digest(rows)}, remedy="Start again with an empty work folder.")
         joined = self.training_set.join(rows, to=to)
         return RoundResult(
-            before=before, covered_after=self._covered_after(before, result, joined.kept),
+            before=before, covered_after=self._covered_after(before, result, joined.kept_rows),
             synthesis=None if result is None else result.report, synthesizer=fingerprint, rows=rows, joined=joined,
         )  # fmt: skip
 
@@ -170,7 +174,7 @@ class CoverageRound:
             return None
         return self.synthesizer.synthesize(
             before, features=wanted, anchor=self.anchor if isinstance(self.anchor, Dataset) else None,
-            cache_dir=self.group.folder / f"samples-{content_key(fingerprint, self.number)}",
+            cache_dir=self.group.folder / f"samples-{content_key(fingerprint, self.epoch)}",
             max_samples=self.max_samples, max_seconds=seconds, processes=self.group.processes,
         )  # fmt: skip
 
@@ -187,13 +191,14 @@ class CoverageRound:
 
     def _coverage(self, rows: Dataset, rows_hash: str) -> FeatureCoverage:
         """The coverage of all rows, of which each process measures a share; from disk where it is there."""
-        measurement, group = self.synthesizer.featurizer.measurement, self.group
+        measurement = self.synthesizer.featurizer.measurement
+        group = self.group
         # A task's type is what decides how it gives its rows to the featurizer.
         name = f"coverage-{content_key(measurement, self.synthesizer.task.type, rows_hash)}"
         parts = [group.folder / f"{name}.{rank}-of-{group.world_size}" for rank in range(group.world_size)]
-        own = parts[group.rank]
-        if not own.exists():
-            unfinished = own.with_name(f"{own.name}.unfinished")
+        part = parts[group.rank]
+        if not part.exists():
+            unfinished = part.with_name(f"{part.name}.unfinished")
             coverage = FeatureCoverage.load(unfinished) if unfinished.exists() else FeatureCoverage(measurement)
             size = max(1, min(_CHUNK, math.ceil(len(rows) / group.world_size)))
             starts = group.processes.share(range(0, len(rows), size))
@@ -201,13 +206,14 @@ class CoverageRound:
                 group.check()
                 coverage |= self._measure(rows.select(range(start, min(start + size, len(rows)))), start)
                 coverage.save(unfinished)
-            coverage.save(own)
+            coverage.save(part)
             unfinished.unlink(missing_ok=True)
         group.wait(lambda: all(part.exists() for part in parts))
         return functools.reduce(operator.or_, map(FeatureCoverage.load, parts))
 
     def _measure(self, rows: Dataset, first_row: int) -> FeatureCoverage:
-        featurizer, task = self.synthesizer.featurizer, self.synthesizer.task
+        featurizer = self.synthesizer.featurizer
+        task = self.synthesizer.task
         given = [task.featurizer_row(row, featurizer.reader.pool_over) for row in rows.to_list()]
         reading = featurizer.read(given, first_row=first_row)
         return FeatureCoverage.from_activations(

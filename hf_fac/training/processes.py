@@ -39,7 +39,10 @@ class ProcessGroup:
     """
 
     def __init__(self, folder: Path, *, rank: int, world_size: int, token: str) -> None:
-        self.folder, self.rank, self.world_size, self.token = folder, rank, world_size, token
+        self.folder = folder
+        self.rank = rank
+        self.world_size = world_size
+        self.token = token
         self.processes = Processes(rank, world_size, run=token, check=self.check)
         self._barriers = 0
 
@@ -89,7 +92,8 @@ class ProcessGroup:
         """
         if self.world_size == 1:
             return note
-        self._barriers, values = self._barriers + 1, values or {}
+        self._barriers += 1
+        values = values or {}
         files = [self.folder / f"run-{self.token}-{self._barriers}-{rank}" for rank in range(self.world_size)]
         write_whole(files[self.rank], json.dumps({"values": values, "note": note}))
         self.wait(lambda: all(file.exists() for file in files))
@@ -105,8 +109,8 @@ class ProcessGroup:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self.world_size > 1:
             # What another process's error ended is no error of this one.
-            own = error is not None and not isinstance(error, OtherProcessFailed)
-            write_whole(self._ending(self.rank), json.dumps(f"{type(error).__name__}: {error}" if own else None))
+            failed = error is not None and not isinstance(error, OtherProcessFailed)
+            write_whole(self._ending(self.rank), json.dumps(f"{type(error).__name__}: {error}" if failed else None))
 
     def wait_for_all(self) -> None:
         """Wait until every process has left."""

@@ -7,7 +7,7 @@ New rows lie in `rows-<hash>.parquet` in the run's folder. Every checkpoint hold
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 from datasets import Dataset
@@ -65,17 +65,17 @@ def read_record(checkpoint: Path) -> CheckpointRecord:
     return checked(CheckpointRecord, path.read_bytes(), str(path), remedy)
 
 
-def check_same_run(record: CheckpointRecord, own: CheckpointRecord, checkpoint: Path) -> None:
+def check_same_run(record: CheckpointRecord, current: CheckpointRecord, checkpoint: Path) -> None:
     """Raises: ValueError when a checkpoint was saved by a run on other data, or with other settings, than this one."""
     remedies = {
         "training_set": "give the trainer the rows that it had then, in the same order",
         "featurizer": "make the featurizer with the model, SAE and settings that it had then",
         "refresh": f"pass refresh={record.refresh!r}",
     }
-    if own.refresh == "epoch":
+    if current.refresh == "epoch":
         remedies["max_samples"] = f"pass max_samples={record.max_samples}"
     for name, remedy in remedies.items():
-        saved, now = getattr(record, name), getattr(own, name)
+        saved, now = getattr(record, name), getattr(current, name)
         if saved != now:
             raise ValueError(
                 f"{checkpoint} was saved with another {name} ({saved!r}; now {now!r}), so the run could not go on "
@@ -87,25 +87,35 @@ def next_record(
     last: CheckpointRecord, result: RoundResult | None, *, rows: Dataset, epoch: int, seconds: float
 ) -> CheckpointRecord:
     """Returns the record after one more round, which has no result when it failed. `rows`: all new rows by then."""
-    changes: dict[str, Any] = {"rows": rows_digest(rows), "epoch": epoch, "seconds": last.seconds + seconds}
-    numbers, earlier = {}, last.summary
+    numbers = {}
+    threshold = last.threshold
+    activated = {*last.activated}
+    exhausted = {*last.exhausted}
     if result is not None:
-        numbers, delta, activated = result.numbers(), result.before.threshold, {*last.activated, *result.activated}
-        changes["activated"] = sorted(activated)
-        changes["exhausted"] = sorted({*last.exhausted, *result.exhausted} - activated)
-        changes["threshold"] = delta if isinstance(delta, float) else None
-    record = last.model_copy(update=changes)
+        numbers = result.numbers()
+        threshold = result.before.threshold if isinstance(result.before.threshold, float) else None
+        activated |= {*result.activated}
+        exhausted = (exhausted | {*result.exhausted}) - activated
     summary = {
-        **earlier,
+        **last.summary,
         **numbers,
-        **{name: earlier[name] for name in _FIRST if name in earlier},
-        **{name: earlier.get(name, 0) + numbers.get(name, 0) for name in _SUMMED},
-        "fac/activated": len(record.activated),
-        "fac/exhausted": len(record.exhausted),
+        **{name: last.summary[name] for name in _FIRST if name in last.summary},
+        **{name: last.summary.get(name, 0) + numbers.get(name, 0) for name in _SUMMED},
+        "fac/activated": len(activated),
+        "fac/exhausted": len(exhausted),
         "fac/new_rows": len(rows),
-        "fac/seconds": record.seconds,
+        "fac/seconds": last.seconds + seconds,
     }
-    return record.model_copy(update={"summary": summary})
+    changes = {
+        "rows": rows_digest(rows),
+        "epoch": epoch,
+        "seconds": last.seconds + seconds,
+        "threshold": threshold,
+        "activated": sorted(activated),
+        "exhausted": sorted(exhausted),
+        "summary": summary,
+    }
+    return last.model_copy(update=changes)
 
 
 def save_rows(rows: Dataset, folder: Path) -> None:
@@ -120,11 +130,12 @@ def find_rows(record: CheckpointRecord, checkpoint: Path, folder: Path) -> Datas
     Raises: FileNotFoundError when they are in neither; ValueError when it has other content.
     """
     name = _rows_name(record.rows)
-    own, beside = folder / name, checkpoint.parent / FOLDER / name
-    path = own if own.exists() else beside
+    in_folder = folder / name
+    beside = checkpoint.parent / FOLDER / name
+    path = in_folder if in_folder.exists() else beside
     if not path.exists():
         raise FileNotFoundError(
-            f"{checkpoint} was trained on new rows that are not there: {name} is neither in {own.parent} nor in "
+            f"{checkpoint} was trained on new rows that are not there: {name} is neither in {in_folder.parent} nor in "
             f"{beside.parent}. Copy it there, or start again without resuming."
         )
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import ClassLabel, Dataset, Features, Value
 
 from ..inputs.rows import ROW_TYPES
-from .training_set import Prepare, TrainingSet, after
+from .training_set import Prepare, TrainingSet, append_rows
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -52,7 +52,8 @@ def training_set_of(
             )
         if not len(rows):
             raise ValueError(f"{name} has no rows, which the trainer's own filters may have dropped.")
-    args, columns = trainer.args, trainer.train_dataset.column_names
+    args = trainer.args
+    columns = trainer.train_dataset.column_names
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance") and args.length_column_name in columns:
         raise ValueError(
             f"The training set has its rows' lengths in column {args.length_column_name!r}, new rows do not: remove "
@@ -85,8 +86,11 @@ def _maker(trainer: Trainer) -> Any:
 
 def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare | None) -> TrainingSet:
     """Of SFTTrainer. With packing or shuffle_dataset the whole set is prepared again when rows join it."""
-    args, formatting_func, prepares = trainer.args, trainer._formatting_func, not trainer._skip_prepare_dataset
-    packs, shuffles = prepares and args.packing, prepares and args.shuffle_dataset
+    args = trainer.args
+    formatting_func = trainer._formatting_func
+    prepares = not trainer._skip_prepare_dataset
+    packs = prepares and args.packing
+    shuffles = prepares and args.shuffle_dataset
     _refuse_images(trainer)
     if "seq_lengths" in trainer.train_dataset.column_names and not packs:
         raise ValueError(
@@ -95,21 +99,22 @@ def _sft(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
         )
     raw = _raw_rows(trainer, given)
 
-    def own(rows: Dataset, args: Any = args, packing: bool = args.packing) -> Dataset:
+    def as_trainer(rows: Dataset, args: Any = args, packing: bool = args.packing) -> Dataset:
         return trainer._prepare_dataset(rows, trainer.processing_class, args, packing, formatting_func, "train")
 
     def single(rows: Dataset) -> Dataset:
         """Joined after a raw row, like new rows, without packing, shuffling or truncation."""
         whole = copy.copy(args)
-        whole.max_length, whole.shuffle_dataset = None, False
-        prepared = own(after(raw.select([0]), rows), whole, packing=False)
+        whole.max_length = None
+        whole.shuffle_dataset = False
+        prepared = as_trainer(append_rows(raw.select([0]), rows), whole, packing=False)
         return prepared.select(range(1, len(prepared)))
 
     return TrainingSet(
-        tokenized=trainer.train_dataset, raw=raw, prepare=prepare or own,
+        prepared=trainer.train_dataset, raw=raw, prepare=prepare or as_trainer,
         prepare_single=single if packs or shuffles else None, columns=["input_ids", "labels"],
         content_columns=_content_columns(task, raw), new_columns=[c for c in task.features() if c in raw.column_names],
-        order="packed" if packs else "shuffled" if shuffles else "kept",
+        order="packed" if packs else "shuffled" if shuffles else "unchanged",
         ignores_columns=prepare is None and formatting_func is None,
     )  # fmt: skip
 
@@ -139,18 +144,19 @@ def _dpo(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare |
 
 
 def _of_pairs(trainer: Trainer, task: Task, raw: Dataset, prepare: Prepare | None, columns: list[str]) -> TrainingSet:
-    def own(rows: Dataset) -> Dataset:
+    def as_trainer(rows: Dataset) -> Dataset:
         return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, "train")
 
     return TrainingSet(
-        tokenized=trainer.train_dataset, raw=raw, prepare=prepare or own, columns=columns,
+        prepared=trainer.train_dataset, raw=raw, prepare=prepare or as_trainer, columns=columns,
         content_columns=_content_columns(task, raw), new_columns=list(task.features()), ignores_columns=prepare is None,
     )  # fmt: skip
 
 
 def _plain(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare | None) -> TrainingSet:
     """Of transformers' own Trainer, whose rows the user prepares."""
-    raw, tokenized, new_columns = _raw_rows(trainer, given), trainer.train_dataset, list(task.features())
+    raw = _raw_rows(trainer, given)
+    new_columns = list(task.features())
     if prepare is None:
         raise ValueError(
             f"{type(trainer).__name__} leaves preparing rows to you: pass prepare=, the function that made its "
@@ -163,12 +169,12 @@ def _plain(trainer: Trainer, task: Task, given: Dataset | None, prepare: Prepare
         )
     if "label" in new_columns:
         _check_labels(raw.features["label"], list(task.labels))
-    columns = tokenized.column_names
+    columns = trainer.train_dataset.column_names
     if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
         columns = [name for name in columns if name in trainer._signature_columns]
     return TrainingSet(
-        tokenized=tokenized, raw=raw, prepare=prepare, columns=columns, content_columns=new_columns,
+        prepared=trainer.train_dataset, raw=raw, prepare=prepare, columns=columns, content_columns=new_columns,
         new_columns=new_columns, ignores_columns=False,
     )  # fmt: skip
 

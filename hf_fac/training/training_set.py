@@ -24,32 +24,33 @@ _NUMBER = "fac_row"  # column with a new row's number; -1 in the trainer's own r
 class Joined(NamedTuple):
     """The trainer's set with new rows in it, and those of the raw new rows that the trainer's filters left."""
 
-    tokenized: Dataset
-    kept: Dataset
+    prepared: Dataset
+    kept_rows: Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
     """A trainer's training set.
 
-    tokenized: the set as the trainer has it. raw: its rows before the trainer prepared them.
+    prepared: the set as the trainer has it. raw: its rows before they were prepared.
     prepare: from raw rows to rows of the set.
     prepare_single: the same for single rows; None where `prepare` does not mix rows.
-    columns: the columns of `tokenized` that are trained on.
+    columns: the columns of `prepared` that are trained on.
     content_columns: the columns of `raw` that a featurizer reads.
     new_columns: the columns of new rows that are prepared.
     order: of prepared rows: that of the raw rows, shuffled, or several rows packed into one.
-    ignores_columns: whether `prepare` ignores columns that it does not know. A user's function may use any.
+    ignores_columns: `prepare` passes over unknown columns, so a numbering column can be added. A user's function may
+        use any column.
     """
 
-    tokenized: Dataset
+    prepared: Dataset
     raw: Dataset
     prepare: Prepare
     columns: list[str]
     content_columns: list[str]
     new_columns: list[str]
     prepare_single: Prepare | None = None
-    order: Literal["kept", "shuffled", "packed"] = "kept"
+    order: Literal["unchanged", "shuffled", "packed"] = "unchanged"
     ignores_columns: bool = True
 
     @property
@@ -71,20 +72,20 @@ class TrainingSet:
         Raises: ValueError for earlier new rows in a set that is packed or shuffled: their raw form, with which it would
             be prepared again, is not known.
         """
-        to = self.tokenized if to is None else to
+        to = self.prepared if to is None else to
         if not len(new):
             return Joined(to, new)
-        if self.order != "kept" and to is not self.tokenized:
-            raise ValueError(f"A {self.order} set is prepared again as a whole: pass all new rows at once, without to=.")
+        if self.order != "unchanged" and to is not self.prepared:
+            raise ValueError(f"A {self.order} set is prepared again as a whole: pass all new rows at once, without to.")
         rows, n_own = self._numbered(new.select_columns(self.new_columns), range(len(new))), 0
-        if self.order != "kept":  # a row's place depends on all rows
-            rows = after(self._numbered(self.raw, [-1] * len(self.raw)), rows)
-            n_own = len(self.tokenized)
+        if self.order != "unchanged":  # a row's place depends on all rows
+            rows = append_rows(self._numbered(self.raw, [-1] * len(self.raw)), rows)
+            n_own = len(self.prepared)
         prepared = self.prepare(rows)
         n_left = len(new) if self.order == "packed" else len(prepared) - n_own  # packing drops no rows
         kept = new.select(self._kept(new, prepared, n_left))
-        if self.order == "kept":
-            prepared = concatenate_datasets([to.with_format(None), self._in_own_types(prepared)])
+        if self.order == "unchanged":
+            prepared = concatenate_datasets([to.with_format(None), self._in_types_of_set(prepared)])
         elif _NUMBER in prepared.column_names:
             prepared = prepared.remove_columns(_NUMBER)
         return Joined(self._formatted(prepared), kept)
@@ -102,19 +103,19 @@ class TrainingSet:
         rows = new.select_columns(self.new_columns)
         return [number for number in range(len(rows)) if len(self.prepare(rows.select([number])))]
 
-    def _in_own_types(self, prepared: Dataset) -> Dataset:
+    def _in_types_of_set(self, prepared: Dataset) -> Dataset:
         """The columns that are trained on, in the types of the trainer's set."""
-        for rows, problem in ((prepared, "preparing a row gives"), (self.tokenized, "the training set has")):
+        for rows, problem in ((prepared, "preparing a row gives"), (self.prepared, "the training set has")):
             if missing := [name for name in self.columns if name not in rows.column_names]:
                 found = ", ".join(rows.column_names)
                 raise ValueError(f"{problem} the columns {found}; {', '.join(missing)} is trained on.")
-        types = Features({name: self.tokenized.features[name] for name in self.columns})
+        types = Features({name: self.prepared.features[name] for name in self.columns})
         return prepared.with_format(None).select_columns(self.columns).cast(types)
 
     def _formatted(self, rows: Dataset) -> Dataset:
         """Rows in the format of the trainer's set."""
-        form = self.tokenized.format
-        columns = None if set(form["columns"]) == set(self.tokenized.column_names) else form["columns"]
+        form = self.prepared.format
+        columns = None if set(form["columns"]) == set(self.prepared.column_names) else form["columns"]
         return rows.with_format(
             form["type"], columns=columns, output_all_columns=form["output_all_columns"], **form["format_kwargs"]
         )
@@ -123,20 +124,20 @@ class TrainingSet:
         """Raises: ValueError, with the remedy, where `raw`, which the error calls `name`, does not give the trainer's
         set, or where rows reduced to the columns of new rows come out differently."""
         first = self._prepared_end(self.raw)
-        if self.order == "kept":
-            n_most = len(self.raw) if self.ignores_columns else len(self.tokenized)  # a user's function may split rows
-            ends = self.tokenized.with_format(None).select_columns(self.columns)
+        if self.order == "unchanged":
+            n_most = len(self.raw) if self.ignores_columns else len(self.prepared)  # a user's function may split rows
+            ends = self.prepared.with_format(None).select_columns(self.columns)
             same = first == ends[0] and self._prepared_end(self.raw, last=True) == ends[-1] and len(ends) <= n_most
         else:  # any row may stand at the ends
             again = self.prepare(self.raw)
-            ours, theirs = (rows.select_columns("input_ids").with_format("arrow") for rows in (again, self.tokenized))
+            ours, theirs = (rows.select_columns("input_ids").with_format("arrow") for rows in (again, self.prepared))
             same = len(ours) == len(theirs) and all(
                 one == other for one, other in zip(ours.iter(1000), theirs.iter(1000), strict=True)
             )
         if not same:
             raise ValueError(
                 f"{name} is not what the trainer was given: prepared, its {len(self.raw):,} rows are not the trainer's "
-                f"{len(self.tokenized):,}. Pass as train_dataset= the raw rows that the trainer was given, in their "
+                f"{len(self.prepared):,}. Pass as train_dataset= the raw rows that the trainer was given, in their "
                 "order, and where you tokenized them the function that did as prepare= (which must not depend on what "
                 "else is in the set, as padding to the longest row does)."
             )
@@ -167,7 +168,7 @@ class TrainingSet:
         n, size, prepare = len(rows), 1, self.prepare_single or self.prepare
         while True:
             end = rows.select(range(n - size, n) if last else range(size))
-            prepared = self._in_own_types(prepare(end))
+            prepared = self._in_types_of_set(prepare(end))
             if len(prepared) or size == n:
                 return prepared[-1 if last else 0] if len(prepared) else None
             size = min(n, 10 * size)
@@ -177,11 +178,13 @@ class FixedLengthDataset(torch.utils.data.Dataset):
     """A training set whose length never changes: places that are still free repeat its first rows in turn.
 
     Args:
-        own: the trainer's own rows. places: for new rows, which come after them.
+        trainer_rows: the trainer's own rows. places: for new rows, which come after them.
     """
 
-    def __init__(self, own: Dataset, places: int) -> None:
-        self.rows, self._n_own, self._length = own, len(own), len(own) + places
+    def __init__(self, trainer_rows: Dataset, places: int) -> None:
+        self.rows = trainer_rows
+        self._n_trainer_rows = len(trainer_rows)
+        self._length = len(trainer_rows) + places
 
     def fill(self, rows: Dataset) -> None:
         """Hold these rows, the trainer's own and all new ones. A loader that exists reads them in its next epoch."""
@@ -191,10 +194,10 @@ class FixedLengthDataset(torch.utils.data.Dataset):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index if index < len(self.rows) else (index - len(self.rows)) % self._n_own]
+        return self.rows[index if index < len(self.rows) else (index - len(self.rows)) % self._n_trainer_rows]
 
 
-def after(seed: Dataset, new: Dataset) -> Dataset:
+def append_rows(raw: Dataset, new: Dataset) -> Dataset:
     """Returns raw rows with new rows after them, in the types of the former."""
-    new = new.cast(Features({name: seed.features[name] for name in new.column_names}))
-    return concatenate_datasets([seed, new])
+    new = new.cast(Features({name: raw.features[name] for name in new.column_names}))
+    return concatenate_datasets([raw, new])

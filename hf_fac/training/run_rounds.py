@@ -1,7 +1,6 @@
-"""The rounds of a run: what it has by now, and each round added to that in all its processes or in none.
+"""Runs coverage rounds: RunState in, next RunState out, the same in all processes.
 
-In: the run's state. Out: its state after one more round, whose rows and reports are on disk by then. A round measures
-the training set and fills it once. The loop that writes the samples of a round is `synthesis/rounds`.
+A round measures the training set and fills it once. Its rows and reports are on disk before the next state is returned.
 """
 
 from __future__ import annotations
@@ -69,14 +68,14 @@ class CallbackSettings:
 class RunState:
     """What a run has by now.
 
-    new_rows: all rows that were written. kept: of each round, those of them that the trainer keeps.
-    tokenized: the trainer's set with them.
+    new_rows: all rows that were written. kept_by_round: those of them that the trainer keeps.
+    prepared: the trainer's set with these.
     """
 
     record: CheckpointRecord
     new_rows: Dataset
-    kept: tuple[Dataset, ...]
-    tokenized: Dataset
+    kept_by_round: tuple[Dataset, ...]
+    prepared: Dataset
 
 
 @dataclass(frozen=True)
@@ -98,20 +97,15 @@ class Rounds:
         start = time.monotonic()
         group = ProcessGroup.join(self.folder / "work", self.trainer.args)
         try:
-            with group, reraise_oom():
-                result = self._next_round(group, state, epoch).run(state.kept, to=state.tokenized)
-                failure = result.failure
-                if failure and self.settings.on_error == "raise":
-                    raise ChatError(f"Synthesis ended by {failure}. The same run asks for the rest.")
-                rows = concatenate_datasets([state.new_rows, result.rows]) if len(state.new_rows) else result.rows
-                if group.rank == 0:
-                    save_rows(rows, self.folder)
-                group.barrier()  # from here on every process has the rows
+            result, rows = self._attempt(group, state, epoch)
+            failure = result.failure
         except Exception as error:
             if self.settings.on_error == "raise":
                 raise
             group.wait_for_all()
-            result, rows, failure = None, state.new_rows, f"{type(error).__name__}: {error}"
+            result = None
+            rows = state.new_rows
+            failure = f"{type(error).__name__}: {error}"
             if group.rank == 0:
                 save_rows(rows, self.folder)  # checkpoints name them; no earlier round has saved those of the first
         if failure:
@@ -121,14 +115,30 @@ class Rounds:
         if result is None:
             state = replace(state, record=record)
         else:
-            state = RunState(record, rows, (*state.kept, result.joined.kept), result.joined.tokenized)
+            kept_by_round = (*state.kept_by_round, result.joined.kept_rows)
+            state = RunState(record, rows, kept_by_round, result.joined.prepared)
         if group.rank == 0:
             self._tell(state, result, seconds, failure)
         return state
 
+    def _attempt(self, group: ProcessGroup, state: RunState, epoch: int) -> tuple[RoundResult, Dataset]:
+        """What a round adds, and all new rows by then, which are on disk before any process goes on."""
+        with group, reraise_oom():
+            result = self._next_round(group, state, epoch).run(state.kept_by_round, to=state.prepared)
+            if result.failure and self.settings.on_error == "raise":
+                raise ChatError(f"Synthesis ended by {result.failure}. The same run asks for the rest.")
+            rows = concatenate_datasets([state.new_rows, result.rows]) if len(state.new_rows) else result.rows
+            if group.rank == 0:
+                save_rows(rows, self.folder)
+            group.barrier()
+        return result, rows
+
     def _next_round(self, group: ProcessGroup, state: RunState, epoch: int) -> CoverageRound:
-        settings, last, given = self.settings, state.record, self.synthesizer.threshold
-        samples, seconds = settings.max_samples, settings.max_seconds
+        settings = self.settings
+        last = state.record
+        threshold = self.synthesizer.threshold
+        samples = settings.max_samples
+        seconds = settings.max_seconds
         if settings.refresh == "epoch":  # an equal share for each round that is left
             n_rounds = len(range(epoch, math.ceil(self.trainer.args.num_train_epochs), settings.every))
             samples = math.ceil((samples - len(state.new_rows)) / n_rounds)
@@ -136,9 +146,9 @@ class Rounds:
         changes = is_measuring(self.trainer, self.synthesizer) or is_writing(self.trainer, self.synthesizer)
         return CoverageRound(
             synthesizer=self.synthesizer, anchor=self.anchor, training_set=self.training_set, group=group,
-            features=settings.features, number=epoch, max_samples=samples,
+            features=settings.features, epoch=epoch, max_samples=samples,
             # delta stays that of the first round, so that all rounds can be compared.
-            threshold=last.threshold if given is None else given,
+            threshold=last.threshold if threshold is None else threshold,
             max_seconds=None if seconds is None else seconds - last.seconds,
             skip=() if changes else last.exhausted,
         )  # fmt: skip
@@ -147,7 +157,7 @@ class Rounds:
         """Write what a person reads."""
         entry = {"epoch": state.record.epoch, "rows": state.record.rows, "seconds": seconds, "failure": failure}
         try:
-            trained_on = concatenate_datasets(state.kept) if state.kept else state.new_rows
+            trained_on = concatenate_datasets(state.kept_by_round) if state.kept_by_round else state.new_rows
             write_enlarged(self.training_set.raw, trained_on, self.folder / "enlarged.parquet")
             write_report(entry | ({} if result is None else result.to_dict()), self.folder / "report.json")
         except Exception as error:
