@@ -36,14 +36,16 @@ _CHUNK = 1000  # rows measured at a time
 class RoundResult:
     """What one round found and adds.
 
-    before: coverage of the training set. covered_after: features of the anchor set that are covered with the rows that
-        the trainer keeps.
+    before: coverage of the training set.
+    fac_after, n_covered_after: FAC, and how many features of the anchor set are covered, with the rows that the trainer
+        keeps.
     synthesis: None when nothing was written. synthesizer: its fingerprint.
     rows: all rows that were written. joined: the trainer's set with them, and those of them that the trainer keeps.
     """
 
     before: FACReport
-    covered_after: int
+    fac_after: float
+    n_covered_after: int
     synthesis: SynthesisReport | None
     synthesizer: str
     rows: Dataset
@@ -71,11 +73,10 @@ class RoundResult:
 
     def numbers(self) -> dict[str, float]:
         """Returns what is logged, by name."""
-        n_anchor = len(self.before.covered) + len(self.before.missing)
         return {
             "fac/before": self.before.fac,
-            "fac/after": self.covered_after / n_anchor if n_anchor else math.nan,
-            "fac/covered": self.covered_after,
+            "fac/after": self.fac_after,
+            "fac/covered": self.n_covered_after,
             "fac/missing": len(self.before.missing),
             "fac/synthesized": len(self.rows),
             "fac/dropped": len(self.rows) - len(self.joined.kept_rows),
@@ -151,8 +152,9 @@ class CoverageRound:
         # The trainers prepare rows one process after the other, in a collective.
         self.group.barrier({"new rows": rows_digest(rows)}, remedy="Start again with an empty work folder.")
         joined = self.training_set.join(rows, to=to)
+        fac_after, n_covered_after = self._after(before, result, joined.kept_rows)
         return RoundResult(
-            before=before, covered_after=self._covered_after(before, result, joined.kept_rows),
+            before=before, fac_after=fac_after, n_covered_after=n_covered_after,
             synthesis=None if result is None else result.report, synthesizer=fingerprint, rows=rows, joined=joined,
         )  # fmt: skip
 
@@ -178,12 +180,14 @@ class CoverageRound:
             max_samples=self.max_samples, max_seconds=seconds, processes=self.group.processes,
         )  # fmt: skip
 
-    def _covered_after(self, before: FACReport, result: SynthesisResult | None, kept: Dataset) -> int:
-        if not len(kept):
-            return len(before.covered)
-        if len(kept) == len(result.dataset):  # the synthesizer has read these rows
-            return len(result.report.covered)
-        return len(before.with_added([self._coverage_of_new(kept).maximum]).covered)
+    def _after(self, before: FACReport, result: SynthesisResult | None, kept_rows: Dataset) -> tuple[float, int]:
+        """FAC and the number of covered features with the rows that the trainer keeps."""
+        if not len(kept_rows):
+            return before.fac, len(before.covered)
+        if len(kept_rows) == len(result.dataset):  # the synthesizer has read these rows
+            return result.report.fac_after, len(result.report.covered)
+        added = before.with_added([self._coverage_of_new(kept_rows).maximum])
+        return added.fac, len(added.covered)
 
     def _coverage_of_new(self, rows: Dataset) -> FeatureCoverage:
         rows = rows.select_columns(list(self.synthesizer.task.features()))

@@ -75,31 +75,41 @@ class TrainingSet:
         to = self.prepared if to is None else to
         if not len(new):
             return Joined(to, new)
-        if self.order != "unchanged" and to is not self.prepared:
-            raise ValueError(f"A {self.order} set is prepared again as a whole: pass all new rows at once, without to.")
-        rows, n_own = self._numbered(new.select_columns(self.new_columns), range(len(new))), 0
-        if self.order != "unchanged":  # a row's place depends on all rows
-            rows = append_rows(self._numbered(self.raw, [-1] * len(self.raw)), rows)
-            n_own = len(self.prepared)
-        prepared = self.prepare(rows)
-        n_left = len(new) if self.order == "packed" else len(prepared) - n_own  # packing drops no rows
-        kept = new.select(self._kept(new, prepared, n_left))
         if self.order == "unchanged":
-            prepared = concatenate_datasets([to.with_format(None), self._in_types_of_set(prepared)])
-        elif _NUMBER in prepared.column_names:
+            return self._appended(new, to)
+        if to is not self.prepared:
+            raise ValueError(f"A {self.order} set is prepared again as a whole: pass all new rows at once, without to.")
+        return self._rearranged(new)
+
+    def _appended(self, new: Dataset, to: Dataset) -> Joined:
+        """The set with new rows at its end."""
+        prepared = self.prepare(self._numbered(new.select_columns(self.new_columns), range(len(new))))
+        kept_rows = self._kept_rows(new, prepared, any_dropped=len(prepared) < len(new))
+        whole = concatenate_datasets([to.with_format(None), self._in_types_of_set(prepared)])
+        return Joined(self._formatted(whole), kept_rows)
+
+    def _rearranged(self, new: Dataset) -> Joined:
+        """The set prepared again with new rows, as a row's place depends on all rows."""
+        numbered = self._numbered(new.select_columns(self.new_columns), range(len(new)))
+        prepared = self.prepare(append_rows(self._numbered(self.raw, [-1] * len(self.raw)), numbered))
+        any_dropped = self.order == "shuffled" and len(prepared) < len(self.prepared) + len(new)  # packing drops none
+        kept_rows = self._kept_rows(new, prepared, any_dropped=any_dropped)
+        if _NUMBER in prepared.column_names:
             prepared = prepared.remove_columns(_NUMBER)
-        return Joined(self._formatted(prepared), kept)
+        return Joined(self._formatted(prepared), kept_rows)
 
     def _numbered(self, rows: Dataset, numbers: Iterable[int]) -> Dataset:
         """Rows with a column that says, after the trainer's filters, which of them are left."""
         return rows.add_column(_NUMBER, list(numbers)) if self.ignores_columns else rows
 
-    def _kept(self, new: Dataset, prepared: Dataset, n_left: int) -> list[int]:
-        """Which new rows are among the prepared ones, which hold `n_left` of them."""
-        if _NUMBER in prepared.column_names:
-            return sorted(number for number in prepared.with_format(None)[_NUMBER] if number >= 0)
-        if n_left >= len(new):
-            return list(range(len(new)))
+    def _kept_rows(self, new: Dataset, prepared: Dataset, *, any_dropped: bool) -> Dataset:
+        """Those of the raw new rows that are among the prepared ones."""
+        if not any_dropped:
+            return new
+        return new.select(_numbers_in(prepared) if _NUMBER in prepared.column_names else self._prepared_singly(new))
+
+    def _prepared_singly(self, new: Dataset) -> list[int]:
+        """Numbers of the new rows that are left when each is prepared without the others."""
         rows = new.select_columns(self.new_columns)
         return [number for number in range(len(rows)) if len(self.prepare(rows.select([number])))]
 
@@ -124,34 +134,41 @@ class TrainingSet:
         """Raises: ValueError, with the remedy, where `raw`, which the error calls `name`, does not give the trainer's
         set, or where rows reduced to the columns of new rows come out differently."""
         first = self._prepared_end(self.raw)
-        if self.order == "unchanged":
-            n_most = len(self.raw) if self.ignores_columns else len(self.prepared)  # a user's function may split rows
-            ends = self.prepared.with_format(None).select_columns(self.columns)
-            same = first == ends[0] and self._prepared_end(self.raw, last=True) == ends[-1] and len(ends) <= n_most
-        else:  # any row may stand at the ends
-            again = self.prepare(self.raw)
-            ours, theirs = (rows.select_columns("input_ids").with_format("arrow") for rows in (again, self.prepared))
-            same = len(ours) == len(theirs) and all(
-                one == other for one, other in zip(ours.iter(1000), theirs.iter(1000), strict=True)
-            )
-        if not same:
+        if not self._gives_the_set(first):
             raise ValueError(
                 f"{name} is not what the trainer was given: prepared, its {len(self.raw):,} rows are not the trainer's "
                 f"{len(self.prepared):,}. Pass as train_dataset= the raw rows that the trainer was given, in their "
                 "order, and where you tokenized them the function that did as prepare= (which must not depend on what "
                 "else is in the set, as padding to the longest row does)."
             )
-        there = self.raw.column_names
-        ours = [column for column in there if column in self.new_columns]
-        if problem := self._problem(ours, first):
-            others = [column for column in there if column not in ours]
-            read = [column for column in others if self._problem([c for c in there if c != column], first)] or others
-            raise ValueError(
-                f"New rows have the columns {', '.join(ours)}. Reduced to them, the training set's first row {problem}"
-                f"{' without ' if read else ''}{', '.join(read)}: new rows would be prepared differently from those "
-                "that are there. Remove what new rows do not have, and make the trainer again: what all rows share "
-                "can stand in the chat template, formatting_func or prepare=."
-            )
+        columns = self.raw.column_names
+        shared = [column for column in columns if column in self.new_columns]
+        problem = self._problem(shared, first)
+        if problem is None:
+            return
+        lacking = [column for column in columns if column not in shared]
+        needed = [name for name in lacking if self._problem([c for c in columns if c != name], first)] or lacking
+        reduced = f"Without {', '.join(needed)}" if needed else "As a new row"
+        raise ValueError(
+            f"{reduced} the training set's first row {problem}. New rows have only the columns {', '.join(shared)}, so "
+            "they would be prepared differently from those that are there. Remove what new rows do not have (other "
+            "columns, names of labels) and make the trainer again. What all rows share can stand in the chat "
+            "template, formatting_func or prepare=."
+        )
+
+    def _gives_the_set(self, first: dict[str, Any] | None) -> bool:
+        """Whether `raw`, whose first row comes out so, gives the trainer's set: its ends, or where any row may stand
+        there all of it."""
+        if self.order == "unchanged":
+            n_most = len(self.raw) if self.ignores_columns else len(self.prepared)  # a user's function may split rows
+            there = self.prepared.with_format(None).select_columns(self.columns)
+            return first == there[0] and self._prepared_end(self.raw, last=True) == there[-1] and len(there) <= n_most
+        again, there = (
+            rows.select_columns("input_ids").with_format("arrow") for rows in (self.prepare(self.raw), self.prepared)
+        )
+        return len(again) == len(there) and all(
+            one == other for one, other in zip(again.iter(1000), there.iter(1000), strict=True)
+        )
 
     def _problem(self, columns: list[str], expected: dict[str, Any] | None) -> str | None:
         """What happens to the first row as a new one with only these columns, if it comes out differently."""
@@ -165,7 +182,9 @@ class TrainingSet:
 
     def _prepared_end(self, rows: Dataset, *, last: bool = False) -> dict[str, Any] | None:
         """The first or last of raw rows that the trainer's filters leave, prepared; None when they leave none."""
-        n, size, prepare = len(rows), 1, self.prepare_single or self.prepare
+        prepare = self.prepare_single or self.prepare
+        n = len(rows)
+        size = 1
         while True:
             end = rows.select(range(n - size, n) if last else range(size))
             prepared = self._in_types_of_set(prepare(end))
@@ -195,6 +214,11 @@ class FixedLengthDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index if index < len(self.rows) else (index - len(self.rows)) % self._n_trainer_rows]
+
+
+def _numbers_in(prepared: Dataset) -> list[int]:
+    """Numbers of the new rows among prepared ones."""
+    return sorted(number for number in prepared.with_format(None)[_NUMBER] if number >= 0)
 
 
 def append_rows(raw: Dataset, new: Dataset) -> Dataset:

@@ -117,13 +117,13 @@ class TinySynthesizer(FACSynthesizer):
         delta = self.threshold if self.threshold is not None else missing.threshold
         features = np.array([row["fac_feature"] for row in rows], int)
         above = np.array([row["fac_activation"] > delta for row in rows], bool)
-        covered = missing.covered
+        fac, covered = missing.fac, missing.covered
         if rows:
             maximum = self.featurizer([self.task.featurizer_row(row) for row in rows]).max(axis=0).toarray().reshape(-1)
-            covered = missing.with_added([maximum]).covered
+            fac, _, covered, _ = missing.with_added([maximum])
         return SimpleNamespace(
             activated=features[above], exhausted=features[~above & (not failed)], requests=len(rows),
-            completion_tokens=10 * len(rows), covered=covered, chat_failed=failed,
+            completion_tokens=10 * len(rows), fac_after=fac, covered=covered, chat_failed=failed,
             ended="the endpoint is gone" if failed else None, to_dict=lambda: {"requests": len(rows)},
         )  # fmt: skip
 

@@ -232,7 +232,7 @@ REFUSED = {
     "a task of another type": (sft, "messages", "prompt_completion", {}, {}, "not trained on the same way"),
     "a plain set": (sft, "plain prompt_completion", "prompt_completion", {}, {}, "plain text with the columns"),
     "an implicit task": (reward, "preference", "implicit_preference", {}, {}, "not trained on the same way"),
-    "a text column by another name": (sft, "text", "text", {"dataset_text_field": "body"}, {}, "without body"),
+    "a text column by another name": (sft, "text", "text", {"dataset_text_field": "body"}, {}, "Without body "),
     "packing": (sft, "messages", "messages", {"packing": True, "max_length": 48}, {}, "pass train_dataset="),
     "shuffle_dataset": (sft, "messages", "messages", {"shuffle_dataset": True}, {}, "as train_dataset="),
     "a formatting_func of its own column": (

@@ -38,7 +38,7 @@ def headed(row):
 def test_rows_formatted_by_what_new_rows_do_not_have_are_refused(arranged, tmp_path):
     rows = with_topics(examples("text", 7))
     trainer = sft(rows, tmp_path, formatting_func=headed, **arranged)
-    with pytest.raises(ValueError, match=r"New rows have the columns text\..*without topic:.*formatting_func"):
+    with pytest.raises(ValueError, match=r"^Without topic the training set.*the columns text,.*formatting_func"):
         data_of(trainer, "text", train_dataset=rows)
     trainer = sft(rows, tmp_path, formatting_func=lambda row: "T: " + row["text"], **arranged)
     data_of(trainer, "text", train_dataset=rows)
@@ -58,7 +58,7 @@ def test_rows_rendered_by_what_new_rows_do_not_have_are_refused(column, make, ki
     rows = with_topics(examples(kind, 7))
     rows = with_tools(rows) if column == "tools" else rows.add_column(column, [{"mode": "terse"}] * 7)
     given = {"train_dataset": rows} if arranged else {}
-    with pytest.raises(ValueError, match=f"without {column}:"):
+    with pytest.raises(ValueError, match=f"^Without {column} the training set"):
         data_of(make(rows, tmp_path, **arranged), kind, **given)
     rows = with_topics(examples(kind, 7))
     given = {"train_dataset": rows} if arranged else {}
@@ -68,7 +68,7 @@ def test_rows_rendered_by_what_new_rows_do_not_have_are_refused(column, make, ki
 def test_template_arguments_that_change_nothing_are_refused_only_where_new_rows_stand_beside_them(tmp_path):
     rows = examples("messages", 7).add_column("chat_template_kwargs", [{"enable_thinking": False}] * 7)
     data_of(sft(rows, tmp_path), "messages")
-    with pytest.raises(ValueError, match=r"cannot be prepared \(TypeError.*without chat_template_kwargs:"):
+    with pytest.raises(ValueError, match=r"^Without chat_template_kwargs .* cannot be prepared \(TypeError"):
         data_of(sft(rows, tmp_path, **PACKED), "messages", train_dataset=rows)
 
 
@@ -202,5 +202,5 @@ def test_preparing_that_needs_more_than_a_new_rows_label_is_refused(tmp_path):
     rows = examples("labelled", 7).cast_column("label", ClassLabel(names=["no", "yes"]))
     trainer = plain(rows, tmp_path)
     trainer.train_dataset = looked_up(rows)
-    with pytest.raises(ValueError, match=r"New rows have the columns text, label\..*cannot be prepared \(Attribute"):
+    with pytest.raises(ValueError, match=r"^As a new row .* cannot be prepared \(Attribute.*names of labels"):
         data_of(trainer, "labelled", train_dataset=rows, prepare=looked_up)
