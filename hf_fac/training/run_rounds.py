@@ -107,7 +107,7 @@ class Rounds:
             rows = state.new_rows
             failure = f"{type(error).__name__}: {error}"
             if group.rank == 0:
-                save_rows(rows, self.folder)  # checkpoints name them; no earlier round has saved those of the first
+                save_rows(rows, self.folder)  # checkpoints name them; after a failed first round none are on disk
         if failure:
             warnings.warn(f"FAC synthesis failed; the run has {len(rows):,} new rows: {failure}", stacklevel=2)
         seconds = time.monotonic() - start
