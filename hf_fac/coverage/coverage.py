@@ -21,9 +21,11 @@ from ..storage.feature_ids import check_feature_ids
 from ..storage.files import whole_file
 from ..storage.scored_rows import REMEDY, ScoredRows, scored_batches
 from ..storage.validation import Measurement, checked, read_measurement
+from .activations import check_scored, matrix_rows
 from .grid import ActivationGrid
 from .report import FACReport
 from .statistics import fac, jackknife_interval, kl_divergence
+from .threshold import choose_threshold
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -127,7 +129,7 @@ class FeatureCoverage:
     def _add(self, part: ScoredRows) -> None:
         ids, acts, lengths = part.features.astype(np.int64, copy=False), part.activations, np.diff(part.starts)
         rows = np.repeat(np.arange(len(lengths)), lengths)
-        self._refuse_bad(part, rows * self.d_sae + ids, part.tokens[rows])
+        check_scored(part, rows, d_sae=self.d_sae, keep_above=self.keep_above)
         self.rows += len(lengths)
         self.rows_without_tokens += int(np.count_nonzero(part.tokens == 0))
         self._count(rows, ids, self._grid.level_of(acts), len(lengths))
@@ -148,17 +150,6 @@ class FeatureCoverage:
         above = np.cumsum(in_level[:, ::-1], axis=1)[:, ::-1]
         cell = self._grid.bucket_of[above] + np.arange(levels) * buckets
         np.add.at(self.active_counts.reshape(-1), cell.reshape(-1), 1)
-
-    def _refuse_bad(self, part: ScoredRows, key: np.ndarray, tokens: np.ndarray) -> None:
-        """Check activations: `key` is a number for each row and feature, `tokens` are those of its row."""
-        check_activations(part, self.d_sae)
-        too_low = part.activations <= np.float64(self.keep_above)
-        _refuse(part, too_low, f"is not above the floor keep_above = {self.keep_above:g}")
-        _refuse(part, tokens <= 0, "is in a row without content tokens")
-        if (np.diff(key) <= 0).any():
-            order = np.argsort(key)
-            twice = key[order][1:][np.diff(key[order]) == 0]
-            _refuse(part, np.isin(key, twice), "stands twice in its row")
 
     def _raise_maxima(
         self, i: np.ndarray | slice, maximum: np.ndarray, second: np.ndarray, row_hash: np.ndarray
@@ -246,7 +237,16 @@ class FeatureCoverage:
         _agreed(self.measurement, anchor.measurement, "data and anchor were measured differently")
         if features is not None:
             features = np.unique(check_feature_ids(np.atleast_1d(features), self.d_sae, may_repeat=True))
-        report = self._report(anchor, features, *_choose_threshold(anchor, threshold, relative))
+        delta, source = choose_threshold(
+            threshold,
+            relative,
+            keep_above=anchor.keep_above,
+            anchor_maximum=anchor.maximum,
+            levels=anchor.grid,
+            median_active=np.array([anchor._median_active(level) for level in anchor.grid]),
+            anchor_rows=anchor.rows,
+        )
+        report = self._report(anchor, features, delta, source)
         report.warn(stacklevel=3)
         return report
 
@@ -308,82 +308,6 @@ class FeatureCoverage:
         """For each row that alone activates some of the features: how many."""
         by_one_row = features[((self.maximum > delta) & (self.second_maximum <= delta))[features]]
         return np.unique(self.maximum_row[by_one_row], return_counts=True)[1]
-
-
-def _choose_threshold(
-    anchor: FeatureCoverage, threshold: float | ArrayLike | None, relative: float | None
-) -> tuple[np.ndarray, str]:
-    """Returns delta, float64 [] or [d_sae], and how it was chosen."""
-    if threshold is not None and relative is not None:
-        raise ValueError("give threshold or relative, not both")
-    if threshold is None:
-        return _calibrated_threshold(anchor) if relative is None else _relative_threshold(anchor, relative)
-    delta = check_threshold(threshold, anchor.d_sae, keep_above=anchor.keep_above)
-    return delta, f"{delta.min():.4g}{f' to {delta.max():.4g}, one for each feature' if delta.ndim else ''}, as given"
-
-
-def _relative_threshold(anchor: FeatureCoverage, relative: float) -> tuple[np.ndarray, str]:
-    if not isinstance(relative, int | float | np.number) or not 0 < relative < 1:
-        raise ValueError(f"relative must be a number between 0 and 1, got {relative!r:.100}")
-    floor, is_live = anchor.keep_above, anchor.maximum > 0
-    delta = relative * anchor.maximum.astype(np.float64)
-    raised, live = np.count_nonzero((delta < floor) & is_live), np.count_nonzero(is_live)
-    note = f", but the floor {floor:g} for {raised:,} of {live:,} features that it exceeds" if raised else ""
-    return np.maximum(delta, floor), f"{relative:g} of each feature's maximum in the anchor{note}"
-
-
-def _calibrated_threshold(anchor: FeatureCoverage) -> tuple[np.ndarray, str]:
-    live = np.count_nonzero(anchor.maximum)
-    limit = f"at most 1 % ({(allowed := max(1, live // 100)):,}) of its {live:,} live features"
-    for delta in anchor.grid[1:]:
-        if (median := anchor._median_active(delta)) <= allowed:
-            source = "calibrated on the anchor: the smallest level of the grid above the floor"
-            rows = f"the median of its {anchor.rows:,} rows activates {limit}; it activates {median:,}"
-            return np.array(delta), f"{delta:.4g}, {source} {anchor.keep_above:g} at which {rows}"
-    raise ValueError(f"the median anchor row never activates {limit}: give threshold= or relative=")
-
-
-def check_threshold(threshold: float | ArrayLike, d_sae: int, *, keep_above: float = 0.0) -> np.ndarray:
-    """Returns delta, float64 [] or [d_sae].
-
-    Raises: ValueError where it is negative, not finite, of another shape, or below the floor.
-    """
-    try:
-        delta = np.array(threshold, np.float64)
-    except (TypeError, ValueError):
-        delta = np.array(math.nan)
-    if delta.shape not in ((), (d_sae,)) or not (np.isfinite(delta) & (delta >= 0)).all():
-        raise ValueError(
-            f"threshold must be one finite number or {d_sae:,} of them, none negative; got {threshold!r:.100}"
-        )
-    if (delta < keep_above).any():
-        remedy = "score the rows again with a lower keep_above, or raise the threshold"
-        raise ValueError(f"threshold {delta.min():g} is below the floor keep_above = {keep_above:g}: {remedy}")
-    return delta
-
-
-def matrix_rows(acts: csr_array, start: int, stop: int) -> ScoredRows:
-    """Returns rows of activations [n, d_sae]; they say neither tokens nor measurement."""
-    starts = acts.indptr[start : stop + 1]
-    entries = slice(starts[0], starts[-1])
-    return ScoredRows(start, acts.indices[entries], acts.data[entries], starts - starts[0], np.zeros(0, np.int32), [])
-
-
-def check_activations(rows: ScoredRows, d_sae: int | None) -> None:
-    """Raises: ValueError, naming the row, for ids out of [0, d_sae) and activations that are not finite."""
-    ids, acts, width = rows.features, rows.activations, d_sae or math.inf
-    # Extremes first: they need no memory.
-    if len(ids) and (ids.min() < 0 or ids.max() >= width):
-        _refuse(rows, (ids < 0) | (ids >= width), f"is not in [0, {width:,}), the width of the SAE")
-    if len(acts) and not np.isfinite([acts.min(), acts.max()]).all():
-        _refuse(rows, ~np.isfinite(acts), "is not finite (some models overflow in float16)")
-
-
-def _refuse(rows: ScoredRows, is_bad: np.ndarray, problem: str) -> None:
-    if is_bad.any():
-        k = int(np.argmax(is_bad))
-        row = rows.first_row + int(np.searchsorted(rows.starts, k, side="right")) - 1
-        raise ValueError(f"row {row:,}: feature {rows.features[k]} at {rows.activations[k]:g} {problem}: {REMEDY}")
 
 
 def _agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 from ..storage.feature_ids import check_feature_ids
 from ..storage.scored_rows import ACTIVATIONS, FEATURES, MEASUREMENT, REMEDY, ScoredRows, read_scored
 from ..storage.validation import read_measurement
-from .coverage import check_activations, check_threshold, matrix_rows
+from .activations import check_activations, matrix_rows
+from .threshold import check_threshold
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -21,8 +21,8 @@ from numpy.typing import ArrayLike
 
 from ..chat.identity import chat_name, model_name
 from ..chat.local import LocalChat
-from ..coverage.coverage import check_threshold
 from ..coverage.report import FACReport
+from ..coverage.threshold import check_threshold
 from ..inputs.rows import RowError
 from ..storage.cache import Cache, Processes, content_key
 from ..storage.differences import differences
