@@ -22,12 +22,14 @@ PoolOver = Literal["all", "user", "assistant", "completion"]
 Side = Literal["chosen", "rejected"]
 OnError = Literal["raise", "skip"]
 
-# TRL's data-set types and their columns, most telling first: a data set may hold columns of several.
+# TRL's data-set types and their columns. A row may hold the columns of several: its type is the first that it holds, as
+# in TRL. RewardTrainer and DPOTrainer read only pairs; SFTTrainer, which reads no pairs, looks for a prompt, then for
+# messages, then for text. It refuses a prompt without a completion; here that is read when there are no messages.
 ROW_TYPES: dict[str, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "implicit_preference": ("chosen", "rejected"),
-    "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
     "prompt": ("prompt",),
     "text": ("text",),
 }
@@ -358,7 +360,9 @@ def _row_type(row: Any) -> tuple[str, ...]:
         # A prompt without a completion is a type too.
         if held and (missing[0] in row or held != ["prompt"]):
             state = "is None" if missing[0] in row else "is missing"
-            raise ValueError(f"it has {held[0]}, but its {missing[0]} {state}; fill it, or leave the row out")
+            raise ValueError(
+                f"it has {held[0]}, but its {missing[0]} {state}; fill it, or leave out the row or its {held[0]}"
+            )
     empty = [column for kind in kinds for column in kind if column in row]
     if empty:
         raise ValueError(f"its {empty[0]} is None; fill it, or leave the row out")

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 Kind = tuple[tuple[str, ...], bool]  # the columns that tell the type, and whether they hold conversations
 
-# TRL's types that can be trained on. Where columns of several are there, TRL looks for a prompt before messages.
-_KINDS = tuple(sorted((columns for name, columns in ROW_TYPES.items() if name != "prompt"), key=len, reverse=True))
+_KINDS = tuple(columns for name, columns in ROW_TYPES.items() if name != "prompt")  # those that can be trained on
 # Columns that preparation adds to raw rows.
 _PREPARED = {"input_ids", "labels", "seq_lengths", "attention_mask", "token_type_ids", "prompt_ids", "chosen_ids",
              "rejected_ids"}  # fmt: skip

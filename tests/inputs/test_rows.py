@@ -17,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
+from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -76,6 +77,12 @@ SFT_ROWS = {
         "prompt": says("Hello", "the river", "and?"),
         "completion": says("the sea", first="assistant"),
     },
+    "messages beside prompt/completion": {
+        "messages": says("the river", "a virus"),
+        "prompt": says("Hello"),
+        "completion": says("the sea", first="assistant"),
+    },
+    "text beside messages": {"text": "the river", "messages": says("Hello", "you")},
     "with tools": {"messages": says("Hello", "you"), "tools": [WEATHER]},
     "with tools as JSON": {"messages": says("Hello", "you"), "tools": json.dumps([WEATHER])},
     "with template arguments": {"messages": says("Hello", "you"), "chat_template_kwargs": {"mood": "good"}},
@@ -89,6 +96,13 @@ PREFERENCE_ROWS = {
         "rejected": says("virus", first="assistant"),
     },
     "implicit prompt": {"chosen": says("Hello", "river"), "rejected": says("Hello", "virus")},
+    "beside other types": {
+        "messages": says("the sea"),
+        "prompt": says("Hello"),
+        "completion": says("the sea", first="assistant"),
+        "chosen": says("river", first="assistant"),
+        "rejected": says("virus", first="assistant"),
+    },
     "with tools": {"chosen": says("a", "b"), "rejected": says("a", "c"), "tools": json.dumps([WEATHER])},
 }
 
@@ -118,6 +132,13 @@ def reward_ids(tokenizer, row):
     return {side: without_eos(prepared[f"{side}_ids"], tokenizer, row) for side in ("chosen", "rejected")}
 
 
+def dpo_ids(tokenizer, row):
+    trainer, args = SimpleNamespace(_tokenizer=tokenizer), SimpleNamespace(dataset_num_proc=None, max_length=None)
+    prepared = DPOTrainer._prepare_dataset(trainer, Dataset.from_list([row]), tokenizer, args, "train")[0]
+    pairs = {side: prepared["prompt_ids"] + prepared[f"{side}_ids"] for side in ("chosen", "rejected")}
+    return {side: without_eos(ids, tokenizer, row) for side, ids in pairs.items()}
+
+
 @pytest.fixture(scope="module", params=["byte level", "gpt2", "metaspace", "SmolLM2"])
 def trained_tokenizer(request):
     tokenizer = smollm2() if request.param == "SmolLM2" else TOKENIZERS[request.param]()
@@ -137,6 +158,15 @@ def test_ids_are_those_of_sft_trainer(trained_tokenizer, name):
 def test_ids_are_those_of_reward_trainer(trained_tokenizer, name, side):
     pieces = ConversationReader(trained_tokenizer, side=side)([PREFERENCE_ROWS[name]])
     assert pieces.ids[0].tolist() == reward_ids(trained_tokenizer, PREFERENCE_ROWS[name])[side]
+
+
+@pytest.mark.parametrize("name", PREFERENCE_ROWS)
+def test_ids_are_those_of_dpo_trainer(name):
+    tokenizer = tiny.byte_level_tokenizer(chat_template=WITH_TOOLS)
+    expected = dpo_ids(tokenizer, PREFERENCE_ROWS[name])
+    for side in ("chosen", "rejected"):
+        pieces = ConversationReader(tokenizer, side=side)([PREFERENCE_ROWS[name]])
+        assert pieces.ids[0].tolist() == expected[side]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
