@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 _VERSION = "1"
-_ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row", "level_counts", "active_counts")
+_ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row_hash", "level_counts", "active_counts")
 _METADATA = ("measurement", "rows", "rows_without_tokens")
 _BATCH = 256  # rows at a time: enough to be fast, few enough for dense rows of a wide SAE
 
@@ -46,17 +46,18 @@ class _Saved(BaseModel):
 
 
 class FeatureCoverage:
-    """What a data set activates, a commutative monoid over its rows: `a | b` is the coverage of both.
+    """What a data set activates: `a | b` is the coverage of the rows of both.
 
-    Every attribute is bit for bit the same for any order of rows and merges. Parts with different `measurement`s refuse
+    Coverages of parts merge in any order to the same result, bit for bit. Parts with different `measurement`s refuse
     to merge or compare.
 
     measurement: how the rows were measured. d_sae: the SAE's width. keep_above: the floor; every stored activation is
         above it.
     rows, rows_without_tokens: numbers of rows.
     maximum, second_maximum: float32 [d_sae], the two largest activations over rows; 0 is none.
-    maximum_row: uint64 [d_sae], a content hash of the row with the largest, on ties the smallest hash. With the maxima
-        it gives the delete-1 jackknife at any delta: it is known which features only one row activates, and which row.
+    maximum_row_hash: uint64 [d_sae], a content hash of the row with the largest, on ties the smallest hash. With the
+        maxima it gives the delete-1 jackknife at any delta: it is known which features only one row activates, and
+        which row.
     level_counts: int64 [levels, d_sae], rows whose activation is in (grid[k], grid[k + 1]]: 35 MB for 65,536 features.
     active_counts: int64 [levels, buckets], rows by the number of their features above grid[k], in buckets of
         `ActivationGrid`.
@@ -70,7 +71,7 @@ class FeatureCoverage:
         self.rows = self.rows_without_tokens = 0
         self._grid = ActivationGrid(keep_above, d_sae)
         self.maximum, self.second_maximum = np.zeros((2, d_sae), np.float32)
-        self.maximum_row = np.zeros(d_sae, np.uint64)
+        self.maximum_row_hash = np.zeros(d_sae, np.uint64)
         self.level_counts = np.zeros((len(self.grid), d_sae), np.int64)
         self.active_counts = np.zeros((len(self.grid), self._grid.n_buckets), np.int64)
 
@@ -136,11 +137,7 @@ class FeatureCoverage:
         # What is below the second maximum changes nothing, so that soon few activations are left to sort.
         strong = np.flatnonzero(acts >= self.second_maximum[ids])
         row_hash = _row_hashes(ids, acts, lengths)[rows[strong]]
-        order = np.lexsort((row_hash, -acts[strong], ids[strong]))
-        i, a = ids[strong][order], acts[strong][order]
-        first = np.flatnonzero(np.diff(i, prepend=-1))
-        second = np.append(a, np.float32(0))[first + 1] * (np.append(i, -1)[first + 1] == i[first])
-        self._raise_maxima(i[first], a[first], second, row_hash[order][first])
+        self._raise_maxima(*_top_two_by_feature(ids[strong], acts[strong], row_hash))
 
     def _count(self, rows: np.ndarray, ids: np.ndarray, level: np.ndarray, n_rows: int) -> None:
         np.add.at(self.level_counts.reshape(-1), level * self.d_sae + ids, 1)
@@ -154,9 +151,9 @@ class FeatureCoverage:
     def _raise_maxima(
         self, i: np.ndarray | slice, maximum: np.ndarray, second: np.ndarray, row_hash: np.ndarray
     ) -> None:
-        old, old_hash = self.maximum[i], self.maximum_row[i]
+        old, old_hash = self.maximum[i], self.maximum_row_hash[i]
         larger = np.where(old > maximum, old_hash, row_hash)
-        self.maximum_row[i] = np.where(old == maximum, np.minimum(old_hash, row_hash), larger)
+        self.maximum_row_hash[i] = np.where(old == maximum, np.minimum(old_hash, row_hash), larger)
         self.second_maximum[i] = np.maximum(np.minimum(old, maximum), np.maximum(self.second_maximum[i], second))
         self.maximum[i] = np.maximum(old, maximum)  # last, as a slice makes old a view of it
 
@@ -164,7 +161,7 @@ class FeatureCoverage:
         agreed = _agreed(self.measurement, other.measurement, "parts measured differently do not merge")
         merged = FeatureCoverage(agreed)
         for part in (self, other):
-            merged._raise_maxima(slice(None), part.maximum, part.second_maximum, part.maximum_row)
+            merged._raise_maxima(slice(None), part.maximum, part.second_maximum, part.maximum_row_hash)
             for name in ("rows", "rows_without_tokens", "level_counts", "active_counts"):
                 setattr(merged, name, getattr(merged, name) + getattr(part, name))
         return merged
@@ -196,6 +193,8 @@ class FeatureCoverage:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): save the coverage again") from error
         if (found := metadata.pop("hf_fac.coverage", None)) != _VERSION:
             raise ValueError(f"{path}: expected a coverage of version {_VERSION}, found {found}: save it again")
+        if "maximum_row" in arrays:  # its name in files of earlier releases
+            arrays["maximum_row_hash"] = arrays.pop("maximum_row")
         remedy = "save the coverage again"
         saved = checked(_Saved, metadata, os.fspath(path), remedy)
         coverage = cls(json.loads(metadata["measurement"]))
@@ -307,14 +306,32 @@ class FeatureCoverage:
     def _lost_without_a_row(self, features: np.ndarray, delta: np.ndarray) -> np.ndarray:
         """For each row that alone activates some of the features: how many."""
         by_one_row = features[((self.maximum > delta) & (self.second_maximum <= delta))[features]]
-        return np.unique(self.maximum_row[by_one_row], return_counts=True)[1]
+        return np.unique(self.maximum_row_hash[by_one_row], return_counts=True)[1]
 
 
 def _agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:
     if found := differences(one, other):
         raise ValueError(f"{problem} ({found}): score all rows with the same FACScorer")
-    # The model may have two names: the same one is kept in any order.
+    # Equal measurements may name the model differently: keep the alphabetically first, so that merging is independent
+    # of order.
     return min(one, other, key=lambda each: json.dumps(each, sort_keys=True))
+
+
+def _top_two_by_feature(
+    ids: np.ndarray, acts: np.ndarray, row_hash: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns, of each feature that occurs: its id, its largest and second largest activation, and the hash of the row
+    with the largest.
+
+    The second is 0 where there is one activation only. Of rows with the same activation the smallest hash counts.
+    """
+    order = np.lexsort((row_hash, -acts, ids))
+    ids, acts = ids[order], acts[order]
+    largest = np.flatnonzero(np.diff(ids, prepend=-1))
+    has_second = np.diff(largest, append=len(ids)) > 1
+    second = np.zeros(len(largest), np.float32)
+    second[has_second] = acts[largest[has_second] + 1]
+    return ids[largest], acts[largest], second, row_hash[order][largest]
 
 
 def _row_hashes(ids: np.ndarray, acts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

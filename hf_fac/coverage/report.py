@@ -67,9 +67,10 @@ class FACReport:
     It is a flat record, as wide as what a comparison finds: each figure is read by its name, in Python and in JSON. The
     types say how `load` reads a field.
 
-    Everything is exact at any delta but numbers of rows that activate a feature (support), and with them the order of
-    `missing` and the KL divergence. Off the grid these are lower bounds, the count at the next level above, and active
-    shares are upper bounds. A calibrated delta is on the grid; one that was given, or is relative, seldom is.
+    FAC, `covered` and the set of `missing` are exact at any delta. Supports (numbers of rows that activate a feature),
+    hence the order of `missing` and the KL divergence, are exact only when delta is on the grid. Off it supports are
+    lower bounds, the counts at the next level above, and active shares are upper bounds. A calibrated delta is on the
+    grid; one that was given, or is relative, seldom is.
     """
 
     __pydantic_config__ = ConfigDict(strict=True)
@@ -80,7 +81,7 @@ class FACReport:
     threshold_source: str
     features: _Ids | None  # int64, rising: the subset F_task; None for all features
     covered: _Ids  # int64, rising
-    missing: _Ids  # int64, by anchor rows above delta and then anchor maximum, strongest first
+    missing: _Ids  # int64, those with most anchor rows above delta first, then those of larger anchor maximum
     missing_support: _Ids  # int64: anchor rows above delta of each of missing
     support_exact: bool  # delta is on FeatureCoverage.grid
     kl_divergence: _Number  # KL(anchor || data) in nats, see `kl_divergence`
@@ -165,14 +166,14 @@ class FACReport:
 
     def __str__(self) -> str:
         covered, missing, least = len(self.covered), len(self.missing), "" if self.support_exact else "at least "
-        strongest = zip(self.missing[:5].tolist(), self.missing_support.tolist(), strict=False)
+        most_frequent = zip(self.missing[:5].tolist(), self.missing_support.tolist(), strict=False)
         return (
             f"FAC {self.fac:.3f} ({self.confidence:.0%} interval {self.interval[0]:.3f} to {self.interval[1]:.3f})\n"
             f"of {covered + missing:,} features of the anchor: {covered:,} covered, {missing:,} missing\n"
             f"delta: {self.threshold_source}\n"
             f"rows: {self.rows:,} ({self.rows_without_tokens:,} without tokens), anchor {self.anchor_rows:,} "
             f"({self.anchor_rows_without_tokens:,} without tokens); KL(anchor || data) {self.kl_divergence:.3f} nats"
-        ) + "".join(f"\nmissing: feature {i}, {least}{n:,} anchor rows" for i, n in strongest)
+        ) + "".join(f"\nmissing: feature {i}, {least}{n:,} anchor rows" for i, n in most_frequent)
 
     def warn(self, *, stacklevel: int) -> None:
         """Warn (UserWarning) where FAC says nothing."""

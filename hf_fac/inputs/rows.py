@@ -52,16 +52,19 @@ class Span:
 
 
 class _RenderedRow(NamedTuple):
-    """A row as text. kind: its columns. content: what people and models wrote. is_plain: no chat template made it."""
+    """A row as text.
 
-    kind: tuple[str, ...]
+    columns: those of its type. content: what people and models wrote. is_plain: no chat template made the text.
+    """
+
+    columns: tuple[str, ...]
     text: str
     content: list[Span]
     is_plain: bool
 
     @property
     def type_name(self) -> str:
-        return "/".join(self.kind) + ("" if self.is_plain or self.kind == ("messages",) else " (conversational)")
+        return "/".join(self.columns) + ("" if self.is_plain or self.columns == ("messages",) else " (conversational)")
 
 
 _NO_TEXT = _RenderedRow((), "", [], True)
@@ -153,19 +156,10 @@ class ConversationReader:
         tokenized, rendered = TokenizedRows(), []
         first_type: str | None = None
         for index, row in enumerate(as_rows(rows)):
-            rendered.append(_NO_TEXT)
             try:
-                found = self._read(row)
-                if first_type not in (None, found.type_name):
-                    raise ValueError(
-                        f"it is a row of type {found.type_name} among rows of type {first_type}; read rows of "
-                        "different types separately"
-                    )
-                counted = self._pooled(found)
+                found = self._read_counted(row, first_type)
                 first_type = found.type_name
-                if any(found.text[span.start : span.end].strip() for span in found.content):
-                    rendered[index] = found._replace(content=counted)
-                else:
+                if not found.text:
                     tokenized.skipped[index] = "it has no text: what it holds is empty or whitespace"
             except ValueError as error:
                 if self.on_error == "raise":
@@ -174,6 +168,8 @@ class ConversationReader:
                         f"and counts them.) The row: {excerpt(row)}"
                     ) from error
                 tokenized.skipped[index] = str(error)
+                found = _NO_TEXT
+            rendered.append(found)
         tokenized.n_rows = len(rendered)
         encoded = iter(self._tokenize([row for row in rendered if row.text]))
         for index, row in enumerate(rendered):
@@ -207,34 +203,47 @@ class ConversationReader:
         )
         return list(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
 
+    def _read_counted(self, row: Any, first_type: str | None) -> _RenderedRow:
+        """The row with only the content that counts; without any text when all of its content is blank."""
+        found = self._read(row)
+        if first_type not in (None, found.type_name):
+            raise ValueError(
+                f"it is a row of type {found.type_name} among rows of type {first_type}; read rows of different types "
+                "separately"
+            )
+        counted = self._pooled(found)
+        if any(found.text[span.start : span.end].strip() for span in found.content):
+            return found._replace(content=counted)
+        return found._replace(text="", content=[])
+
     def _read(self, row: Any) -> _RenderedRow:
-        kind = _row_type(row)
-        if kind == ("text",):
+        columns = _row_type(row)
+        if columns == ("text",):
             text = row if isinstance(row, str) else check_string(row["text"], "text")
             _check_unicode(text)
-            return _RenderedRow(kind, text, [Span(0, len(text), None, False)], True)
-        prompt, answer = self._parts(row, kind)
+            return _RenderedRow(columns, text, [Span(0, len(text), None, False)], True)
+        prompt, answer = self._parts(row, columns)
         if isinstance(prompt, str):
             text = prompt + answer
             _check_unicode(text)
             spans = [Span(0, len(prompt), "user", False), Span(len(prompt), len(text), "assistant", True)]
-            return _RenderedRow(kind, text, spans, True)
+            return _RenderedRow(columns, text, spans, True)
         messages = [*prompt, *answer]
         text, places = self._renderer(
             messages,
             tools=row.get("tools"),
             options=row.get("chat_template_kwargs"),
-            answer_follows=kind == ("prompt",),
+            answer_follows=columns == ("prompt",),
         )
         _check_unicode(text)
         spans = [Span(p.start, p.end, messages[p.message]["role"], p.message >= len(prompt)) for p in places]
-        return _RenderedRow(kind, text, spans, False)
+        return _RenderedRow(columns, text, spans, False)
 
-    def _parts(self, row: Mapping[str, Any], kind: tuple[str, ...]) -> tuple[Any, Any]:
+    def _parts(self, row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[Any, Any]:
         """The prompt and the completion; rows of type messages are all prompt."""
-        parts = {column: _standard_or_messages(row, column) for column in kind}
-        if kind != ("chosen", "rejected"):
-            prompt = parts[kind[0]]
+        parts = {column: _standard_or_messages(row, column) for column in columns}
+        if columns != ("chosen", "rejected"):
+            prompt = parts[columns[0]]
             answer = parts.get("completion", type(prompt)())
         else:
             if type(parts["chosen"]) is not type(parts["rejected"]):
@@ -255,35 +264,30 @@ class ConversationReader:
 
     def _pooled(self, row: _RenderedRow) -> list[Span]:
         """The row's content that counts."""
-        kind, content = row.kind, row.content
+        columns, content = row.columns, row.content
         if self.pool_over == "all":
             return content
-        if kind == ("text",):
+        if columns == ("text",):
             raise ValueError(f"plain text has no roles, so pool_over={self.pool_over!r} selects nothing; use 'all'")
         if self.pool_over == "completion":
-            if kind in (("messages",), ("prompt",)):
-                raise ValueError(f"a {kind[0]} row has no completion; use pool_over='assistant' or 'all'")
+            if columns in (("messages",), ("prompt",)):
+                raise ValueError(f"a {columns[0]} row has no completion; use pool_over='assistant' or 'all'")
             return [span for span in content if span.completion]
         return [span for span in content if span.role == self.pool_over]
 
     def _add(
         self, tokenized: TokenizedRows, index: int, row: _RenderedRow, ids: np.ndarray, offsets: list[tuple[int, int]]
     ) -> None:
-        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-        is_content = np.zeros(len(row.text) + 1, dtype=np.int64)
-        for span in row.content:
-            is_content[span.start + 1 : span.end + 1] = 1
-        content_up_to = np.cumsum(is_content)
-        counts = content_up_to[ends] > content_up_to[starts]
+        is_counted = _touches(np.array(offsets, dtype=np.int64).reshape(-1, 2), row.content, len(row.text))
         special = np.isin(ids, self._special)
         if self.skip_first is None:
-            tokenized.special_in_content += int((counts & special).sum())
-        counts &= ~special
+            tokenized.special_in_content += int((is_counted & special).sum())
+        is_counted &= ~special
         bos = np.array([self.tokenizer.bos_token_id] if self.prepend_bos and len(ids) else [], dtype=np.int32)
         if len(bos) and ids[0] != bos[0]:
-            ids, counts = np.concatenate([bos, ids]), np.concatenate([[False], counts])
+            ids, is_counted = np.concatenate([bos, ids]), np.concatenate([[False], is_counted])
         if self.skip_first is not None:
-            counts = np.arange(len(ids)) >= self.skip_first
+            is_counted = np.arange(len(ids)) >= self.skip_first
         limit = self.max_length or max(len(ids), 1)
         starts = [0]
         if len(ids) > limit:
@@ -293,7 +297,7 @@ class ConversationReader:
                 overlap = max(self.stride, len(bos))
                 starts = list(range(0, len(ids) - overlap, limit - overlap))
         for start in starts:
-            window, counted = ids[start : start + limit], counts[start : start + limit]
+            window, counted = ids[start : start + limit], is_counted[start : start + limit]
             if start and len(bos):
                 window, counted = np.concatenate([bos, window[1:]]), np.concatenate([[False], counted[1:]])
             tokenized.ids.append(window)
@@ -325,6 +329,16 @@ def as_rows(rows: Any) -> Iterable[Any]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
+def _touches(offsets: np.ndarray, spans: list[Span], n_characters: int) -> np.ndarray:
+    """Whether each token, `[start, end)` of `offsets`, has a character in one of the spans: bool [n_tokens]."""
+    in_span = np.zeros(n_characters, dtype=np.int64)
+    for span in spans:
+        in_span[span.start : span.end] = 1
+    # before[i] is the number of span characters before character i: it grows over a token that has one.
+    before = np.concatenate([[0], np.cumsum(in_span)])
+    return before[offsets[:, 1]] > before[offsets[:, 0]]
+
+
 def _with_whole_offsets(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer, or a copy whose post-processor keeps a token's spaces in its offsets."""
     processor = tokenizer.backend_tokenizer.post_processor
@@ -341,7 +355,9 @@ def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     """Length of the prompt that both begin with, as TRL's `extract_prompt` finds it: always less than the whole."""
     for number, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
         if one != other:
-            return number - (chosen[number - 1 : number] == " ")
+            if number and chosen[number - 1] == " ":
+                return number - 1  # the space belongs to the completions
+            return number
     return max(min(len(chosen), len(rejected)) - 1, 0)
 
 

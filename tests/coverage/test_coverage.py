@@ -397,6 +397,18 @@ def test_a_saved_coverage_is_read_back_exactly(tmp_path):
     assert loaded | coverage == coverage | coverage
 
 
+def test_a_coverage_saved_by_an_earlier_release_is_read(tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    coverage = cover(random_rows(np.random.default_rng(0)))
+    coverage.save(tmp_path / "new")
+    with safe_open(tmp_path / "new", framework="numpy") as file:
+        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({name.replace("_hash", ""): array for name, array in arrays.items()}, tmp_path / "old", metadata)
+    assert FeatureCoverage.load(tmp_path / "old") == coverage
+
+
 def test_loading_refuses_other_files_and_versions(tmp_path, monkeypatch):
     from safetensors.numpy import save_file
 
