@@ -81,11 +81,11 @@ class FitCheck:
         self._sae, self._expected, self._layer = sae, expected, layer
         self._sample: list[Tensor] | None = []
 
-    def add(self, x: Tensor, counts: Tensor) -> None:
-        """Adds hidden states [n, d_in] float32; `counts` bool [n] says which of them count."""
+    def add(self, x: Tensor, is_counted: Tensor) -> None:
+        """Adds hidden states [n, d_in] float32; `is_counted` bool [n] says which of them count."""
         if self._sample is None:
             return
-        self._sample.append(x[counts][:_FIT_TOKENS])
+        self._sample.append(x[is_counted][:_FIT_TOKENS])
         if sum(map(len, self._sample)) < _FIT_TOKENS:
             return
         sample, self._sample = torch.cat(self._sample)[:_FIT_TOKENS], None

@@ -99,7 +99,7 @@ class Encoder:
 
     @torch.no_grad()
     def maxima(
-        self, x: Tensor, counts: Tensor, lengths: Sequence[int], *, positions: bool = False
+        self, x: Tensor, is_counted: Tensor, lengths: Sequence[int], *, positions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the maxima, float32 [n_pieces, width], 0 for a piece without tokens that count.
 
@@ -107,17 +107,17 @@ class Encoder:
 
         Args:
             x: [n_tokens, d_in] float32, piece after piece.
-            counts: bool [n_tokens]; tokens that are False are ignored.
+            is_counted: bool [n_tokens]; tokens that are False are ignored.
             lengths: number of tokens of each piece; their sum is n_tokens.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         if self._kind == "topk":
-            return self._topk_maxima(x, counts, lengths, positions)
+            return self._topk_maxima(x, is_counted, lengths, positions)
         out = x.new_zeros(len(lengths), self.width)
-        first = torch.full_like(out, -1, dtype=torch.int64) if positions else None
+        first_token = torch.full_like(out, -1, dtype=torch.int64) if positions else None
         sizes = to_device(lengths, x.device)
         # Only on the CPU: asking a GPU whether any token is left out would wait for it.
-        left_out = None if x.device.type == "cpu" and bool(counts.all()) else ~counts[:, None]
+        left_out = None if x.device.type == "cpu" and bool(is_counted.all()) else ~is_counted[:, None]
         # An SAE that is not element-wise computes all its columns, whichever are wanted.
         computed = self.width if self.elementwise else self.d_sae
         for pieces, tokens, whole in _chunks(lengths, max(_CHUNK // computed, 1)):
@@ -130,14 +130,14 @@ class Encoder:
             active = self._activate(peak)
             better = active > out[pieces]
             out[pieces] = torch.where(better, active, out[pieces])
-            if first is not None:
+            if first_token is not None:
                 # Whole numbers are exact in float32 up to 2**24, which no chunk exceeds.
                 number = torch.arange(n, device=x.device, dtype=torch.float32)[:, None]
                 is_peak = values == peak.repeat_interleave(runs, 0, output_size=n)
                 at = torch.where(is_peak, number, float(n))
                 at = _reduced(at, runs, "min", float(n))
-                first[pieces] = torch.where(better, tokens.start + at.long(), first[pieces])
-        return out, first
+                first_token[pieces] = torch.where(better, tokens.start + at.long(), first_token[pieces])
+        return out, first_token
 
     def _values(self, x: Tensor) -> Tensor:
         """Pre-activations [n, width]; for SAEs of other kinds, the activations."""
@@ -153,7 +153,7 @@ class Encoder:
         return peak.relu()
 
     def _topk_maxima(
-        self, x: Tensor, counts: Tensor, lengths: np.ndarray, positions: bool
+        self, x: Tensor, is_counted: Tensor, lengths: np.ndarray, positions: bool
     ) -> tuple[Tensor, Tensor | None]:
         base = to_device(np.repeat(np.arange(len(lengths)) * self.d_sae, lengths), x.device)
         out, nowhere = x.new_zeros(len(lengths) * self.d_sae), len(x)
@@ -161,20 +161,21 @@ class Encoder:
         for start in range(0, len(x), size):
             tokens = slice(start, start + size)
             values, ids = self._values(x[tokens]).topk(self.sae.cfg.k, dim=-1, sorted=False)
-            values = values.relu_().masked_fill_(~counts[tokens, None], 0.0)
+            values = values.relu_().masked_fill_(~is_counted[tokens, None], 0.0)
             cells = base[tokens, None] + ids
             out.scatter_reduce_(0, cells.reshape(-1), values.reshape(-1), "amax")
             if positions:
                 kept.append((start, values, cells))
-        first = None
+        first_token = None
         if positions:
-            first = torch.full_like(out, nowhere, dtype=torch.int64)
+            first_token = torch.full_like(out, nowhere, dtype=torch.int64)
             for start, values, cells in kept:
                 number = torch.arange(start, start + len(values), device=x.device)[:, None]
                 number = torch.where((values == out[cells]) & (values > 0), number, nowhere)
-                first.scatter_reduce_(0, cells.reshape(-1), number.reshape(-1), "amin")
-            first = first.masked_fill_(first == nowhere, -1).view(len(lengths), self.d_sae)[:, self._picked]
-        return out.view(len(lengths), self.d_sae)[:, self._picked], first
+                first_token.scatter_reduce_(0, cells.reshape(-1), number.reshape(-1), "amin")
+            first_token.masked_fill_(first_token == nowhere, -1)
+            first_token = first_token.view(len(lengths), self.d_sae)[:, self._picked]
+        return out.view(len(lengths), self.d_sae)[:, self._picked], first_token
 
 
 def _reduced(values: Tensor, sizes: Tensor, how: Literal["max", "min"], initial: float) -> Tensor:

@@ -46,11 +46,12 @@ _NOT_LOADABLE = (
 
 @dataclass(frozen=True)
 class FeaturizerSettings:
-    """How a featurizer measures, beside what its reader and its encoder say.
+    """How a featurizer measures. Its reader and its encoder hold further settings.
 
-    sink_norm: tokens with a larger norm are sinks. calibrated: it was measured, as neither caller nor SAE gave one.
+    sink_norm: tokens with a larger norm are sinks.
+    calibrated: sink_norm was measured on built-in sentences, because neither the caller nor the SAE gave one.
     center: the mean over d_in is subtracted from each hidden state first.
-    causal: later tokens leave earlier hidden states alone.
+    causal: a token's hidden state does not depend on later tokens.
     The others are arguments of `SAEFeaturizer`.
     """
 
@@ -134,13 +135,14 @@ class SAEFeaturizer:
             skip_first=31 if preset == "paper" else None,
             on_error=on_error,
         )
-        causal, given = is_causal(model, layer), sink_norm or expected.sink_norm
+        causal = is_causal(model, layer)
+        known_cutoff = sink_norm or expected.sink_norm
         self.settings = FeaturizerSettings(
             layer=layer,
             activation=activation,
             keep_above=float(keep_above),
-            sink_norm=given or calibrate_sinks(model, self.reader, layer, causal=causal),
-            calibrated=given is None,
+            sink_norm=known_cutoff or calibrate_sinks(model, self.reader, layer, causal=causal),
+            calibrated=known_cutoff is None,
             batch_tokens=batch_tokens or default_batch_tokens(model.device),
             preset=preset,
             # TransformerLens centres what is written into the stream of models with LayerNorm only.
@@ -284,14 +286,14 @@ class SAEFeaturizer:
         line, is_new = line.to(device), is_new.to(device).bool()
         norms = x.norm(dim=-1)
         finite = norms.isfinite()
-        counts = finite & (norms <= self.settings.sink_norm)
+        is_counted = finite & (norms <= self.settings.sink_norm)
         if self.settings.center:
             x = x - x.mean(-1, keepdim=True)
-        self._fit.add(x, counts)
-        values, first = self.encoder.maxima(x, counts, lengths, positions=positions)
-        kinds = torch.stack([counts & is_new, finite & ~counts & is_new, ~finite], dim=1)
+        self._fit.add(x, is_counted)
+        values, first_token = self.encoder.maxima(x, is_counted, lengths, positions=positions)
+        kinds = torch.stack([is_counted & is_new, finite & ~is_counted & is_new, ~finite], dim=1)
         counted, sinks, not_finite = torch.zeros(len(content), 3, device=device).index_add_(0, line, kinds.float()).T
-        return BatchMaxima(batch.pieces, at, values, first, counted, sinks, not_finite)
+        return BatchMaxima(batch.pieces, at, values, first_token, counted, sinks, not_finite)
 
     def span(self, row: Any, position: int, *, before: int = 10, after: int = 5) -> MarkedSpan:
         """Returns a token of a row with the text around it.

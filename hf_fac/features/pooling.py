@@ -43,25 +43,36 @@ class FeatureActivations(NamedTuple):
 
 @dataclass
 class LeftOut:
-    """How many of the rows read so far were truncated or skipped. As a text it is "" when none was."""
+    """What the rows read so far lost: how many were truncated or skipped, and tokens of content that do not count.
+
+    As a text it is "" where no row was truncated or skipped and no special token stands in content. Sinks are left out
+    of the text: nearly every plain text starts with one.
+    """
 
     rows: int = 0
     truncated: int = 0
     skipped: int = 0
-    first: str = ""
+    first_reason: str = ""
+    special_in_content: int = 0
+    sinks: int = 0
 
     def add(self, reading: FeatureActivations, first_row: int) -> None:
         self.rows += len(reading.tokens)
         self.truncated += reading.truncated
         self.skipped += len(reading.skipped)
-        if reading.skipped and not self.first:
+        self.special_in_content += reading.special_in_content
+        self.sinks += reading.sinks
+        if reading.skipped and not self.first_reason:
             index = min(reading.skipped)
-            self.first = f" (row {first_row + index:,}: {reading.skipped[index]})"
+            self.first_reason = f" (row {first_row + index:,}: {reading.skipped[index]})"
 
     def __str__(self) -> str:
         counts = (f"{self.truncated:,} cut at max_length", self.truncated), (f"{self.skipped:,} skipped", self.skipped)
         told = " and ".join(words for words, count in counts if count)
-        return f"Of {self.rows:,} rows {told}{self.first}." if told else ""
+        sentences = [f"Of {self.rows:,} rows {told}{self.first_reason}."] if told else []
+        if self.special_in_content:
+            sentences.append(f"Special tokens in content, which do not count: {self.special_in_content:,}.")
+        return " ".join(sentences)
 
 
 class BatchMaxima(NamedTuple):
@@ -70,15 +81,15 @@ class BatchMaxima(NamedTuple):
     The fields that are tensors on the model's device become arrays on their way to the CPU.
 
     pieces: [n], indices of the pieces. at: [tokens], the index in its piece of each content token of the batch.
-    values: [n, columns] float32. first: [n, columns], the first token that reaches the maximum, as an index into `at`;
-        None unless asked for.
+    values: [n, columns] float32. first_token: [n, columns], the first token that reaches the maximum, as an index into
+        `at`; None unless asked for.
     counted, sinks, not_finite: [n].
     """
 
     pieces: np.ndarray
     at: np.ndarray
     values: Tensor | np.ndarray
-    first: Tensor | np.ndarray | None
+    first_token: Tensor | np.ndarray | None
     counted: Tensor | np.ndarray
     sinks: Tensor | np.ndarray
     not_finite: Tensor | np.ndarray
@@ -100,7 +111,7 @@ class PieceMaxima:
         self._counted, self._sinks, self._not_finite = np.zeros((3, n_pieces), np.int64)
 
     def add(self, batch: BatchMaxima) -> None:
-        # A GPU computes the next batch while the one before is collected here.
+        # One batch waits: a GPU computes it while the one before is collected. On the CPU the delay gains nothing.
         self._waiting.append(_Transfer(batch))
         if len(self._waiting) > 1:
             self._collect(self._waiting.popleft().wait())
@@ -108,8 +119,8 @@ class PieceMaxima:
     def _collect(self, batch: BatchMaxima) -> None:
         index, column = np.nonzero(batch.values > self._keep_above)
         position = np.zeros(len(index), np.int32)
-        if batch.first is not None:
-            position = batch.at[batch.first[index, column]].astype(np.int32)
+        if batch.first_token is not None:
+            position = batch.at[batch.first_token[index, column]].astype(np.int32)
         feature = (column if self._columns is None else self._columns[column]).astype(np.int32)
         self._entries.append((batch.pieces[index], feature, batch.values[index, column], position))
         self._counted[batch.pieces] = batch.counted

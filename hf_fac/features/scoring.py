@@ -86,8 +86,8 @@ class FACScorer:
         }
 
     def _measurement(self) -> str:
-        # `map` pickles the scorer to hash it, and __getstate__ then clears this. A stream is never pickled, so that the
-        # marks notice a changed model.
+        # The JSON is cached. It is dropped when map pickles the scorer, and when change_marks differ (streams are never
+        # pickled).
         marks = self.featurizer.change_marks()
         if self._measured is None or self._measured[0] != marks:
             self._measured = (marks, json.dumps(self.featurizer.measurement, sort_keys=True))

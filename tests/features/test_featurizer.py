@@ -543,6 +543,23 @@ def test_rows_without_content_have_no_features(architecture, tokenizer):
     assert reading.special_in_content == 1
 
 
+def test_what_is_left_out_is_told_with_special_tokens_and_sinks(tokenizer):
+    featurizer = SAEFeaturizer(tiny_model(), tokenizer, tiny_sae(), max_length=3)
+    readings = [featurizer.read(rows) for rows in (["hello"], ["a<|im_end|>b<|im_end|>", " ", "a b c d e"])]
+    assert (featurizer.left_out.rows, featurizer.left_out.truncated, featurizer.left_out.skipped) == (4, 2, 1)
+    assert featurizer.left_out.special_in_content == 2
+    assert featurizer.left_out.sinks == sum(reading.sinks for reading in readings)
+    rows, special = str(featurizer.left_out).split(". ")
+    assert (
+        rows
+        == "Of 4 rows 2 cut at max_length and 1 skipped (row 1: it has no text: what it holds is empty or whitespace)"
+    )
+    assert special == "Special tokens in content, which do not count: 2."
+    clean = SAEFeaturizer(tiny_model(), tokenizer, tiny_sae())
+    clean(["hello"])
+    assert str(clean.left_out) == ""
+
+
 def test_a_row_that_cannot_be_read_is_named_or_skipped(tokenizer):
     rows = [{"text": "hello"}, {"text": None}, {"text": 3}]
     with pytest.raises(RowError, match="Row 1"):
