@@ -10,7 +10,7 @@ import hf_fac
 
 ROOT = Path(hf_fac.__file__).parent
 TOP_TO_BOTTOM = (
-    "cli", "report", "embedded", "training", "synthesis", "steering", "dictionary", "tasks", "chat", "coverage",
+    "cli", "embedded", "training", "synthesis", "steering", "dictionary", "tasks", "chat", "coverage",
     "features", "sae", "inputs", "hub", "storage",
 )  # fmt: skip
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__"): path
@@ -46,6 +46,10 @@ def test_a_package_imports_only_packages_below_it(module: str) -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graphlib.TopologicalSorter(IMPORTS).prepare()
+
+
+def test_the_order_names_the_packages_that_there_are() -> None:
+    assert sorted(TOP_TO_BOTTOM) == sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 
 
 def test_all_modules_lie_in_a_package() -> None:
