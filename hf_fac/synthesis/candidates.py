@@ -48,12 +48,16 @@ class Rejection(Enum):
     FILTERED = "the caller's own filter"
 
 
-# Of these the text itself is sound.
-_SOUND_REJECTIONS = {
-    Rejection.REPEATS_SAMPLE,
-    Rejection.INACTIVE_AS_ROW,
-    Rejection.INCOMPLETE,
-    Rejection.REJECTED_ANSWER,
+# Flaws of the text itself, whatever it activates. Other rejections say what became of its row, or that the data have
+# such a text.
+_FLAWS = {
+    Rejection.TRUNCATED,
+    Rejection.UNREADABLE,
+    Rejection.FRAGMENT,
+    Rejection.LOOP,
+    Rejection.TALK,
+    Rejection.NOT_FLUENT,
+    Rejection.COPY,
 }
 
 
@@ -97,7 +101,8 @@ class Candidate:
     text: the target field (`Task.target_field`), "" when the answer could not be read.
     provenance: how it was asked for.
     row: the whole sample, None until all its parts are there.
-    score: what its text activates and, once there is a row, what the row does; None until it was measured.
+    score: what its text activates, with a JSON answer as part of its row; None until it was measured.
+    row_score: what its row activates, of several rows the last; None until one was measured.
     detail: what `rejection` alone does not say.
     parts, attempts: the parts of its row so far, and how often parts were asked for again.
     """
@@ -108,6 +113,7 @@ class Candidate:
     provenance: dict[str, Any]
     row: dict[str, Any] | None = None
     score: SampleScore | None = None
+    row_score: SampleScore | None = None
     status: Status = Status.WRITTEN
     rejection: Rejection | None = None
     detail: str = ""
@@ -118,14 +124,20 @@ class Candidate:
         self.status, self.rejection, self.detail = Status.REJECTED, rejection, detail[:80]
 
     @property
-    def activation(self) -> float:
-        """Of its own feature, in the SAE's units; 0.0 where it was not measured or is not active."""
-        return 0.0 if self.score is None else self.score.activation
+    def last_score(self) -> SampleScore | None:
+        """Of its row or, where none was measured, of its text."""
+        return self.row_score or self.score
 
     @property
-    def is_sound(self) -> bool:
-        """Whether its text was measured and is sound: then it counts in hit rates and the permutation baseline."""
-        return self.score is not None and (self.rejection is None or self.rejection in _SOUND_REJECTIONS)
+    def activation(self) -> float:
+        """Of its own feature, in the SAE's units (`last_score`); 0.0 where it was not measured or is not active."""
+        return 0.0 if self.last_score is None else self.last_score.activation
+
+    @property
+    def counts_in_rates(self) -> bool:
+        """Whether hit rates and the permutation baseline count its text: it was measured and has no flaw. Neither what
+        it activates nor what became of its row plays a part, or the rates would be biased."""
+        return self.score is not None and self.rejection not in _FLAWS
 
     @property
     def category(self) -> str:

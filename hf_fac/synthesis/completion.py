@@ -104,7 +104,7 @@ class RowCompleter:
         others = self.scorer.score(rows, features, side="rejected") if is_pair else [None] * len(rows)
         for candidate, score, other in zip(candidates, scores, others, strict=True):
             delta = self.scorer.delta[candidate.feature]
-            candidate.score = score
+            candidate.row_score = score
             if score.activation <= delta:
                 candidate.reject(Rejection.INACTIVE_AS_ROW)
             elif other is not None and other.activation > delta:

@@ -77,7 +77,7 @@ def take_from_pool(
             if candidate.rejection is not None:
                 rejected.append(candidate)
             elif candidate.feature in left:
-                new = left.intersection(candidate.score.activates)
+                new = left.intersection(candidate.row_score.activates)
                 candidate.provenance["fills"], candidate.status = sorted(new), Status.ACCEPTED
                 left -= new
                 texts.add(candidate.text, "a sample")
@@ -94,7 +94,7 @@ def _candidate(
     hits = {f for f, score in scores.items() if score.activation > scorer.delta[f]}
     best = max(hits & left or scores, key=lambda f: (scores[f].activation, -f))
     text = scorer.task.target_text(row)
-    return Candidate(best, "pool", text, {"pool_row": number}, row, scores[best])
+    return Candidate(best, "pool", text, {"pool_row": number}, row, row_score=scores[best])
 
 
 def _check(
@@ -105,8 +105,8 @@ def _check(
     samples: NearDuplicates,
     keep: Callable[[Mapping[str, Any]], bool] | None,
 ) -> None:
-    if candidate.score.problem is not None:
-        candidate.reject(Rejection.UNREADABLE, candidate.score.problem)
+    if candidate.row_score.problem is not None:
+        candidate.reject(Rejection.UNREADABLE, candidate.row_score.problem)
     elif not any(score.activation > scorer.delta[f] for f, score in scores.items()):
         candidate.reject(Rejection.INACTIVE_AS_ROW)
     elif (source := known.source_of(candidate.text)) is not None:

@@ -43,8 +43,8 @@ class SynthesisReport:
         them that the samples activate.
     curve: float64 [samples + 1], FAC after each sample in order; where ids were given, the share of them activated.
     kl_before, kl_after: KL(anchor || data) in nats (Eq. 3, see `FACReport`), or NaN.
-    methods: by method, and "all" for all of them, hit rates beside the permutation baseline; texts that were rejected
-        for what they are (truncated, copies, ...) are left out.
+    methods: by method, and "all" for all of them, hit rates of texts beside the permutation baseline. Flawed texts
+        (truncated, copies of spans, ...) are left out; near-duplicates count, and so do texts whose row was dropped.
     copied: share of the texts that activate their feature that copy a span.
     dropped: number of rejected candidates by reason.
     requests, prompt_tokens, completion_tokens: completions asked for and their tokens, those in the cache included.
@@ -189,7 +189,7 @@ def by_method(candidates: Sequence[Candidate], *, seed: int = 0) -> dict[str, Pe
     names = [name for name in _METHODS if any(c.method == name for c in candidates)]
     for name in [*names, "all"] if len(names) > 1 else names:
         texts = [c for c in candidates if name in (c.method, "all")]
-        sound = [c for c in texts if c.is_sound]
+        sound = [c for c in texts if c.counts_in_rates]
         found[name] = compare_with_permutations(
             [c.feature for c in texts], [c.feature for c in sound], [c.score.activates for c in sound], seed=seed
         )

@@ -27,7 +27,7 @@ from hf_fac.chat.local import LocalChat
 from hf_fac.coverage.coverage import FeatureCoverage
 from hf_fac.features.featurizer import SAEFeaturizer
 from hf_fac.storage.cache import Processes
-from hf_fac.synthesis import rounds
+from hf_fac.synthesis import rounds, verification
 from hf_fac.synthesis.filters import NearDuplicates, copied_run, words
 from hf_fac.synthesis.synthesizer import FACSynthesizer
 from hf_fac.tasks.task import get_task
@@ -151,6 +151,33 @@ def test_the_callers_own_filter_is_the_last_word(featurizer, dictionary, report)
     assert result.report.dropped["the caller's own filter"] > 0
 
 
+class FailingParts(WritingChat):
+    """Writes texts that continue a list, and fails to write the other parts of their rows."""
+
+    def complete(self, conversations, *, prefill=None, **settings):
+        done = super().complete(conversations, prefill=prefill, **settings)
+        failed = Completion("", "failed", "the server is gone", 0, 0)
+        return done if prefill[0] is not None else [[failed] for _ in done]
+
+
+@pytest.mark.parametrize("rows_are", ["filtered", "near-duplicates", "failed"])
+@pytest.mark.filterwarnings("ignore:The chat did not write")
+def test_hit_rates_are_of_texts_whatever_becomes_of_their_rows(featurizer, dictionary, report, rows_are):
+    task = replace(get_task("instruction_following"), pool_over="all")  # a row activates more than its text
+    settings = {"task": task, "methods": ("one_step",), "rounds": 0}
+    whole = synthesizer(featurizer, dictionary, report, **settings).synthesize(report)
+    assert len(whole.dataset) > 5
+    changes = {
+        "filtered": {"keep": lambda row: False},
+        "near-duplicates": {"avoid": {"the test set": whole.dataset.select_columns(["prompt"])}},
+        "failed": {"chat": FailingParts()},
+    }
+    bound = synthesizer(featurizer, dictionary, report, **settings, **changes[rows_are]).synthesize(report)
+    assert len(bound.dataset) < len(whole.dataset)
+    assert bound.report.to_dict()["methods"] == whole.report.to_dict()["methods"]
+    assert bound.report.copied == whole.report.copied
+
+
 def test_the_second_step_shows_the_strongest_and_the_weakest_text_of_the_first(featurizer, dictionary, report):
     chat = WritingChat()
     settings = {"chat": chat, "prompt_format": "text", "rounds": 1, "samples_per_feature": 50}
@@ -228,6 +255,17 @@ def test_steering_writes_for_features_with_the_model_that_is_measured(featurizer
     assert result.report.requests >= 6 * 4
     tried = {json.loads(text)["strength"] for text in result.dataset["fac_provenance"]}
     assert len(result.dataset) == 0 or min(tried) > 0
+
+
+def test_every_written_sample_says_how_it_was_asked_for(featurizer, dictionary, report, monkeypatch):
+    monkeypatch.setattr(verification, "MAX_PERPLEXITY", float("inf"))  # a random model writes nothing fluent
+    low = replace(report, threshold=0.0)
+    settings = {"methods": ("one_step", "steering"), "rounds": 0, "samples_per_feature": 9, "max_tokens": 12}
+    result = synthesizer(featurizer, dictionary, low, task="toxicity", **settings).synthesize(report.missing[:6])
+    for method in ("first_step", "steering"):
+        rows_ = [row for row in result.dataset if row["fac_method"] == method]
+        assert rows_, method
+        assert all({"round", "prompt_format", "chat"} <= json.loads(row["fac_provenance"]).keys() for row in rows_)
 
 
 def test_a_steered_text_of_the_user_starts_where_the_template_starts_a_user_message(featurizer, dictionary, report):
