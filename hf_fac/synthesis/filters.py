@@ -1,6 +1,9 @@
 """Filters for texts that a model wrote: fragments, loops, talk about the request, copies and near-duplicates.
 
 In: a text, the spans that its prompt showed, the known texts. Out: why the text is rejected, or None.
+
+`flaw` sees only the target text of what a model wrote: a check of that text alone goes there. What has to see every
+part of a row, such as its language, and rows of a pool as well, goes into the caller's `keep=`, a function of a row.
 """
 
 from __future__ import annotations

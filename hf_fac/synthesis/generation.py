@@ -68,7 +68,7 @@ class Generator:
         """
         n = n or self.settings.candidates
         if round_.kind == "steering":
-            requests = [self._steering_request(feature, written[feature]) for feature in features]
+            requests = [self._steering_request(round_, feature, written[feature]) for feature in features]
             stop = self.unconditional.stop
         else:
             known = [feature for feature in features if self.describes(feature)]
@@ -115,9 +115,10 @@ class Generator:
         conversation = sample_prompt(self.settings.task, hints, prompt_format=self.prompt_format, variant=variant)
         return Request(feature, conversation, provenance=provenance)
 
-    def _steering_request(self, feature: int, written: Sequence[Candidate]) -> Request:
+    def _steering_request(self, round_: Round, feature: int, written: Sequence[Candidate]) -> Request:
         strength = next_strength([c for c in written if c.method == "steering"])
-        return Request(feature, self.unconditional.conversation, strength=strength, provenance={"strength": strength})
+        provenance = {"prompt_format": self._format(round_.kind), "round": round_.number, "strength": strength}
+        return Request(feature, self.unconditional.conversation, strength=strength, provenance=provenance)
 
     def _candidate(self, round_: Round, request: Request, number: int, completion: Completion) -> Candidate:
         candidate = Candidate(request.feature, round_.kind, "", {**request.provenance, "answer": number})
@@ -159,7 +160,7 @@ def contrastive_pair(
     negative = None if weakest is None else MarkedSpan("", weakest.text, "", weakest.activation)
     if strongest is None:
         return (spans[0] if spans else None), negative, False
-    return MarkedSpan(*strongest.score.span, strongest.activation), negative, True
+    return MarkedSpan(*strongest.last_score.span, strongest.activation), negative, True
 
 
 def next_strength(tried: Sequence[Candidate]) -> float:
