@@ -64,7 +64,7 @@ def synthesize(
     only_rated: Annotated[bool, typer.Option("--only-rated", help="Only features rated for the task.")] = False,
     split: opt.Split = "train",
     threshold: opt.Threshold = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the most that it costs, and stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what all rounds would cost, and stop.")] = False,
 ) -> None:
     """Write samples that activate the features a data set misses. Run it again to resume.
 

@@ -1,4 +1,4 @@
-"""What a synthesis may cost at most, told before anything is spent."""
+"""What a synthesis may cost when every round is tried for every feature, told before anything is spent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _PART_TOKENS = 100  # of the words around what the request for a part quotes
 
 @dataclass(frozen=True)
 class SynthesisPlan:
-    """The most that `synthesize` costs, without parts of rows that are asked for again.
+    """The cost of all texts (every round for every feature), and of the other parts of one row for each wanted sample.
+
+    A run that finds samples early costs less. Parts that are asked for again and rows that do not become samples cost
+    more; the bound is `synthesize(..., max_requests=)`.
 
     requests: completions asked for. prompt_tokens, completion_tokens: counted with the featurizer's tokenizer and chat
     template; a prompt counts once for every completion.
@@ -37,8 +40,9 @@ class SynthesisPlan:
 
     def __str__(self) -> str:
         return (
-            f"at most {self.requests:,} completions for {self.features:,} features: {self.prompt_tokens:,} prompt "
-            f"tokens and {self.completion_tokens:,} written"
+            f"{self.requests:,} completions for {self.features:,} features ({self.prompt_tokens:,} prompt tokens and "
+            f"{self.completion_tokens:,} written) when every round is tried for every feature and no row is written "
+            "twice; max_requests is a bound"
         )
 
 
@@ -50,7 +54,7 @@ def make_plan(
     *,
     unconditional: list[dict[str, str]] | None,
 ) -> SynthesisPlan:
-    """Returns what it costs when no feature can be activated.
+    """Returns the cost of every round for every feature, and of one row for each wanted sample.
 
     Args:
         unconditional: the conversation that the steered model continues, None without steering.

@@ -159,7 +159,7 @@ class FACSynthesizer:
         )  # fmt: skip
 
     def plan(self, missing: FACReport | ArrayLike) -> SynthesisPlan:
-        """Returns what `synthesize(missing)` costs at most, when no feature can be activated.
+        """Returns what `synthesize(missing)` costs when every round is tried for every feature (see `SynthesisPlan`).
 
         Raises: ValueError without a dictionary.
         """

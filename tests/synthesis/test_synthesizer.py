@@ -567,7 +567,7 @@ def test_max_samples_takes_first_samples_first(featurizer, dictionary, report):
     assert len(set(result.dataset["fac_feature"])) == 5
 
 
-def test_the_plan_bounds_what_is_spent(featurizer, dictionary, report):
+def test_the_plan_covers_every_round(featurizer, dictionary, report):
     for form in ("list", "text", "json"):
         made = synthesizer(featurizer, dictionary, report, prompt_format=form)
         plan = made.plan(report)
@@ -577,7 +577,14 @@ def test_the_plan_bounds_what_is_spent(featurizer, dictionary, report):
         assert told.completion_tokens <= plan.completion_tokens
         one_step = synthesizer(featurizer, dictionary, report, prompt_format=form, methods=("one_step",)).plan(report)
         assert plan.prompt_tokens > one_step.prompt_tokens, "contrastive pairs are longer"
-        assert "at most" in str(plan)
+
+
+def test_rows_in_vain_cost_more_than_the_plan_which_says_so(featurizer, dictionary, report):
+    made = synthesizer(featurizer, dictionary, report, samples_per_feature=1, keep=lambda row: False)
+    plan = made.plan(report)
+    assert made.synthesize(report).report.requests > plan.requests
+    assert "at most" not in str(plan)
+    assert "max_requests is a bound" in str(plan)
 
 
 @pytest.mark.parametrize(
