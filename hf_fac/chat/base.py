@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+from ..storage.cache import Cache
 from ..storage.validation import check_counts
 
 
@@ -46,6 +47,9 @@ class Chat(Protocol):
     An own class may have an attribute `identity`: a string that differs whenever model or settings would give other
     answers. Its answers are then kept in a cache under that string, for later runs and other objects. Without it they
     serve the call that asked for them only, as nothing would tell them from the answers of other settings.
+
+    It may have a method `with_cache(cache)`, too: it returns a chat that puts each answer into the cache
+    (`storage.cache.Cache`) as it comes. Without it a kill loses the answers of the call of `complete` under way.
     """
 
     def complete(
@@ -76,6 +80,12 @@ class Chat(Protocol):
         Raises: ValueError for an argument out of range or a conversation that cannot be read; it names which.
         """
         ...
+
+
+def keeping_answers(chat: Chat, cache: Cache) -> Chat:
+    """Returns the chat, with its answers kept in the cache as they come if it can do that (`with_cache`)."""
+    with_cache = getattr(chat, "with_cache", None)
+    return chat if with_cache is None else with_cache(cache)
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:

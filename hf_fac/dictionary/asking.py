@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ..chat.base import ChatError, Completion
-from ..chat.endpoint import EndpointChat
+from ..chat.base import ChatError, Completion, keeping_answers
 from ..chat.identity import chat_identity
 from ..storage.cache import Cache, content_key
 from ..tasks.parsing import Answer
@@ -51,7 +50,7 @@ class CachedChat:
         self, chat: Chat, cache_dir: str | os.PathLike[str] | None, *, seed: int, attempts: int, batch_size: int
     ) -> None:
         self.cache = Cache(cache_dir)
-        self.chat = chat.with_cache(self.cache) if isinstance(chat, EndpointChat) else chat
+        self.chat = keeping_answers(chat, self.cache)
         self.identity = chat_identity(chat, self.cache)
         self.seed, self.attempts, self.batch_size = seed, attempts, batch_size
 

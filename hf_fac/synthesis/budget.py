@@ -46,8 +46,8 @@ class Budget:
     def completions_left(self) -> int:
         return sys.maxsize if self.max_requests is None else self.max_requests - self.requests
 
-    def refusal(self, n_samples: int, completions: int, cache: Cache) -> str | None:
-        """Returns which bound is in the way of so many more completions, None where none is.
+    def bound_reached(self, n_samples: int, completions: int, cache: Cache) -> str | None:
+        """Returns the bound that so many more completions would exceed, None where there is none.
 
         Args:
             n_samples: accepted so far. cache: the clock of process 0 decides for all processes.

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 class Status(Enum):
     """Where a candidate stands.
 
-    WRITTEN -> MISSED, HIT or REJECTED when it is verified; HIT -> ACCEPTED, REJECTED or UNFINISHED when its row is
-    completed.
-    MISSED: sound, but it does not activate its feature, or it only serves for a contrastive pair.
+    WRITTEN -> MISSED, FOR_PAIR, HIT or REJECTED when it is verified; HIT -> ACCEPTED, REJECTED or UNFINISHED when its
+    row is completed.
+    MISSED: sound, but it does not activate its feature.
+    FOR_PAIR: sound, active or not; it only serves for a contrastive pair.
     HIT: sound, and it activates its feature: a sample can be made of it.
     UNFINISHED: a hit for whose row the chat took no more requests.
     ACCEPTED: it is a sample. REJECTED: it can be none, see `Rejection`.
@@ -20,6 +21,7 @@ class Status(Enum):
 
     WRITTEN = "written"
     MISSED = "missed"
+    FOR_PAIR = "for a contrastive pair"
     HIT = "hit"
     UNFINISHED = "unfinished"
     ACCEPTED = "accepted"
@@ -81,7 +83,7 @@ class Request(NamedTuple):
     """One conversation that asks for texts for a feature.
 
     prefill: how the answer starts, None where the model starts it. next_number: of the list that a prefill starts.
-    strength: of steering, None for requests in words.
+    strength: of steering, None for texts written by prompt.
     provenance: what is recorded of the request beside each of its samples.
     """
 
@@ -97,18 +99,19 @@ class Request(NamedTuple):
 class Candidate:
     """A text written for a feature.
 
-    method: "pool", or the kind of its round: "first_step", "second_step" or "steering".
+    origin: "pool", or the kind of its round: "first_step", "second_step" or "steering". It is the column fac_method.
     text: the target field (`Task.target_field`), "" when the answer could not be read.
     provenance: how it was asked for.
     row: the whole sample, None until all its parts are there.
     score: what its text activates, with a JSON answer as part of its row; None until it was measured.
     row_score: what its row activates, of several rows the last; None until one was measured.
     detail: what `rejection` alone does not say.
-    parts, attempts: the parts of its row so far, and how often parts were asked for again.
+    parts, attempts: the parts of its row so far, and how many attempts to write one failed; no parts where the answer
+        was a whole row.
     """
 
     feature: int
-    method: str
+    origin: str
     text: str
     provenance: dict[str, Any]
     row: dict[str, Any] | None = None
@@ -122,6 +125,11 @@ class Candidate:
 
     def reject(self, rejection: Rejection, detail: str = "") -> None:
         self.status, self.rejection, self.detail = Status.REJECTED, rejection, detail[:80]
+
+    @property
+    def came_as_row(self) -> bool:
+        """Whether its answer was a whole row (JSON), so that no part of it can be asked for again."""
+        return self.row is not None and not self.parts
 
     @property
     def last_score(self) -> SampleScore | None:

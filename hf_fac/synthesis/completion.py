@@ -32,8 +32,8 @@ class RowCompleter:
     keep: Callable[[Mapping[str, Any]], bool] | None
 
     def complete(self, candidates: Sequence[Candidate]) -> None:
-        """Accept or reject each candidate. Those that the budget leaves without a row stay hits; those that the chat
-        leaves without one are unfinished."""
+        """Accept or reject each candidate. Without budget a candidate stays HIT; when the chat gives up it becomes
+        UNFINISHED."""
         for candidate in candidates:
             if candidate.row is None:
                 candidate.parts = {self.settings.task.target_field: candidate.text}
@@ -62,10 +62,11 @@ class RowCompleter:
     def _read_part(self, candidate: Candidate, name: str, completion: Completion) -> None:
         task = self.settings.task
         if not self.source.was_asked(completion):
-            self._ask_again(candidate, name, None)  # a later attempt may be in the cache
+            # Count it as an attempt: a later attempt's answer may be cached from an earlier run.
+            self._attempt_failed(candidate, name, None)
             return
         if completion.finish == "failed":
-            self._ask_again(candidate, name, Rejection.CHAT_FAILED, completion.error or "")
+            self._attempt_failed(candidate, name, Rejection.CHAT_FAILED, completion.error or "")
             return
         value, problem = task.read_part(name, completion.text)
         if completion.finish == "length":
@@ -74,7 +75,7 @@ class RowCompleter:
             candidate.parts[name] = value
             problem = self._make_row(candidate)
         if problem is not None:
-            self._ask_again(candidate, name, Rejection.INCOMPLETE, f"{name}: {problem}")
+            self._attempt_failed(candidate, name, Rejection.INCOMPLETE, f"{name}: {problem}")
 
     def _make_row(self, candidate: Candidate) -> str | None:
         """Make the row once all parts are there; returns why the task refuses them, if it does."""
@@ -83,8 +84,11 @@ class RowCompleter:
         candidate.row, problem = self.settings.task.row(candidate.parts)
         return problem
 
-    def _ask_again(self, candidate: Candidate, part: str, rejection: Rejection | None, detail: str = "") -> None:
-        """rejection: of the candidate if this was the last attempt; None where the chat was not asked."""
+    def _attempt_failed(self, candidate: Candidate, part: str, rejection: Rejection | None, detail: str = "") -> None:
+        """Drop the part and the row, and settle the candidate if this was its last attempt.
+
+        rejection: why it is then rejected; None, where the chat was not asked, leaves it unfinished.
+        """
         candidate.attempts += 1
         candidate.row = None
         candidate.parts.pop(part, None)
@@ -108,10 +112,10 @@ class RowCompleter:
             if score.activation <= delta:
                 candidate.reject(Rejection.INACTIVE_AS_ROW)
             elif other is not None and other.activation > delta:
-                if candidate.parts:
-                    self._ask_again(candidate, "rejected", Rejection.REJECTED_ANSWER)
-                else:
+                if candidate.came_as_row:
                     candidate.reject(Rejection.REJECTED_ANSWER)
+                else:
+                    self._attempt_failed(candidate, "rejected", Rejection.REJECTED_ANSWER)
             elif self.keep is not None and not self.keep(candidate.row):
                 candidate.reject(Rejection.FILTERED)
             else:

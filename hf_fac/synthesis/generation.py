@@ -35,7 +35,7 @@ _FIRST_STRENGTH, _STRONGER, _WEAKER = 0.5, 1.25, 0.8
 class Generator:
     """Writes candidates.
 
-    delta: float64 [d_sae]. prompt_format: how words are asked for.
+    delta: float64 [d_sae]. prompt_format: how texts are asked for by prompt.
     unconditional: what the steered model continues; None without steering.
     """
 
@@ -93,8 +93,8 @@ class Generator:
         others = 0 if self._format(round_.kind) == "json" else len(self.settings.task.parts) - 1
         return self.settings.candidates + others
 
-    def _format(self, method: str) -> str:
-        return "text" if method == "steering" else self.prompt_format
+    def _format(self, kind: str) -> str:
+        return "text" if kind == "steering" else self.prompt_format
 
     def _request(self, round_: Round, feature: int, written: Sequence[Candidate]) -> Request:
         row, spans = self.dictionary[feature], self.dictionary.spans(feature)
@@ -116,7 +116,7 @@ class Generator:
         return Request(feature, conversation, provenance=provenance)
 
     def _steering_request(self, round_: Round, feature: int, written: Sequence[Candidate]) -> Request:
-        strength = next_strength([c for c in written if c.method == "steering"])
+        strength = next_strength([c for c in written if c.origin == "steering"])
         provenance = {"prompt_format": self._format(round_.kind), "round": round_.number, "strength": strength}
         return Request(feature, self.unconditional.conversation, strength=strength, provenance=provenance)
 

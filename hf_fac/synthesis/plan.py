@@ -77,10 +77,10 @@ def _cost(
     """Completions, prompt tokens and written tokens with one prompt format. prompts: tokens, by feature."""
     rounds = [round_.kind for round_ in settings.schedule()]
     m, n, steered = len(prompts), settings.candidates, rounds.count("steering")
-    words = len(rounds) - steered
+    prompted = len(rounds) - steered
     requests = m * n * len(rounds)
-    read = n * words * sum(prompts) + m * n * steered * steering_tokens
-    written = m * n * (words * settings.most_tokens(prompt_format) + steered * settings.most_tokens("text"))
+    read = n * prompted * sum(prompts) + m * n * steered * steering_tokens
+    written = m * n * (prompted * settings.most_tokens(prompt_format) + steered * settings.most_tokens("text"))
     if prompt_format != "json" or steered:
         others, rows = len(settings.task.parts) - 1, m * settings.samples_per_feature
         requests += rows * others

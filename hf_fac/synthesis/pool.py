@@ -35,7 +35,7 @@ class FromPool(NamedTuple):
 
     accepted: list[Candidate]
     rejected: list[Candidate]
-    left: np.ndarray
+    still_missing: np.ndarray
 
 
 def take_from_pool(

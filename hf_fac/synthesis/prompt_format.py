@@ -19,8 +19,9 @@ PROBED_FEATURES, PROBES = 8, 2  # texts of so many features, so many for each
 def choose_prompt_format(
     settings: SynthesisSettings, verifier: Verifier, source: TextSource, features: Sequence[int], n_samples: int
 ) -> tuple[str | None, str | None]:
-    """Returns the prompt format whose texts are hits most often, and else readable most often; where the budget or the
-    chat ended the trial, None and the bound (`source.gave_up` says it of the chat).
+    """Returns the prompt format whose texts are hits most often; of equal ones, the one most often readable.
+
+    The result is (format, None); (None, bound) when the budget ended the trial; (None, None) when the chat gave up.
 
     Args:
         features: those to write for; the first few that the dictionary describes are tried.
@@ -36,8 +37,8 @@ def choose_prompt_format(
         return "text", None
     shares, n_texts = {}, PROBES * len(described)
     for name, generator in generators.items():
-        if refusal := source.budget.refusal(n_samples, n_texts, source.cache):
-            return None, refusal
+        if bound := source.budget.bound_reached(n_samples, n_texts, source.cache):
+            return None, bound
         candidates = generator.write(first, described, {feature: [] for feature in described}, n=PROBES)
         n_written = sum(c.rejection is not Rejection.CHAT_FAILED for c in candidates)
         if source.gave_up is None and 2 * n_written < n_texts:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .settings import SynthesisSettings
     from .text_source import TextSource
 
-_METHODS = ("first_step", "second_step", "steering")
+_ORIGINS = ("first_step", "second_step", "steering")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,9 @@ class SynthesisReport:
         them that the samples activate.
     curve: float64 [samples + 1], FAC after each sample in order; where ids were given, the share of them activated.
     kl_before, kl_after: KL(anchor || data) in nats (Eq. 3, see `FACReport`), or NaN.
-    methods: by method, and "all" for all of them, hit rates of texts beside the permutation baseline. Flawed texts
-        (truncated, copies of spans, ...) are left out; near-duplicates count, and so do texts whose row was dropped.
+    methods: by where texts are from (fac_method), and "all" for all of them, their hit rates beside the permutation
+        baseline. Flawed texts (truncated, copies of spans, ...) are left out; near-duplicates count, and so do texts
+        whose row was dropped.
     copied: share of the texts that activate their feature that copy a span.
     dropped: number of rejected candidates by reason.
     requests, prompt_tokens, completion_tokens: completions asked for and their tokens, those in the cache included.
@@ -129,7 +130,7 @@ def make_result(
     candidates: Sequence[Candidate],
     exhausted: Iterable[int],
     source: TextSource,
-    refusal: str | None,
+    bound: str | None,
     provenance: Mapping[str, Mapping[str, Any]],
     seconds: float,
 ) -> SynthesisResult:
@@ -139,12 +140,12 @@ def make_result(
         missing: the report that names the missing features, None where ids were given.
         features: int64 ids, all that were asked for. delta: float64 [d_sae].
         samples: accepted candidates, in order. activations: [n_samples, d_sae], of the samples, pooled as the data.
-        source: where the texts are from; it knows what they cost. refusal: the bound that ended the loop, if one did.
-        provenance: what is recorded with the samples, by method.
+        source: where the texts are from; it knows what they cost. bound: the bound that ended the loop, if one did.
+        provenance: what is recorded with the samples, by origin.
     """
     added = _added(features, delta, activations) if missing is None else missing.with_added(activations)
     activated = {c.feature for c in samples} | {f for c in samples for f in c.provenance.get("fills", [])}
-    written = [c for c in candidates if c.method != "pool"]
+    written = [c for c in candidates if c.origin != "pool"]
     activating = [c for c in written if c.score is not None and c.feature in c.score.activates]
     rejected = [c for c in candidates if c.status is Status.REJECTED]
     in_vain = set(exhausted) - activated
@@ -159,14 +160,14 @@ def make_result(
         curve=added.curve,
         kl_before=math.nan if missing is None else missing.kl_divergence,
         kl_after=added.kl_divergence,
-        methods=by_method(written, seed=settings.seed),
+        methods=by_origin(written, seed=settings.seed),
         copied=sum(c.rejection is Rejection.COPY for c in activating) / len(activating) if activating else 0.0,
         dropped=dict(Counter(c.category for c in rejected).most_common()),
         requests=source.budget.requests,
         prompt_tokens=source.budget.prompt_tokens,
         completion_tokens=source.budget.completion_tokens,
         seconds=seconds,
-        ended=refusal if source.gave_up is None else f"the chat: {source.gave_up}",
+        ended=bound if source.gave_up is None else f"the chat: {source.gave_up}",
         chat_failed=source.gave_up is not None,
     )
     return SynthesisResult(_dataset(settings.task, samples, provenance), report, _dropped(rejected))
@@ -174,21 +175,21 @@ def make_result(
 
 def in_order(samples: Sequence[Candidate]) -> list[Candidate]:
     """Returns the pool's rows, then the strongest sample of each feature, then the second strongest, and so on."""
-    pool = [c for c in samples if c.method == "pool"]
+    pool = [c for c in samples if c.origin == "pool"]
     rank: Counter[int] = Counter()
     ranks = {}
     for candidate in sorted(samples, key=lambda c: -c.activation):
         ranks[id(candidate)] = rank[candidate.feature]
         rank[candidate.feature] += 1
-    return pool + sorted((c for c in samples if c.method != "pool"), key=lambda c: ranks[id(c)])
+    return pool + sorted((c for c in samples if c.origin != "pool"), key=lambda c: ranks[id(c)])
 
 
-def by_method(candidates: Sequence[Candidate], *, seed: int = 0) -> dict[str, PermutationBaseline]:
-    """Returns by method, and for "all" where there are several, what its texts did for the features."""
+def by_origin(candidates: Sequence[Candidate], *, seed: int = 0) -> dict[str, PermutationBaseline]:
+    """Returns by origin of the texts, and for "all" where there are several, what its texts did for the features."""
     found = {}
-    names = [name for name in _METHODS if any(c.method == name for c in candidates)]
+    names = [name for name in _ORIGINS if any(c.origin == name for c in candidates)]
     for name in [*names, "all"] if len(names) > 1 else names:
-        texts = [c for c in candidates if name in (c.method, "all")]
+        texts = [c for c in candidates if name in (c.origin, "all")]
         sound = [c for c in texts if c.counts_in_rates]
         found[name] = compare_with_permutations(
             [c.feature for c in texts], [c.feature for c in sound], [c.score.activates for c in sound], seed=seed
@@ -201,8 +202,8 @@ def _dataset(task: Task, samples: Sequence[Candidate], provenance: Mapping[str, 
     columns = {name: [c.row[name] for c in samples] for name in parts} | {
         "fac_feature": [c.feature for c in samples],
         "fac_activation": [c.activation for c in samples],
-        "fac_method": [c.method for c in samples],
-        "fac_provenance": [json.dumps({**provenance[c.method], **c.provenance}) for c in samples],
+        "fac_method": [c.origin for c in samples],
+        "fac_provenance": [json.dumps({**provenance[c.origin], **c.provenance}) for c in samples],
     }
     return _table(columns, parts)
 
@@ -210,7 +211,7 @@ def _dataset(task: Task, samples: Sequence[Candidate], provenance: Mapping[str, 
 def _dropped(rejected: Sequence[Candidate]) -> Dataset:
     columns = {
         "fac_feature": [c.feature for c in rejected],
-        "fac_method": [c.method for c in rejected],
+        "fac_method": [c.origin for c in rejected],
         "fac_activation": [c.activation for c in rejected],
         "text": [c.text for c in rejected],
         "reason": [c.reason for c in rejected],

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .candidates import HITS, Candidate, Rejection, Status
 from .completion import RowCompleter
@@ -29,16 +30,16 @@ class Progress:
 
     written: by feature, all candidates in the order in which they were written.
     n_from_pool: samples that a pool gave.
-    tried: (feature, round number) that texts were asked for.
-    left: features whose turn came when the chat took no more requests.
+    tried: pairs of a feature and a round's number in which texts were requested.
+    not_asked: features with a round in which the chat took no requests.
     accepted: by feature, how many samples it has. samples: their texts.
-    tries, successes: how often a feature was tried, and how often that made a sample.
+    tries, successes: pairs in `tried` whose texts may become samples, and those that brought the sample wanted.
     """
 
     written: dict[int, list[Candidate]]
     n_from_pool: int = 0
     tried: set[tuple[int, int]] = field(default_factory=set)
-    left: set[int] = field(default_factory=set)
+    not_asked: set[int] = field(default_factory=set)
     accepted: Counter[int] = field(default_factory=Counter)
     samples: NearDuplicates = field(default_factory=NearDuplicates)
     tries: int = 0
@@ -55,13 +56,19 @@ class Progress:
         found = {c.text: c for c in reversed(self.written[feature]) if c.status is Status.HIT}
         return sorted(found.values(), key=lambda c: -c.activation)
 
+    def is_open(self, feature: int, quota: int, round_: Round) -> bool:
+        """Whether a feature lacks a sample that the round can bring, from a hit or from new texts."""
+        return self.accepted[feature] < quota and (
+            (feature, round_.number) not in self.tried or bool(self.hits(feature))
+        )
+
     def exhausted(self, rounds: Sequence[Round]) -> list[int]:
         """The features without a sample for which all rounds were tried, and none of whose texts the chat lost."""
         return [
             feature
             for feature, candidates in self.written.items()
             if candidates
-            and feature not in self.left
+            and feature not in self.not_asked
             and all((feature, round_.number) in self.tried for round_ in rounds)
             and not any(c.status in HITS for c in candidates)
             and not any(c.rejection is Rejection.CHAT_FAILED for c in candidates)
@@ -90,12 +97,11 @@ class SynthesisLoop:
         quotas, title = range(1, settings.samples_per_feature + 1), "Features with samples"
         with tqdm(total=len(progress.written), desc=title, unit="feature", delay=2, leave=False) as bar:
             for quota, round_ in itertools.product(quotas, settings.schedule()):
-                waiting = [f for f in progress.written if progress.accepted[f] < quota]
-                waiting = [f for f in waiting if progress.hits(f) or (f, round_.number) not in progress.tried]
+                waiting = [f for f in progress.written if progress.is_open(f, quota, round_)]
                 while waiting:
                     needed = self.generator.completions_each(round_)
-                    if refusal := self.source.budget.refusal(progress.n_samples(), needed, self.source.cache):
-                        return refusal
+                    if bound := self.source.budget.bound_reached(progress.n_samples(), needed, self.source.cache):
+                        return bound
                     size = self._wave_size()
                     self._write_wave(waiting[:size], quota, round_)
                     waiting = waiting[size:]
@@ -123,7 +129,7 @@ class SynthesisLoop:
             progress.written[candidate.feature].append(candidate)
         progress.tried.update((feature, round_.number) for feature in open_)
         if self.source.gave_up is not None:
-            progress.left.update(open_)
+            progress.not_asked.update(open_)
         self._complete_hits(open_, quota)
         if not round_.for_pairs:
             progress.tries += len(open_)
@@ -131,7 +137,12 @@ class SynthesisLoop:
 
     def _complete_hits(self, features: Sequence[int], quota: int) -> None:
         """Make samples of the strongest hits, one for each feature below its quota, until none is left to try."""
-        while batch := _next_hits(features, quota, self.progress, self._samples_left()):
+        while True:
+            batch, repeats = _next_hits(features, quota, self.progress, self._samples_left())
+            for candidate in repeats:
+                candidate.reject(Rejection.REPEATS_SAMPLE)
+            if not batch:
+                return
             self.completer.complete(batch)
             for candidate in batch:
                 if candidate.status is Status.ACCEPTED:
@@ -141,20 +152,27 @@ class SynthesisLoop:
                 return  # the budget left them without a row
 
 
-def _next_hits(features: Sequence[int], quota: int, progress: Progress, most: int) -> list[Candidate]:
-    """The next hit of each feature below its quota, no two of them nearly the same."""
-    batch: list[Candidate] = []
+class _NextHits(NamedTuple):
+    """batch: the next hit of each feature below its quota, no two of them nearly the same. repeats: stronger hits that
+    nearly repeat a sample."""
+
+    batch: list[Candidate]
+    repeats: list[Candidate]
+
+
+def _next_hits(features: Sequence[int], quota: int, progress: Progress, most: int) -> _NextHits:
+    batch, repeats = found = _NextHits([], [])
     texts = NearDuplicates()
     for feature in features:
         if progress.accepted[feature] >= quota:
             continue
         for candidate in progress.hits(feature):
             if len(batch) >= most:
-                return batch
+                return found
             if progress.samples.source_of(candidate.text) is not None:
-                candidate.reject(Rejection.REPEATS_SAMPLE)
+                repeats.append(candidate)
             elif texts.source_of(candidate.text) is None:  # it waits for what becomes of the other
                 texts.add(candidate.text, "this batch")
                 batch.append(candidate)
                 break
-    return batch
+    return found

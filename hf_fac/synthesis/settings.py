@@ -21,7 +21,7 @@ from ..tasks.task import Task
 METHODS = ("one_step", "two_step", "contrastive", "steering")
 PROMPT_FORMATS = ("list", "text", "json")
 _STEERING_ROUNDS = 3
-_HOTTER, _HOTTEST = 0.15, 1.3  # what each further round in words adds to the temperature, and its upper bound
+_HOTTER, _HOTTEST = 0.15, 1.3  # what each further round of prompts adds to the temperature, and its upper bound
 
 
 class Round(NamedTuple):

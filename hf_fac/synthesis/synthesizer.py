@@ -70,7 +70,7 @@ class FACSynthesizer:
     temperature, with other words and spans, and at last written by the steered model.
 
     Args:
-        chat: writes words, a `LocalChat` or an `EndpointChat`; None takes the featurizer's own model.
+        chat: writes texts by prompt, a `LocalChat` or an `EndpointChat`; None takes the featurizer's own model.
         featurizer: measures; where it pools other tokens than the task, samples are measured as the task says.
         dictionary: of the same model and SAE; explanations are not needed. None: `synthesize` builds one of the anchor
             rows that it is given.
@@ -82,11 +82,11 @@ class FACSynthesizer:
             then texts from contrastive pairs), "one_step" (as many texts without pairs), "contrastive" (the paper's own
             step 2: first texts serve for pairs only, and every feature gets samples written from its pair),
             "steering". None is two_step and, where the featurizer's model can write, steering.
-        prompt_format: how words are asked for: "json" (whole samples), "text" (the target field alone, the other parts
+        prompt_format: how texts are asked for: "json" (whole samples), "text" (the target field alone, the other parts
             after it), "list" (the model continues a list of spans). None tries each on a few features and takes the one
             whose texts are hits most often.
         candidates: texts asked for at a time for each feature. rounds: of the second step.
-        temperature: of a method's first round; each further round in words is 0.15 hotter, up to 1.3.
+        temperature: of a method's first round; each further round of prompts is 0.15 hotter, up to 1.3.
         max_tokens, answer_tokens: the most tokens of a target field, and of each other part (with "json": of all other
             parts together).
         avoid: data that no sample may nearly repeat, by name: {"seed": rows, "evaluation": rows}.
@@ -198,7 +198,7 @@ class FACSynthesizer:
             max_samples, max_requests, max_seconds: bounds on samples, completions, and time: once one is reached
                 nothing new begins (rows under way are completed, within max_requests). The same call with the same
                 bounds on samples or completions gives the same samples; a higher bound continues.
-            processes: who shares the work of this call in cache_dir; all return the same samples.
+            processes: how processes share this call, used by the trainer's callback; all return the same samples.
 
         Texts that the chat does not write are told in a warning. The same call asks for them again, except for
         answers without text that the cache of an `EndpointChat` keeps. Where the chat takes no more requests at all
@@ -219,8 +219,10 @@ class FACSynthesizer:
         dictionary = self._dictionary(anchor, cache.folder)
         verifier = Verifier(scorer, dictionary, self._avoided, self.settings.max_copied_words, steered)
         source = TextSource(self.chat, steered, self.featurizer.feature_fingerprint(), cache, budget)
-        progress = Progress({feature: [] for feature in from_pool.left.tolist()}, n_from_pool=len(from_pool.accepted))
-        refusal = self._write(progress, verifier, source, unconditional)
+        progress = Progress(
+            {feature: [] for feature in from_pool.still_missing.tolist()}, n_from_pool=len(from_pool.accepted)
+        )
+        bound = self._write(progress, verifier, source, unconditional)
         if source.error is not None and not source.answered and not from_pool.accepted:
             raise source.error
         self._warn_of_lost_texts(source)
@@ -229,7 +231,7 @@ class FACSynthesizer:
         return make_result(
             settings=self.settings, missing=missing if isinstance(missing, FACReport) else None, features=wanted,
             delta=delta, samples=samples, activations=self._activations(samples), candidates=candidates,
-            exhausted=progress.exhausted(self.settings.schedule()), source=source, refusal=refusal,
+            exhausted=progress.exhausted(self.settings.schedule()), source=source, bound=bound,
             provenance=self._provenance(), seconds=time.perf_counter() - started,
         )  # fmt: skip
 
@@ -244,9 +246,9 @@ class FACSynthesizer:
         settings, scorer, prompt_format = self.settings, verifier.scorer, self.settings.prompt_format
         if prompt_format is None:
             features, n_samples = list(progress.written), progress.n_samples()
-            prompt_format, refusal = choose_prompt_format(settings, verifier, source, features, n_samples)
+            prompt_format, bound = choose_prompt_format(settings, verifier, source, features, n_samples)
             if prompt_format is None:
-                return refusal
+                return bound
         generator = Generator(settings, verifier.dictionary, scorer.delta, prompt_format, source, unconditional)
         completer = RowCompleter(settings, source, scorer, self.keep)
         return SynthesisLoop(progress, source, generator, verifier, completer).run()
@@ -323,11 +325,11 @@ class FACSynthesizer:
         return unconditional_prompt(self.task, self._steered) if "steering" in self.settings.methods else None
 
     def _provenance(self) -> dict[str, dict[str, Any]]:
-        """What is recorded with the samples, by method."""
+        """What is recorded with the samples, by origin."""
         shared = {"task": self.task.name, "seed": self.settings.seed, "prompt_version": PROMPT_VERSION}
-        in_words = {**shared, "chat": chat_name(self.chat)}
+        by_prompt = {**shared, "chat": chat_name(self.chat)}
         steered = {**shared, "chat": model_name(self.featurizer.model)}
-        return {"pool": shared, "first_step": in_words, "second_step": in_words, "steering": steered}
+        return {"pool": shared, "first_step": by_prompt, "second_step": by_prompt, "steering": steered}
 
 
 def _check_reads_task(featurizer: SAEFeaturizer, task: Task) -> None:

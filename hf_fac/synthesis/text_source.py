@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..chat.base import ChatError, Completion
-from ..chat.endpoint import EndpointChat
+from ..chat.base import ChatError, Completion, keeping_answers
 from ..chat.identity import chat_identity
 from ..storage.cache import Cache, content_key
 from .budget import Budget
@@ -28,7 +27,7 @@ class TextSource:
     """Completes requests through the cache and counts what they cost.
 
     Args:
-        chat: writes requests in words. steered: writes requests with a strength, None without steering.
+        chat: answers requests without a strength. steered: those with one, None without steering.
         measured_by: identifies the model and SAE that steer.
 
     gave_up: why the chat takes no more requests, None while it does; what the cache knows is still returned.
@@ -37,8 +36,7 @@ class TextSource:
     """
 
     def __init__(self, chat: Chat, steered: SteeredChat | None, measured_by: str, cache: Cache, budget: Budget) -> None:
-        # An endpoint keeps each answer as it comes: a kill costs no more than the requests under way.
-        self.chat = chat.with_cache(cache) if isinstance(chat, EndpointChat) else chat
+        self.chat = keeping_answers(chat, cache)
         self.steered, self.cache, self.budget = steered, cache, budget
         self._identity = {False: chat_identity(chat, cache)}
         if steered is not None:
@@ -58,7 +56,7 @@ class TextSource:
         stop: Sequence[str],
         seed: int,
     ) -> list[list[Completion]]:
-        """Returns n completions of each request, in order. All requests are in words, or all are steered."""
+        """Returns n completions of each request, in order. All requests have a strength, or none has."""
         steered = requests[0].strength is not None
         settings = {"temperature": temperature, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
         keys = {
@@ -71,7 +69,8 @@ class TextSource:
         }  # fmt: skip
         known = self.cache.get(keys.values())
         found = {at: Completion(*known[key]) for at, key in keys.items() if key in known}
-        own = self.cache.processes.share(range(len(requests)))  # static: whatever the others have put by now
+        # The shares are fixed: they do not depend on what other processes have cached.
+        own = self.cache.processes.share(range(len(requests)))
         # One request for all n texts where none is known; a text that failed before is asked for by itself.
         whole = [place for place in own if not any((place, number) in found for number in range(n))]
         found |= self._ask(requests, whole, range(n), keys, settings)

@@ -131,7 +131,7 @@ class Verifier:
         scores = self.scorer.score(rows, [c.feature for c in readable])
         for candidate, score in zip(readable, scores, strict=True):
             candidate.score = score
-        if steered := [c for c in readable if c.method == "steering"]:
+        if steered := [c for c in readable if c.origin == "steering"]:
             self._check_fluency(steered)
         for candidate in readable:
             if candidate.status is not Status.REJECTED:
@@ -153,7 +153,9 @@ class Verifier:
             candidate.reject(rejection)
         elif copied > self.max_copied_words:
             candidate.reject(Rejection.COPY)
-        elif candidate.activation <= self.scorer.delta[candidate.feature] or for_pairs:
+        elif for_pairs:
+            candidate.status = Status.FOR_PAIR
+        elif candidate.activation <= self.scorer.delta[candidate.feature]:
             candidate.status = Status.MISSED
         elif (source := self.known.source_of(candidate.text)) is not None:
             candidate.reject(Rejection.NEAR_DUPLICATE, source)

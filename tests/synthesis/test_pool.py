@@ -66,7 +66,7 @@ def assert_sound(found, parts, *, task=TASK):
         assert candidate.provenance["fills"] == sorted(fills)
         assert candidate.activation == pytest.approx(float(row[candidate.feature]), rel=1e-4, abs=1e-5)
         left -= fills
-    assert found.left.tolist() == [f for f in parts[2].missing.tolist() if f in left]
+    assert found.still_missing.tolist() == [f for f in parts[2].missing.tolist() if f in left]
 
 
 def test_rows_of_a_pool_are_taken_before_new_ones_are_written(parts):
@@ -106,7 +106,7 @@ def test_the_features_of_a_near_duplicate_are_written_for_unless_another_row_has
         known.add(candidate.text, "taken")
     assert {c.reason for c in found.rejected} == {"near-duplicate of another sample"}
     assert {c.method for c in found.rejected} == {"pool"}
-    assert {c.feature for c in found.rejected} & set(found.left)
+    assert {c.feature for c in found.rejected} & set(found.still_missing)
     assert_sound(found, parts)
     report = synthesized(parts, pool).report
     assert {*report.activated, *report.exhausted} == set(parts[2].missing)
@@ -119,7 +119,7 @@ def test_what_a_refused_row_would_have_filled_is_taken_from_another(parts):
     refusing = from_pool(parts, again, keep=lambda row: len(row["prompt"]) == 1)
     assert {len(c.row["prompt"]) for c in refusing.accepted} == {1}
     assert refusing.rejected
-    assert set(refusing.left) == set(once.left)
+    assert set(refusing.still_missing) == set(once.still_missing)
     assert_sound(refusing, parts)
 
 
@@ -232,7 +232,7 @@ def test_other_bounds_go_on_in_the_same_journal(parts, tmp_path):
 def test_a_pool_without_rows_gives_nothing(parts):
     found = from_pool(parts, pool_of(plain(), parts[0]).select([]))
     assert not found.accepted
-    assert found.left.tolist() == parts[2].missing.tolist()
+    assert found.still_missing.tolist() == parts[2].missing.tolist()
 
 
 @pytest.mark.parametrize(
