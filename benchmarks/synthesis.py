@@ -81,7 +81,7 @@ def searched(features: np.ndarray, method: str, seed: int, cache: Cache) -> list
     verifier = Verifier(
         SampleScorer(featurizer, made.task, features, delta, cache), dictionary, NearDuplicates(), 3, None
     )
-    generator = Generator(made.settings, dictionary, delta, "list", TextSource(chat, None, "", cache, Budget()), None)
+    generator = Generator(made.settings, dictionary, delta, "list", TextSource(chat, None, "", cache, Budget()))
     written: dict[int, list[Candidate]] = {feature: [] for feature in features.tolist()}
     for round_ in made.settings.schedule():
         candidates = generator.write(round_, features.tolist(), written)

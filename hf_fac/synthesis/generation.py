@@ -36,7 +36,6 @@ class Generator:
     """Writes candidates.
 
     delta: float64 [d_sae]. prompt_format: how texts are asked for by prompt.
-    unconditional: what the steered model continues; None without steering.
     """
 
     settings: SynthesisSettings
@@ -44,7 +43,6 @@ class Generator:
     delta: np.ndarray
     prompt_format: str
     source: TextSource
-    unconditional: UnconditionalPrompt | None
 
     def describes(self, feature: int) -> bool:
         """Whether the dictionary has an explanation or a span of the feature."""
@@ -69,7 +67,7 @@ class Generator:
         n = n or self.settings.candidates
         if round_.kind == "steering":
             requests = [self._steering_request(round_, feature, written[feature]) for feature in features]
-            stop = self.unconditional.stop
+            stop = self.source.unconditional.stop
         else:
             known = [feature for feature in features if self.describes(feature)]
             requests = [self._request(round_, feature, written[feature]) for feature in known]
@@ -118,7 +116,7 @@ class Generator:
     def _steering_request(self, round_: Round, feature: int, written: Sequence[Candidate]) -> Request:
         strength = next_strength([c for c in written if c.origin == "steering"])
         provenance = {"prompt_format": self._format(round_.kind), "round": round_.number, "strength": strength}
-        return Request(feature, self.unconditional.conversation, strength=strength, provenance=provenance)
+        return Request(feature, self.source.unconditional.conversation, strength=strength, provenance=provenance)
 
     def _candidate(self, round_: Round, request: Request, number: int, completion: Completion) -> Candidate:
         candidate = Candidate(request.feature, round_.kind, "", {**request.provenance, "answer": number})

@@ -29,8 +29,7 @@ def choose_prompt_format(
     """
     first = next((r for r in settings.schedule() if r.kind == "first_step"), None)
     generators = {
-        name: Generator(settings, verifier.dictionary, verifier.scorer.delta, name, source, None)
-        for name in PROMPT_FORMATS
+        name: Generator(settings, verifier.dictionary, verifier.scorer.delta, name, source) for name in PROMPT_FORMATS
     }
     described = [feature for feature in features if generators["text"].describes(feature)][:PROBED_FEATURES]
     if first is None or not described:

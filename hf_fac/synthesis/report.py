@@ -1,14 +1,15 @@
 """What a synthesis brought: the samples in order, FAC before and after, each method beside the baseline, the cost.
 
-In: the candidates, and the report of the coverage that the features were missing from. Out: `SynthesisResult`.
+In: the loop's progress, and the report of the coverage that the features were missing from. Out: `SynthesisResult`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from scipy.sparse import csr_array
 
+    from ..features.featurizer import SAEFeaturizer
     from ..tasks.task import Task
+    from .rounds import Progress
     from .settings import SynthesisSettings
     from .text_source import TextSource
 
@@ -120,39 +123,40 @@ class SynthesisResult:
 
 
 def make_result(
+    progress: Progress,
+    source: TextSource,
     *,
     settings: SynthesisSettings,
+    featurizer: SAEFeaturizer,
     missing: FACReport | None,
-    features: np.ndarray,
+    wanted: np.ndarray,
     delta: np.ndarray,
-    samples: Sequence[Candidate],
-    activations: csr_array,
-    candidates: Sequence[Candidate],
-    exhausted: Iterable[int],
-    source: TextSource,
     bound: str | None,
     provenance: Mapping[str, Mapping[str, Any]],
-    seconds: float,
 ) -> SynthesisResult:
     """Returns the samples with their report.
 
     Args:
+        source: where the texts are from; it knows what they cost.
+        featurizer: pools the samples as the data.
         missing: the report that names the missing features, None where ids were given.
-        features: int64 ids, all that were asked for. delta: float64 [d_sae].
-        samples: accepted candidates, in order. activations: [n_samples, d_sae], of the samples, pooled as the data.
-        source: where the texts are from; it knows what they cost. bound: the bound that ended the loop, if one did.
+        wanted: int64 ids, all that were asked for. delta: float64 [d_sae].
+        bound: the one that ended the loop, if one did.
         provenance: what is recorded with the samples, by origin.
     """
-    added = _added(features, delta, activations) if missing is None else missing.with_added(activations)
+    candidates = progress.all()
+    samples = in_order([c for c in candidates if c.status is Status.ACCEPTED])[: source.budget.max_samples]
+    activations = _activations(samples, settings.task, featurizer)
+    added = _added(wanted, delta, activations) if missing is None else missing.with_added(activations)
     activated = {c.feature for c in samples} | {f for c in samples for f in c.provenance.get("fills", [])}
     written = [c for c in candidates if c.origin != "pool"]
     activating = [c for c in written if c.score is not None and c.feature in c.score.activates]
     rejected = [c for c in candidates if c.status is Status.REJECTED]
-    in_vain = set(exhausted) - activated
+    in_vain = set(progress.exhausted(settings.schedule())) - activated
     report = SynthesisReport(
-        features=features,
-        activated=np.array([f for f in features.tolist() if f in activated], np.int64),
-        exhausted=np.array([f for f in features.tolist() if f in in_vain], np.int64),
+        features=wanted,
+        activated=np.array([f for f in wanted.tolist() if f in activated], np.int64),
+        exhausted=np.array([f for f in wanted.tolist() if f in in_vain], np.int64),
         samples=len(samples),
         fac_before=math.nan if missing is None else missing.fac,
         fac_after=added.fac,
@@ -166,7 +170,7 @@ def make_result(
         requests=source.budget.requests,
         prompt_tokens=source.budget.prompt_tokens,
         completion_tokens=source.budget.completion_tokens,
-        seconds=seconds,
+        seconds=time.monotonic() - source.budget.started,
         ended=bound if source.gave_up is None else f"the chat: {source.gave_up}",
         chat_failed=source.gave_up is not None,
     )
@@ -224,6 +228,15 @@ def _table(columns: dict[str, list[Any]], types: Mapping[str, Any]) -> Dataset:
 
     own = {"fac_feature": Value("int32"), "fac_activation": Value("float32"), **types}
     return Dataset.from_dict(columns, Features({name: own.get(name, Value("string")) for name in columns}))
+
+
+def _activations(samples: Sequence[Candidate], task: Task, featurizer: SAEFeaturizer) -> csr_array:
+    """What the samples activate, pooled as the data are: [n_samples, d_sae]."""
+    from scipy.sparse import csr_array
+
+    if not samples:
+        return csr_array((0, featurizer.d_sae))
+    return featurizer([task.featurizer_row(c.row, featurizer.reader.pool_over) for c in samples])
 
 
 def _added(features: np.ndarray, delta: np.ndarray, activations: csr_array) -> AddedRows:

@@ -29,7 +29,7 @@ class Progress:
     """What was written so far.
 
     written: by feature, all candidates in the order in which they were written.
-    n_from_pool: samples that a pool gave.
+    pool: rows of a pool, accepted and rejected ones.
     tried: pairs of a feature and a round's number in which texts were requested.
     not_asked: features with a round in which the chat took no requests.
     accepted: by feature, how many samples it has. samples: their texts.
@@ -37,7 +37,7 @@ class Progress:
     """
 
     written: dict[int, list[Candidate]]
-    n_from_pool: int = 0
+    pool: Sequence[Candidate] = ()
     tried: set[tuple[int, int]] = field(default_factory=set)
     not_asked: set[int] = field(default_factory=set)
     accepted: Counter[int] = field(default_factory=Counter)
@@ -46,10 +46,10 @@ class Progress:
     successes: int = 0
 
     def n_samples(self) -> int:
-        return self.n_from_pool + self.accepted.total()
+        return sum(c.status is Status.ACCEPTED for c in self.pool) + self.accepted.total()
 
     def all(self) -> list[Candidate]:
-        return [candidate for candidates in self.written.values() for candidate in candidates]
+        return [*self.pool, *itertools.chain.from_iterable(self.written.values())]
 
     def hits(self, feature: int) -> list[Candidate]:
         """Hits of a feature, strongest first; of equal texts the first."""

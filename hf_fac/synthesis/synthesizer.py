@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -32,13 +31,12 @@ from ..storage.terminal import visible
 from ..tasks.prompts import HINTS, PROMPT_VERSION
 from ..tasks.task import Task, get_task
 from .budget import Budget
-from .candidates import Candidate, Status
 from .completion import RowCompleter
 from .filters import NearDuplicates, texts_of
 from .generation import Generator, unconditional_prompt
 from .pool import FromPool, take_from_pool
 from .prompt_format import choose_prompt_format
-from .report import SynthesisResult, in_order, make_result
+from .report import SynthesisResult, make_result
 from .rounds import Progress, SynthesisLoop
 from .settings import SynthesisSettings
 from .text_source import TextSource
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from datasets import Dataset
-    from scipy.sparse import csr_array
 
     from ..chat.base import Chat
     from ..dictionary.dictionary import FeatureDictionary
@@ -208,40 +205,32 @@ class FACSynthesizer:
             featurizer, a report with a higher delta than the threshold, no threshold or dictionary; ChatError when the
             chat answered nothing at all.
         """
-        started = time.perf_counter()
         budget = Budget(max_samples, max_requests, max_seconds)
         wanted, delta = self._missing(missing, features), self._delta(missing)
         cache = Cache(cache_dir, processes)
         scorer = SampleScorer(self.featurizer, self.task, wanted, delta, cache)
         from_pool = FromPool([], [], wanted) if pool is None else self._take_from_pool(pool, wanted, scorer)
         unconditional = self._unconditional_prompt()
-        steered = None if unconditional is None else unconditional.steered
         dictionary = self._dictionary(anchor, cache.folder)
+        steered = None if unconditional is None else self._steered
         verifier = Verifier(scorer, dictionary, self._avoided, self.settings.max_copied_words, steered)
-        source = TextSource(self.chat, steered, self.featurizer.feature_fingerprint(), cache, budget)
-        progress = Progress(
-            {feature: [] for feature in from_pool.still_missing.tolist()}, n_from_pool=len(from_pool.accepted)
-        )
-        bound = self._write(progress, verifier, source, unconditional)
+        source = TextSource(self.chat, unconditional, self.featurizer.feature_fingerprint(), cache, budget)
+        progress = Progress({f: [] for f in from_pool.still_missing.tolist()}, from_pool.accepted + from_pool.rejected)
+        bound = self._write(progress, verifier, source)
         if source.error is not None and not source.answered and not from_pool.accepted:
             raise source.error
         self._warn_of_lost_texts(source)
-        candidates = [*from_pool.accepted, *from_pool.rejected, *progress.all()]
-        samples = in_order([c for c in candidates if c.status is Status.ACCEPTED])[:max_samples]
         return make_result(
-            settings=self.settings, missing=missing if isinstance(missing, FACReport) else None, features=wanted,
-            delta=delta, samples=samples, activations=self._activations(samples), candidates=candidates,
-            exhausted=progress.exhausted(self.settings.schedule()), source=source, bound=bound,
-            provenance=self._provenance(), seconds=time.perf_counter() - started,
+            progress, source, settings=self.settings, featurizer=self.featurizer,
+            missing=missing if isinstance(missing, FACReport) else None, wanted=wanted, delta=delta, bound=bound,
+            provenance=self._provenance(),
         )  # fmt: skip
 
     def _take_from_pool(self, pool: Dataset, wanted: np.ndarray, scorer: SampleScorer) -> FromPool:
         measurement = self.featurizer.measurement
         return take_from_pool(pool, wanted, scorer, measurement=measurement, known=self._avoided, keep=self.keep)
 
-    def _write(
-        self, progress: Progress, verifier: Verifier, source: TextSource, unconditional: UnconditionalPrompt | None
-    ) -> str | None:
+    def _write(self, progress: Progress, verifier: Verifier, source: TextSource) -> str | None:
         """Write for the features of `progress`; returns the bound that ended it, if one did."""
         settings, scorer, prompt_format = self.settings, verifier.scorer, self.settings.prompt_format
         if prompt_format is None:
@@ -249,18 +238,9 @@ class FACSynthesizer:
             prompt_format, bound = choose_prompt_format(settings, verifier, source, features, n_samples)
             if prompt_format is None:
                 return bound
-        generator = Generator(settings, verifier.dictionary, scorer.delta, prompt_format, source, unconditional)
+        generator = Generator(settings, verifier.dictionary, scorer.delta, prompt_format, source)
         completer = RowCompleter(settings, source, scorer, self.keep)
         return SynthesisLoop(progress, source, generator, verifier, completer).run()
-
-    def _activations(self, samples: Sequence[Candidate]) -> csr_array:
-        """What the samples activate, pooled as the data are: [n_samples, d_sae]."""
-        from scipy.sparse import csr_array
-
-        if not samples:
-            return csr_array((0, self.featurizer.d_sae))
-        pool_over = self.featurizer.reader.pool_over
-        return self.featurizer([self.task.featurizer_row(c.row, pool_over) for c in samples])
 
     @staticmethod
     def _warn_of_lost_texts(source: TextSource) -> None:

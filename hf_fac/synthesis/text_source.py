@@ -18,7 +18,7 @@ from .candidates import Request
 
 if TYPE_CHECKING:
     from ..chat.base import Chat
-    from ..steering.steered_chat import SteeredChat
+    from ..steering.steered_chat import UnconditionalPrompt
 
 TextId = tuple[int, int]  # which request, and which of its answers
 
@@ -27,7 +27,8 @@ class TextSource:
     """Completes requests through the cache and counts what they cost.
 
     Args:
-        chat: answers requests without a strength. steered: those with one, None without steering.
+        chat: answers requests without a strength. unconditional: the steered model, which answers those
+            with one, and what it continues; None without steering.
         measured_by: identifies the model and SAE that steer.
 
     gave_up: why the chat takes no more requests, None while it does; what the cache knows is still returned.
@@ -35,11 +36,14 @@ class TextSource:
     error: what the chat raised, None otherwise. answered: texts that were written, in earlier runs too.
     """
 
-    def __init__(self, chat: Chat, steered: SteeredChat | None, measured_by: str, cache: Cache, budget: Budget) -> None:
+    def __init__(
+        self, chat: Chat, unconditional: UnconditionalPrompt | None, measured_by: str, cache: Cache, budget: Budget
+    ) -> None:
         self.chat = keeping_answers(chat, cache)
-        self.steered, self.cache, self.budget = steered, cache, budget
+        self.unconditional, self.cache, self.budget = unconditional, cache, budget
         self._identity = {False: chat_identity(chat, cache)}
-        if steered is not None:
+        if unconditional is not None:
+            steered = unconditional.steered
             self._identity[True] = content_key(chat_identity(steered.chat, cache), measured_by, steered.mean_norm)
         self.gave_up: str | None = None
         self.lost, self.first_loss, self.answered = 0, "", 0
@@ -137,7 +141,7 @@ class TextSource:
         asked = {"prefill": [request.prefill for request in requests], **settings}
         chat = self.chat
         if requests[0].strength is not None:
-            chat = self.steered
+            chat = self.unconditional.steered
             asked["features"], asked["strengths"] = [r.feature for r in requests], [r.strength for r in requests]
         try:
             return chat.complete([request.conversation for request in requests], **asked)

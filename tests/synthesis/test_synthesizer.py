@@ -757,6 +757,17 @@ def test_a_number_of_requests_is_kept_to_when_hits_of_earlier_rounds_are_complet
         assert told.ended == f"max_requests {bound}"
 
 
+def test_any_chat_may_keep_its_answers_as_they_come(featurizer, dictionary, report, tmp_path):
+    class Keeping(WritingChat):
+        def with_cache(self, cache):
+            self.folder = cache.folder
+            return self
+
+    chat = Keeping()
+    synthesizer(featurizer, dictionary, report, chat=chat).synthesize(report, cache_dir=tmp_path, max_requests=20)
+    assert chat.folder == tmp_path
+
+
 def test_a_lost_text_is_told_and_does_not_end_the_synthesis(featurizer, dictionary, report):
     with pytest.warns(UserWarning, match=r"did not write 1 texts \(the first: the server is gone\)"):
         result = synthesizer(featurizer, dictionary, report, chat=WritingChat(loses=[3])).synthesize(report)
