@@ -27,8 +27,8 @@ class TextSource:
     """Completes requests through the cache and counts what they cost.
 
     Args:
-        chat: answers requests without a strength. unconditional: the steered model, which answers those
-            with one, and what it continues; None without steering.
+        chat: answers requests without a strength. unconditional: the steered model, which answers those with
+            one, and what it continues; None without steering.
         measured_by: identifies the model and SAE that steer.
 
     gave_up: why the chat takes no more requests, None while it does; what the cache knows is still returned.
