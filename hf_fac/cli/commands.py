@@ -19,6 +19,7 @@ from ..storage.terminal import visible
 from .coverage import missing, score, select
 from .demo import demo
 from .dictionary import interpret, rate
+from .diversity import diversity
 from .hub import pull, push
 from .options import expand_options
 from .output import errors
@@ -69,5 +70,5 @@ app = typer.Typer(
     help="What is my training data missing? Reads data sets with a model's own sparse-autoencoder features. "
     "HF_FAC_TRACEBACK=1 in the environment adds a traceback to an error.",
 )
-for command in (demo, score, missing, train_sae, interpret, rate, select, synthesize, push, pull):
+for command in (demo, score, missing, diversity, train_sae, interpret, rate, select, synthesize, push, pull):
     app.command(command.__name__.replace("_", "-"))(expand_options(command))

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,14 +21,14 @@ import torch
 
 from ..inputs.hidden_states import Batch, check_layer, default_batch_tokens, hidden_states, is_causal, to_device
 from ..inputs.pieces import UniquePieces, unique_pieces
-from ..inputs.rows import ConversationReader, OnError, PoolOver, RowError, Side
+from ..inputs.rows import ConversationReader, OnError, PoolOver, RowError, Side, TokenizedRows, as_rows
 from ..inputs.token_context import MarkedSpan, cut_span
 from ..sae.loading import SAESettings, check_sae, load_sae, read_settings
 from ..storage.validation import check_counts
 from .calibration import FitCheck, calibrate_sinks
 from .encoder import Encoder
 from .fingerprint import TensorHash, change_marks, model_settings, parameters_up_to, tokenizer_settings
-from .pooling import BatchMaxima, FeatureActivations, LeftOut, PieceMaxima
+from .pooling import BatchMaxima, FeatureActivations, LeftOut, PieceMaxima, mean_states
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -261,16 +262,47 @@ class SAEFeaturizer:
             maxima.add(self._maxima(batch, unique, positions))
         result, not_finite = maxima.of_rows(tokenized, unique.owner, d_sae=self.d_sae, positions=positions)
         for index in not_finite.tolist():
-            reason = "it has hidden states that are NaN or infinite"
-            if self.reader.on_error == "raise":
-                start = self.tokenizer.decode(tokenized.ids[tokenized.row.index(index)][:20])
-                raise RowError(
-                    f"Row {first_row + index} cannot be measured: {reason}. Check the model's weights, or load it in "
-                    f"float32. The row begins: {start!a}"
-                )
-            result.skipped[index] = reason
+            result.skipped[index] = self._refuse_not_finite(tokenized, index, first_row)
         self.left_out.add(result, first_row)
         return result
+
+    def mean_hidden_states(self, rows: Any) -> np.ndarray:
+        """Returns the mean hidden state at the SAE's layer over each row's content tokens, float32 [n, d_in].
+
+        The tokens are those that count for features: no sinks, no tokens beyond `max_length`. Zeros for a row without
+        any, or skipped. Rows are read 1,000 at a time.
+        Raises: RowError as `read` does.
+        """
+        rows, means, first_row = iter(as_rows(rows)), [np.zeros((0, self.sae.cfg.d_in), np.float32)], 0
+        while some := list(islice(rows, 1000)):
+            means.append(self._mean_states(some, first_row))
+            first_row += len(some)
+        return np.concatenate(means)
+
+    def _mean_states(self, rows: list[Any], first_row: int) -> np.ndarray:
+        tokenized = self.reader(rows, first_row=first_row)
+        unique = unique_pieces(tokenized, causal=self.settings.causal)
+        batches = hidden_states(
+            self.model, unique.ids, self.layer, batch_tokens=self.settings.batch_tokens, causal=self.settings.causal
+        )
+        means, not_finite = mean_states(
+            batches, tokenized, unique, d_in=self.sae.cfg.d_in, sink_norm=self.settings.sink_norm,
+            overlap=self.reader.stride or 0,
+        )  # fmt: skip
+        for index in not_finite.tolist():
+            self._refuse_not_finite(tokenized, index, first_row)
+        return means
+
+    def _refuse_not_finite(self, tokenized: TokenizedRows, index: int, first_row: int) -> str:
+        """The reason why a row is skipped. Raises: RowError where rows are not to be skipped."""
+        reason = "it has hidden states that are NaN or infinite"
+        if self.reader.on_error == "raise":
+            start = self.tokenizer.decode(tokenized.ids[tokenized.row.index(index)][:20])
+            raise RowError(
+                f"Row {first_row + index} cannot be measured: {reason}. Check the model's weights, or load it in "
+                f"float32. The row begins: {start!a}"
+            )
+        return reason
 
     def _maxima(self, batch: Batch, unique: UniquePieces, positions: bool) -> BatchMaxima:
         device, overlap = self.sae.W_dec.device, self.reader.stride or 0

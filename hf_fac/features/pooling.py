@@ -6,16 +6,21 @@ In: the maxima of pieces (a row's token ids, or one window of a long row). Out: 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from ..inputs.hidden_states import to_device
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
     from torch import Tensor
 
+    from ..inputs.hidden_states import Batch
+    from ..inputs.pieces import UniquePieces
     from ..inputs.rows import TokenizedRows
 
 
@@ -168,6 +173,44 @@ class PieceMaxima:
             sinks=int(sinks.sum()),
             special_in_content=tokenized.special_in_content,
         ), np.flatnonzero(not_finite)
+
+
+def mean_states(
+    batches: Iterable[Batch],
+    tokenized: TokenizedRows,
+    unique: UniquePieces,
+    *,
+    d_in: int,
+    sink_norm: float,
+    overlap: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each row's mean hidden state, float32 [n_rows, d_in], and the indices of rows with states not finite.
+
+    Both these rows and rows without a token that counts have zeros.
+
+    Args:
+        batches: hidden states of the unique pieces.
+        sink_norm: tokens with a larger norm do not count.
+        overlap: tokens that a window shares with the window before, which counted them.
+    """
+    # Of each piece, the sum of the states that count, how many they are, and how many are not finite.
+    sums = np.zeros((len(unique.ids), d_in + 2), np.float32)
+    for batch in batches:
+        content = np.zeros(batch.hidden.shape[:2], bool)
+        for line, i in zip(content, batch.pieces, strict=True):
+            line[: len(unique.ids[i])] = unique.content[i]
+            line[: overlap * unique.continues[i]] = False
+        is_content, x = to_device(content, batch.hidden.device), batch.hidden.float()
+        norms = x.norm(dim=-1)
+        counts = is_content & (norms <= sink_norm) & norms.isfinite()
+        not_finite = is_content & ~norms.isfinite()
+        total = torch.where(counts[..., None], x, 0.0).sum(1)
+        sums[batch.pieces] = torch.cat([total, counts.sum(1)[:, None], not_finite.sum(1)[:, None]], 1).cpu().numpy()
+    of_rows = np.zeros((tokenized.n_rows, d_in + 2))
+    np.add.at(of_rows, np.array(tokenized.row, dtype=np.int64), sums[unique.owner])
+    means, counted, not_finite = of_rows[:, :-2], of_rows[:, -2], np.flatnonzero(of_rows[:, -1])
+    means[not_finite] = 0
+    return (means / np.maximum(counted, 1)[:, None]).astype(np.float32), not_finite
 
 
 class _Transfer:

@@ -189,6 +189,14 @@ class ConversationReader:
             offsets = [(0, 0), *offsets]
         return found.text, offsets, self._pooled(found)
 
+    def content_text(self, row: Any) -> str:
+        """Returns the row's content that counts, before any truncation, its parts on lines of their own.
+
+        Raises: ValueError, without the row's number, when the row cannot be read.
+        """
+        found = self._read(row)
+        return "\n".join(found.text[span.start : span.end] for span in self._pooled(found))
+
     def _tokenize(self, rows: list[_RenderedRow]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Token ids, and their characters, of rows of one type."""
         if not rows:
