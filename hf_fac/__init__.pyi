@@ -3,7 +3,7 @@ from .chat.endpoint import EndpointChat
 from .chat.local import LocalChat
 from .coverage.card import push_coverage_to_hub
 from .coverage.coverage import FeatureCoverage
-from .coverage.diversity import diversity
+from .coverage.metrics import diversity
 from .coverage.report import FACReport
 from .coverage.selection import select
 from .dictionary.build import build_dictionary

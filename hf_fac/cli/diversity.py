@@ -33,7 +33,7 @@ def diversity(
     output: Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="The table, as CSV.")] = None,
 ) -> None:
     """Print what other metrics say of a data set's diversity, beside FAC. Needs no scored rows."""
-    from ..coverage.diversity import diversity as diversity_of
+    from ..coverage.metrics import diversity as diversity_of
 
     if output:
         try_output(output)

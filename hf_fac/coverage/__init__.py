@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "coverage": ["FeatureCoverage"],
         "report": ["FACReport"],
-        "diversity": ["diversity"],
+        "metrics": ["diversity"],
         "selection": ["Selection", "select"],
         "card": ["push_coverage_to_hub"],
     },

@@ -39,10 +39,10 @@ _DIVERSE, _CLOSE, _FAR = "more diverse", "closer to the anchor", "further from t
 class _Rows(NamedTuple):
     """Rows as the metrics read them; texts and vectors are of the rows that have any.
 
-    texts: lists of words. units: float32 [n_with_vector, d], of length 1. labels: [n_with_vector], None without.
+    texts: content of each. units: float32 [n_with_vector, d], of length 1. labels: [n_with_vector]; None without.
     """
 
-    texts: list[list[str]]
+    texts: list[str]
     units: np.ndarray
     labels: np.ndarray | None
 
@@ -88,7 +88,7 @@ def diversity(
                 f"embeddings have {data.units.shape[1]} dimensions and anchor_embeddings {reference.units.shape[1]}"
             )
     lines = [*_text_metrics(data.texts), *_vector_metrics(data, reference)]
-    mean_words = float(np.mean([len(text) for text in data.texts])) if data.texts else math.nan
+    mean_words = float(np.mean([len(words(text)) for text in data.texts])) if data.texts else math.nan
     table = pd.DataFrame(lines, columns=["metric", "value", "higher_is", "n", "needs", "source"]).set_index("metric")
     table["value"] = table["value"].astype(float)
     table.insert(3, "mean_words", mean_words)
@@ -101,11 +101,11 @@ def _read(
     texts, labels = [], []
     for number, row in enumerate(as_rows(rows)):
         try:
-            texts.append(words(featurizer.reader.content_text(row)))
+            texts.append(featurizer.reader.content_text(row))
         except ValueError as error:
             if featurizer.reader.on_error == "raise":
                 raise RowError(f"Row {number} of the {title} cannot be read: {error}.") from error
-            texts.append([])
+            texts.append("")
         if label_column is not None:
             if label_column not in row:
                 raise ValueError(f"row {number} of the {title} has no column {label_column!r}")
@@ -122,19 +122,22 @@ def _read(
     if not has_vector.any():
         raise ValueError(f"no row of the {title} has content tokens: give rows with text")
     return _Rows(
-        texts=[text for text in texts if text],
+        texts=[text for text in texts if words(text)],
         units=unit_vectors(vectors[has_vector]),
         labels=None if label_column is None else np.array(labels, dtype=object)[has_vector],
     )
 
 
-def _text_metrics(texts: list[list[str]]) -> Iterable[tuple]:
-    lowered, n = [[word.lower() for word in text] for text in texts], len(texts)
+def _text_metrics(texts: list[str]) -> Iterable[tuple]:
+    def lowered() -> Iterable[list[str]]:  # as lists of words, all texts at once would fill the memory
+        return (words(text.lower()) for text in texts)
+
+    n = len(texts)
     for size in (1, 2):
-        yield f"distinct-{size}", distinct(lowered, size), _DIVERSE, n, "", "arXiv:1510.03055"
+        yield f"distinct-{size}", distinct(lowered(), size), _DIVERSE, n, "", "arXiv:1510.03055"
     for size in (1, 2):
-        yield f"entropy-{size}", ngram_entropy(lowered, size), _DIVERSE, n, "", "arXiv:1809.05972"
-    tags = _if_installed(parts_of_speech, texts)
+        yield f"entropy-{size}", ngram_entropy(lowered(), size), _DIVERSE, n, "", "arXiv:1809.05972"
+    tags = _if_installed(parts_of_speech, map(words, texts))
     value = math.nan if tags is None else distinct(tags, 2)
     yield "pos-distinct-2", value, _DIVERSE, n, f"English; {INSTALL}", "arXiv:2602.10388"
 

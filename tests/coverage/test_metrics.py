@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
@@ -116,6 +117,18 @@ def test_novel_sum_is_its_definition_whatever_the_block(block, n_anchor, monkeyp
     assert novel_sum(units, anchor) == pytest.approx(slow_novel_sum(units, anchor), rel=1e-4)
 
 
+def test_memory_grows_with_the_rows_and_not_with_their_square(monkeypatch) -> None:
+    monkeypatch.setattr(vector_diversity, "_BLOCK", 2**16)
+    units, anchor = vectors(3000, 4), vectors(3000, 4, seed=1)
+    facility_location(units[:9], anchor[:9])  # loads what it needs
+    tracemalloc.start()
+    novel_sum(units, anchor)
+    facility_location(units, anchor)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6 < 4 * 3000**2 / 5
+
+
 def test_semantic_entropy_is_that_of_the_shares_of_well_separated_clusters() -> None:
     corners, noise = np.eye(20, 24), np.random.default_rng(0).normal(0, 0.01, (400, 24))
     anchor = unit_vectors(np.repeat(corners, 20, axis=0) + noise)
@@ -147,7 +160,7 @@ def test_a_set_beside_itself_is_as_close_as_can_be() -> None:
     assert nearest_neighbour_accuracy(units, labels, units, labels) == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(2, 40), st.integers(0, 1000))
 def test_order_changes_nothing_and_duplicates_make_a_set_no_more_diverse(n, seed) -> None:
     units, anchor = vectors(n, seed=seed), vectors(30, seed=seed + 1)
@@ -195,6 +208,15 @@ def test_the_table_has_a_line_for_each_metric_with_what_it_rests_on(featurizer) 
     alone = diversity(data, featurizer)
     assert list(alone.index) == list(table.index)
     assert alone["value"].isna().tolist() == table["needs"].str.startswith("anchor").tolist()
+
+
+def test_the_texts_and_vectors_are_of_the_content_that_counts(featurizer) -> None:
+    user, both = (diversity(CHATS, featurizer.with_settings(pool_over=who)) for who in ("user", "all"))
+    words_of = [(len(a.split()), len(b.split())) for a, b in pairwise(TEXTS)]
+    assert user["mean_words"].iloc[0] == np.mean([a for a, _ in words_of])
+    assert both["mean_words"].iloc[0] == np.mean([a + b for a, b in words_of])
+    states = featurizer.with_settings(pool_over="user").mean_hidden_states(CHATS)
+    assert user.loc["mean pairwise distance", "value"] == mean_pairwise_distance(unit_vectors(states))
 
 
 def test_vectors_of_the_callers_replace_those_of_the_model(featurizer) -> None:
