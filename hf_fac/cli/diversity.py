@@ -1,4 +1,4 @@
-"""`hf-fac diversity`: other metrics of diversity, printed beside FAC."""
+"""`hf-fac diversity`: metrics of diversity, FAC among them, in one table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from .output import console
 
 if TYPE_CHECKING:
     import pandas as pd
-    from datasets import Dataset
-
-    from ..features.featurizer import SAEFeaturizer
 
 
 def diversity(
@@ -32,40 +29,27 @@ def diversity(
     split: opt.Split = "train",
     output: Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="The table, as CSV.")] = None,
 ) -> None:
-    """Print what other metrics say of a data set's diversity, beside FAC. Needs no scored rows."""
-    from ..coverage.metrics import diversity as diversity_of
+    """Print what other metrics say of a data set's diversity, beside FAC. Scores what is not scored yet."""
+    from ..coverage.metrics import diversity as metrics
 
     if output:
         try_output(output)
     data_rows, anchor_rows = load_data(data, split), None if anchor is None else load_data(anchor, split)
     featurizer = measuring.featurizer()
     check_measured({data: data_rows} | ({} if anchor is None else {anchor: anchor_rows}), featurizer.measurement)
-    table = diversity_of(data_rows, featurizer, anchor=anchor_rows, label_column=label_column)
     if anchor_rows is not None:
-        print_fac(data_rows, anchor_rows, featurizer)
+        data_rows = scored(data_rows, featurizer, "data set")
+        anchor_rows = scored(anchor_rows, featurizer, "anchor set")
+    table = metrics(data_rows, featurizer, anchor=anchor_rows, label_column=label_column)
     print_diversity(table)
     if output:
         write_whole(output, table.to_csv())
         console.print(f"The table is in {output}.")
 
 
-def print_fac(data: Dataset, anchor: Dataset, featurizer: SAEFeaturizer) -> None:
-    from ..coverage.coverage import FeatureCoverage
-
-    coverage = FeatureCoverage.from_dataset(scored(data, featurizer, "data set"))
-    report = coverage.compare(FeatureCoverage.from_dataset(scored(anchor, featurizer, "anchor set")))
-    low, high = report.interval
-    active = len(report.covered) + len(report.data_only["feature"])
-    console.print(
-        f"[bold]FAC {report.fac:.3f}[/bold]  ({report.confidence:.0%} interval {low:.3f} to {high:.3f}); "
-        f"{report.rows:,} rows against {report.anchor_rows:,} activate {active:,} features above delta.",
-        markup=True,
-    )
-
-
 def print_diversity(table: pd.DataFrame) -> None:
     """Prints the table of metrics, and on how many rows and words it rests."""
-    printed = Table(title="Other metrics of diversity", title_justify="left")
+    printed = Table(title="Metrics of diversity", title_justify="left")
     for column in ("metric", "value", "higher is", "rows", "needs"):
         printed.add_column(column, justify="right" if column in ("value", "rows") else "left")
     for line in table.itertuples():

@@ -1,6 +1,6 @@
 """Rival metrics beside FAC: one table of what else is in use to say how diverse a data set is.
 
-In: rows, a featurizer that reads them, and if there is one an anchor set. Out: a data frame with a row for each metric.
+In: rows, scored or not, a featurizer that reads them, and perhaps an anchor set. Out: a data frame, a row a metric.
 Text metrics read the rows' content text, vector metrics the mean hidden states at the SAE's layer, or vectors of the
 caller's. More rows and longer ones make any of them look good: compare sets of the same size and length.
 """
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..inputs.rows import RowError, as_rows
+from ..storage.scored_rows import COLUMNS, is_scored
+from .coverage import FeatureCoverage
 from .text_diversity import INSTALL, distinct, ngram_entropy, parts_of_speech, words
 from .vector_diversity import (
     facility_location,
@@ -62,6 +64,7 @@ def diversity(
     computed from: texts with a word, or rows with a vector), mean_words (words a text), needs, source (arXiv id, DOI or
     other identifier of the paper it is from).
 
+    FAC and the number of active features, both at the delta that `compare` calibrates, need both sets scored.
     distinct-1, distinct-2, entropy-1, entropy-2 and pos-distinct-2 (English only) read the words of the rows' content,
     before truncation. The others read vectors of length 1. `novel_sum` sorts all pairs of rows: take a random
     sample of more than some 20,000 rows.
@@ -87,7 +90,7 @@ def diversity(
             raise ValueError(
                 f"embeddings have {data.units.shape[1]} dimensions and anchor_embeddings {reference.units.shape[1]}"
             )
-    lines = [*_text_metrics(data.texts), *_vector_metrics(data, reference)]
+    lines = [*_coverage(dataset, anchor), *_text_metrics(data.texts), *_vector_metrics(data, reference)]
     mean_words = float(np.mean([len(words(text)) for text in data.texts])) if data.texts else math.nan
     table = pd.DataFrame(lines, columns=["metric", "value", "higher_is", "n", "needs", "source"]).set_index("metric")
     table["value"] = table["value"].astype(float)
@@ -99,6 +102,8 @@ def _read(
     rows: Any, featurizer: SAEFeaturizer, label_column: str | None, embeddings: ArrayLike | None, title: str
 ) -> _Rows:
     texts, labels = [], []
+    if _is_scored(rows):
+        rows = rows.remove_columns(COLUMNS)
     for number, row in enumerate(as_rows(rows)):
         try:
             texts.append(featurizer.reader.content_text(row))
@@ -126,6 +131,22 @@ def _read(
         units=unit_vectors(vectors[has_vector]),
         labels=None if label_column is None else np.array(labels, dtype=object)[has_vector],
     )
+
+
+def _is_scored(rows: Any) -> bool:
+    from datasets import Dataset
+
+    return isinstance(rows, Dataset) and is_scored(rows)
+
+
+def _coverage(dataset: Any, anchor: Any) -> Iterable[tuple]:
+    fac = active = math.nan
+    if _is_scored(dataset) and _is_scored(anchor):
+        report = FeatureCoverage.from_dataset(dataset).compare(FeatureCoverage.from_dataset(anchor))
+        fac, active = report.fac, len(report.covered) + len(report.data_only["feature"])
+    n = len(dataset) if _is_scored(dataset) else 0
+    yield "FAC", fac, _CLOSE, n, "anchor, both scored", "arXiv:2602.10388"
+    yield "active features", active, _DIVERSE, n, "anchor, both scored", "arXiv:2602.10388"
 
 
 def _text_metrics(texts: list[str]) -> Iterable[tuple]:

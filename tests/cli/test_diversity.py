@@ -1,4 +1,5 @@
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -10,11 +11,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The SAE leaves", "ignore:FAC")
 def test_diversity_prints_metrics_beside_fac_and_writes_them(folders, tmp_path) -> None:
     data, options = folders / "data.jsonl", model_options(folders)
     alone = run("diversity", data, *options)
-    assert "FAC 0" not in alone
+    assert "FAC │ - │ closer to the anchor │ │ anchor, both scored │" in alone
     assert "facility location │ - │ closer to the anchor │ │ anchor │" in alone
     said = run("diversity", data, "--anchor", folders / "anchor.jsonl", "-o", tmp_path / "table.csv", *options)
-    assert "FAC " in said
-    assert "12 rows against 40 activate" in said
+    assert re.search(r"FAC │ 0\.\d+ │ closer to the anchor │ 12 │", said)
     assert "words a row. More rows and longer ones" in said
     table = pd.read_csv(tmp_path / "table.csv", index_col="metric")
     value = table.loc["facility location", "value"]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import byte_level_tokenizer
 from tiny_models import D_IN, tiny_model, tiny_sae
 
-from hf_fac import RowError, SAEFeaturizer, diversity
+from hf_fac import FACScorer, FeatureCoverage, RowError, SAEFeaturizer, diversity
 from hf_fac.coverage import text_diversity, vector_diversity
 from hf_fac.coverage.text_diversity import distinct, ngram_entropy, parts_of_speech, words
 from hf_fac.coverage.vector_diversity import (
@@ -192,12 +192,19 @@ def rows(texts: list[str]) -> Dataset:
 
 
 def test_the_table_has_a_line_for_each_metric_with_what_it_rests_on(featurizer) -> None:
-    data, anchor = rows([*TEXTS, " "]), rows(["please send me the invoice", "the hills", "hello world"])
     featurizer = featurizer.with_settings(on_error="skip")
+    data, anchor = (
+        rows(texts).map(FACScorer(featurizer.with_settings()), batched=True)
+        for texts in ([*TEXTS, " "], ["please send me the invoice", "the hills", "hello world"])
+    )
     table = diversity(data, featurizer, anchor=anchor, label_column="label")
     assert list(table.columns) == ["value", "higher_is", "n", "mean_words", "needs", "source"]
     assert table["value"].notna().all()
-    assert (table["n"] == len(TEXTS)).all()
+    assert table["n"].tolist() == [6, 6, *[len(TEXTS)] * (len(table) - 2)]
+    coverage = FeatureCoverage.from_dataset(data)
+    report = coverage.compare(FeatureCoverage.from_dataset(anchor))
+    assert table.loc["FAC", "value"] == report.fac
+    assert table.loc["active features", "value"] == (coverage.maximum > report.threshold).sum()
     assert table["mean_words"].tolist() == pytest.approx([sum(len(text.split()) for text in TEXTS) / 5] * len(table))
     units = unit_vectors(featurizer.mean_hidden_states(TEXTS))
     assert table.loc["Vendi score", "value"] == pytest.approx(vendi(units))
@@ -205,7 +212,7 @@ def test_the_table_has_a_line_for_each_metric_with_what_it_rests_on(featurizer) 
     tags = distinct(parts_of_speech([text.split() for text in TEXTS]), 2)
     assert table.loc["pos-distinct-2", "value"] == tags
 
-    alone = diversity(data, featurizer)
+    alone = diversity(rows(TEXTS), featurizer)
     assert list(alone.index) == list(table.index)
     assert alone["value"].isna().tolist() == table["needs"].str.startswith("anchor").tolist()
 
