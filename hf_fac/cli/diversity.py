@@ -35,8 +35,12 @@ def diversity(
     if output:
         try_output(output)
     data_rows, anchor_rows = load_data(data, split), None if anchor is None else load_data(anchor, split)
+    sets = {data: data_rows} | ({} if anchor is None else {anchor: anchor_rows})
+    for name, rows in sets.items():
+        if label_column is not None and label_column not in rows.column_names:
+            raise typer.BadParameter(f"{name} has no column {label_column!r}, but {', '.join(rows.column_names)}.")
     featurizer = measuring.featurizer()
-    check_measured({data: data_rows} | ({} if anchor is None else {anchor: anchor_rows}), featurizer.measurement)
+    check_measured(sets, featurizer.measurement)
     if anchor_rows is not None:
         data_rows = scored(data_rows, featurizer, "data set")
         anchor_rows = scored(anchor_rows, featurizer, "anchor set")

@@ -66,8 +66,8 @@ def diversity(
 
     FAC and the number of active features, both at the delta that `compare` calibrates, need both sets scored.
     distinct-1, distinct-2, entropy-1, entropy-2 and pos-distinct-2 (English only) read the words of the rows' content,
-    before truncation. The others read vectors of length 1. `novel_sum` sorts all pairs of rows: take a random
-    sample of more than some 20,000 rows.
+    before truncation. The others read vectors of length 1. NovelSum sorts all pairs of rows: of more than some 20,000
+    rows take a random sample.
 
     Args:
         dataset, anchor: rows as `SAEFeaturizer` takes them.
