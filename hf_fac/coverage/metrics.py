@@ -62,7 +62,7 @@ def diversity(
 
     Columns: value (NaN where what it needs is not there), higher_is (what a higher value says), n (rows that it was
     computed from: texts with a word, or rows with a vector), mean_words (words a text), needs, source (arXiv id, DOI or
-    other identifier of the paper it is from).
+    other identifier of the paper it is from, if there is one).
 
     FAC and the number of active features, both at the delta that `compare` calibrates, need both sets scored.
     distinct-1, distinct-2, entropy-1, entropy-2 and pos-distinct-2 (English only) read the words of the rows' content,
@@ -176,7 +176,7 @@ def _vector_metrics(data: _Rows, anchor: _Rows | None) -> Iterable[tuple]:
             accuracy = nearest_neighbour_accuracy(x, data.labels, a, anchor.labels)
     yield "facility location", located, _CLOSE, n, "anchor", "ACL:P11-1052"
     yield "mean shift", shift, _FAR, n, "anchor", "JMLR:v13/gretton12a"
-    yield "nearest-neighbour distance", distance, _FAR, n, "anchor", "doi:10.1109/TIT.1967.1053964"
+    yield "nearest-neighbour distance", distance, _FAR, n, "anchor", ""
     needs = "anchor and labels"
     yield "nearest-neighbour accuracy", accuracy, _CLOSE, n, needs, "doi:10.1109/TIT.1967.1053964"
 
