@@ -4,6 +4,7 @@ from .chat.local import LocalChat
 from .coverage.card import push_coverage_to_hub
 from .coverage.coverage import FeatureCoverage
 from .coverage.metrics import diversity
+from .coverage.relevance import RelevantFeatures, features_from_contrast, features_from_labels, features_from_outcome
 from .coverage.report import FACReport
 from .coverage.selection import select
 from .dictionary.build import build_dictionary
@@ -35,6 +36,7 @@ __all__ = [
     "FeatureDictionary",
     "HubError",
     "LocalChat",
+    "RelevantFeatures",
     "RowError",
     "SAEFeaturizer",
     "SteeredChat",
@@ -44,6 +46,9 @@ __all__ = [
     "detect",
     "diversity",
     "explain",
+    "features_from_contrast",
+    "features_from_labels",
+    "features_from_outcome",
     "find_sae",
     "get_task",
     "load_sae",

@@ -6,6 +6,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "coverage": ["FeatureCoverage"],
+        "relevance": [
+            "RelevantFeatures",
+            "features_from_contrast",
+            "features_from_labels",
+            "features_from_outcome",
+        ],
         "report": ["FACReport"],
         "metrics": ["diversity"],
         "selection": ["Selection", "select"],

@@ -186,7 +186,7 @@ class FACSynthesizer:
 
         Args:
             missing: a `FACReport`, whose missing features are written for and whose FAC is brought up to date, or ids.
-            features: write for these of the missing features only.
+            features: ids; write for the missing features that are among them.
             anchor: rows that a dictionary is built from when the synthesizer has none.
             cache_dir: a folder where answers and measurements are kept as they come. The same call after a kill asks
                 for nothing again; other settings and bounds use what they share with it.
@@ -264,9 +264,7 @@ class FACSynthesizer:
         if features is None:
             return wanted
         chosen = check_feature_ids(features, self.featurizer.d_sae, may_be_empty=True)
-        if (others := np.setdiff1d(chosen, wanted)).size:
-            raise ValueError(f"Feature {others[0]} is not one of the {len(wanted):,} missing features.")
-        return chosen
+        return chosen[np.isin(chosen, wanted)]
 
     def _delta(self, missing: FACReport | ArrayLike) -> np.ndarray:
         """The activation threshold of every feature, float64 [d_sae]."""

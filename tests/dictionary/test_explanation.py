@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flaky_server import FlakyServer
-from hand_made import by_hand, row_of
+from hand_made import by_hand, relevant, row_of
 
 from hf_fac.chat.base import ChatError, Completion
 from hf_fac.chat.endpoint import EndpointChat
@@ -210,7 +210,7 @@ def test_the_explanation_is_drawn_from_other_spans_than_the_detection_score() ->
     assert len(negatives) == len(set(negatives)) == 3
 
     chat = ScriptedChat()
-    found = explain(make_dictionary(), chat, features=[1], spans=2, held_out=0)
+    found = explain(make_dictionary(), chat, features=relevant([1]), spans=2, held_out=0)
     assert len(chat.asked) == 2
     assert set(re.findall(r"1 text (\d)", chat.prompts[0])) == {"0", "1"}
     assert found[1]["detection"] is None

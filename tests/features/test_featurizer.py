@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hand_made import relevant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -1016,7 +1017,9 @@ def test_a_featurizer_loaded_by_name_is_that_made_from_objects(folders, tokenize
 
 
 def test_a_pickle_carries_names_and_no_weights(folders):
-    featurizer = SAEFeaturizer.from_pretrained(str(folders / "model"), sae=str(folders / "sae"), features=[7, 2])
+    featurizer = SAEFeaturizer.from_pretrained(
+        str(folders / "model"), sae=str(folders / "sae"), features=relevant([7, 2])
+    )
     pickled = pickle.dumps(featurizer)
     assert len(pickled) < 2000
     again = pickle.loads(pickled)

@@ -1,9 +1,13 @@
-"""Feature dictionaries made by hand, without a model."""
+"""Feature dictionaries and relevant features made by hand, without a model."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_fac.coverage.relevance import RelevantFeatures
 from hf_fac.dictionary.dictionary import FeatureDictionary
 
 MEASUREMENT = {"model": "tiny", "layer": 2, "d_sae": 48, "keep_above": 0.0, "fingerprint": "f"}
@@ -37,3 +41,12 @@ def row_of(feature: int, texts: list[str], *, acts: list[float] | None = None, *
 
 def by_hand(*made: dict) -> FeatureDictionary:
     return FeatureDictionary.from_rows(list(made), measurement=MEASUREMENT)
+
+
+def relevant(ids: ArrayLike) -> RelevantFeatures:
+    """These features, as those that labels would show to be relevant."""
+    ids = np.array(ids)
+    return RelevantFeatures(
+        ids=ids, source="labels", tested=len(ids), passed=len(ids), held_out=True, fdr=0.05, rows=10,
+        measurement=MEASUREMENT, table={"feature": ids},
+    )  # fmt: skip
