@@ -23,6 +23,7 @@ from .diversity import diversity
 from .hub import pull, push
 from .options import expand_options
 from .output import errors
+from .relevance import relevant
 from .synthesize import synthesize
 from .train import train_sae
 
@@ -70,5 +71,7 @@ app = typer.Typer(
     help="What is my training data missing? Reads data sets with a model's own sparse-autoencoder features. "
     "HF_FAC_TRACEBACK=1 in the environment adds a traceback to an error.",
 )
-for command in (demo, score, missing, diversity, train_sae, interpret, rate, select, synthesize, push, pull):
+for command in (
+    demo, score, missing, diversity, relevant, train_sae, interpret, rate, select, synthesize, push, pull,
+):  # fmt: skip
     app.command(command.__name__.replace("_", "-"))(expand_options(command))

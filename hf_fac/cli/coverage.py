@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +12,12 @@ from rich.table import Table
 
 from ..storage.differences import differences
 from ..storage.files import try_output, whole_file
-from ..storage.scored_rows import COLUMNS, is_scored
+from ..storage.scored_rows import COLUMNS, MEASUREMENT, is_scored
 from . import options as opt
-from .data import check_measured, load_data, print_left_out, scored
+from .data import check_measured, load_data, load_dictionary, print_left_out, scored
 from .options import FeaturizerOptions, MeasuringOptions
 from .output import console, marked_text, one_line
+from .relevance import ChosenFeatures, read_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,6 +65,13 @@ def missing(
     split: opt.Split = "train",
     threshold: opt.Threshold = None,
     relative: Annotated[float | None, typer.Option(help="delta as a share of each feature's anchor maximum.")] = None,
+    features: opt.Features = None,
+    task: Annotated[
+        str | None, typer.Option(help="Only features that a dictionary rates for it: name or file.")
+    ] = None,
+    dictionary: Annotated[
+        str | None, typer.Option(help="Folder or Hub repo, for --task; by default the embedded one.")
+    ] = None,
     top: opt.Top = 20,
     output: Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="The report, as JSON.")] = None,
 ) -> None:
@@ -71,15 +80,19 @@ def missing(
 
     if output:
         try_output(output)
+    chosen = _chosen_features(features, task, dictionary, is_embedded=measuring.model is None)
     data_rows, anchor_rows = load_data(data, split), load_data(anchor, split)
     featurizer = None
     if not (is_scored(data_rows) and is_scored(anchor_rows)):
         featurizer = measuring.featurizer()
         check_measured({data: data_rows, anchor: anchor_rows}, featurizer.measurement)
+    if chosen is not None:
+        chosen.check(json.loads(data_rows[0][MEASUREMENT]) if featurizer is None else featurizer.measurement)
     data_rows, anchor_rows = scored(data_rows, featurizer, "data set"), scored(anchor_rows, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(data_rows).compare(
-        FeatureCoverage.from_dataset(anchor_rows), threshold=threshold, relative=relative
-    )
+        FeatureCoverage.from_dataset(anchor_rows), features=None if chosen is None else chosen.ids,
+        threshold=threshold, relative=relative,
+    )  # fmt: skip
     print_report(report, anchor_rows, featurizer, top)
     if output:
         report.save(output)
@@ -91,6 +104,7 @@ def select(
     report: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `hf-fac missing --output` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The chosen rows, as JSON lines.")],
     featurizing: FeaturizerOptions,
+    features: opt.Features = None,
     rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="The most rows to choose.")] = 100,
     split: opt.Split = "train",
 ) -> None:
@@ -105,6 +119,11 @@ def select(
 
     try_output(output)
     found, data = FACReport.load(report), load_data(pool, split)
+    missing = found.missing
+    if features is not None:
+        wanted = read_features(features)
+        wanted.check(found.measurement)
+        missing = wanted.among(missing)
     check_measured({pool: data}, found.measurement, f"the rows of {report}")
     if not is_scored(data):
         as_reported = {name: found.measurement[name] for name in ("activation", "pool_over", "side", "keep_above")}
@@ -115,13 +134,31 @@ def select(
                 "the options that the report was made with."
             )
         data = scored(data, featurizer, "pool")
-    chosen = select_rows(data, found.missing, rows, threshold=found.threshold)
+    chosen = select_rows(data, missing, rows, threshold=found.threshold)
     with whole_file(output) as partial:
         data.select(chosen.rows).remove_columns(COLUMNS).to_json(partial, compression=infer_compression(str(output)))
     console.print(
-        f"{len(chosen.rows):,} rows activate {len(chosen.covered):,} of {len(found.missing):,} missing features. "
+        f"{len(chosen.rows):,} rows activate {len(chosen.covered):,} of {len(missing):,} missing features. "
         f"Written to {output}."
     )
+
+
+def _chosen_features(
+    file: Path | None, task: str | None, dictionary: str | None, *, is_embedded: bool
+) -> ChosenFeatures | None:
+    """F_task: of the file, or what the dictionary has rated for the task; None for all features."""
+    from ..tasks.task import get_task
+
+    if (file is not None and task is not None) or (task is None and dictionary is not None):
+        raise typer.BadParameter("Give --features, or --task with the --dictionary that was rated for it.")
+    if file is not None:
+        return read_features(file)
+    if task is None:
+        return None
+    known, name = load_dictionary(dictionary, is_embedded=is_embedded), get_task(task).name
+    if known is None:
+        raise typer.BadParameter("--task needs --dictionary: one that hf-fac rate has rated for the task.")
+    return ChosenFeatures(known.task_features(name), known.measurement, dictionary or "the embedded dictionary")
 
 
 def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer | None, top: int) -> None:

@@ -15,6 +15,7 @@ from .output import console
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..dictionary.dictionary import FeatureDictionary
     from ..features.featurizer import SAEFeaturizer
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -83,6 +84,19 @@ def _saved_to_disk(name: str, split: str) -> Dataset:
     if split not in found:
         raise ValueError(f"it has no such split, but {', '.join(found)}")
     return found[split]
+
+
+def load_dictionary(name: str | None, *, is_embedded: bool) -> FeatureDictionary | None:
+    """Returns the dictionary of a folder or a Hub repo; without a name the embedded one, if that model measures."""
+    if name is not None:
+        from ..dictionary.dictionary import FeatureDictionary
+
+        return FeatureDictionary.from_pretrained(name)
+    if is_embedded:
+        from ..embedded.loader import load_dictionary
+
+        return load_dictionary()
+    return None
 
 
 def check_measured(sets: dict[str, Dataset], measurement: dict[str, Any], expected: str = "these options say") -> None:

@@ -13,6 +13,7 @@ from . import options as opt
 from .data import load_data, print_left_out
 from .options import ChatOptions, MeasuringOptions
 from .output import console
+from .relevance import ChosenFeatures, read_features
 
 if TYPE_CHECKING:
     from ..dictionary.dictionary import FeatureDictionary
@@ -32,6 +33,7 @@ def interpret(
     split: opt.Split = "train",
     spans: Annotated[int, typer.Option(min=1, help="The most spans of a feature.")] = 10,
     prompt_format: AnswerFormat = "json",
+    features: opt.Features = None,
     sample: SampleSize = None,
     shuffled: Annotated[bool, typer.Option("--shuffled", help="Also score other features' explanations.")] = False,
     seed: opt.Seed = 0,
@@ -42,10 +44,13 @@ def interpret(
     """
     from ..dictionary.build import remove_states
 
+    chosen = None if features is None else read_features(features)
     if (output / FILE_NAME).exists():
         dictionary = _known(output, data, split)
     else:
         dictionary = _collected(output, measuring, data, split, spans)
+    if chosen is not None:
+        chosen.check(dictionary.measurement)
     remove_states(output / _PROGRESS)
     print_summary(dictionary, output)
     if not chatting.given:
@@ -54,7 +59,7 @@ def interpret(
 
     try_output(output, folder=True)
     chat = chatting.make(measuring.device)
-    asked = {"features": _sampled(dictionary, sample, seed), "seed": seed, "cache_dir": output / _CACHE}
+    asked = {"features": _sampled(dictionary, sample, seed, chosen), "seed": seed, "cache_dir": output / _CACHE}
     dictionary = explain(dictionary, chat, prompt_format=prompt_format, **asked)
     dictionary.save(output)
     print_summary(dictionary, output)
@@ -131,14 +136,21 @@ def _collected(
     return dictionary
 
 
-def _sampled(dictionary: FeatureDictionary, sample: int | None, seed: int) -> list[int] | None:
+def _sampled(
+    dictionary: FeatureDictionary, sample: int | None, seed: int, chosen: ChosenFeatures | None = None
+) -> list[int] | None:
     import numpy as np
 
+    known = dictionary.features
+    if chosen is not None:
+        known = chosen.among(known)
+        if not len(known):
+            raise typer.BadParameter(f"The dictionary has none of the features in {chosen.name}.")
     if sample is None:
-        return None
-    if not 1 <= sample <= len(dictionary):
-        raise typer.BadParameter(f"--sample is {sample}; the dictionary has {len(dictionary):,} features.")
-    return np.sort(np.random.default_rng(seed).choice(dictionary.features, sample, replace=False)).tolist()
+        return None if chosen is None else known.tolist()
+    if not 1 <= sample <= len(known):
+        raise typer.BadParameter(f"--sample is {sample}; there are {len(known):,} features to ask about.")
+    return np.sort(np.random.default_rng(seed).choice(known, sample, replace=False)).tolist()
 
 
 def print_summary(dictionary: FeatureDictionary, folder: Path) -> None:

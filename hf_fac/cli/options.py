@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -63,6 +64,10 @@ Anchor = Annotated[str, typer.Argument(help="The reference data set: large and d
 Split = Annotated[str, typer.Option(help="The split of a Hub data set or folder.")]
 Device = Annotated[str | None, typer.Option(callback=_check_device, help="cpu, cuda, cuda:1, ...; by default a GPU.")]
 Threshold = Annotated[float | None, typer.Option(help="delta in the SAE's units; by default calibrated on the anchor.")]
+Features = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="Only these: what `hf-fac relevant` wrote, or a JSON list of ids."),
+]
 Top = Annotated[int, typer.Option(min=0, help="How many missing features to show.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 Model = Annotated[str | None, typer.Option(help="The model's Hub id or folder; by default the embedded one.")]

@@ -12,12 +12,12 @@ import typer
 from ..storage.files import try_output, write_whole
 from ..storage.parquet import write_parquet
 from . import options as opt
-from .data import check_measured, load_data, scored
+from .data import check_measured, load_data, load_dictionary, scored
 from .options import ChatOptions, MeasuringOptions
 from .output import console
+from .relevance import read_features
 
 if TYPE_CHECKING:
-    from ..dictionary.dictionary import FeatureDictionary
     from ..synthesis.report import SynthesisResult
 
 
@@ -61,6 +61,7 @@ def synthesize(
         str | None,
         typer.Option(help="Folder or Hub repo; by default the embedded one, and with --model one of the anchor set."),
     ] = None,
+    features: opt.Features = None,
     only_rated: Annotated[bool, typer.Option("--only-rated", help="Only features rated for the task.")] = False,
     split: opt.Split = "train",
     threshold: opt.Threshold = None,
@@ -79,12 +80,18 @@ def synthesize(
     try_output(output, folder=True)
     if unknown := [name for name in writing.methods or () if name not in METHODS]:
         raise typer.BadParameter(f"--method is {unknown[0]!r}; it must be one of {', '.join(METHODS)}.")
-    written_for, known = get_task(task), _load_dictionary(dictionary, is_embedded=measuring.model is None)
+    written_for, known = get_task(task), load_dictionary(dictionary, is_embedded=measuring.model is None)
     if only_rated and known is None:
         raise typer.BadParameter("--only-rated needs --dictionary: one that hf-fac rate has rated for the task.")
-    features = known.task_features(written_for.name) if only_rated else None
+    if only_rated and features is not None:
+        raise typer.BadParameter("Give --features or --only-rated, not both.")
+    wanted = known.task_features(written_for.name) if only_rated else None
+    chosen = None if features is None else read_features(features)
     rows, reference = load_data(data, split), load_data(anchor, split)
     featurizer = measuring.featurizer()
+    if chosen is not None:
+        chosen.check(featurizer.measurement)
+        wanted = chosen.ids
     check_measured({data: rows, anchor: reference}, featurizer.measurement)
     if known is None:
         known = build_dictionary(featurizer, reference, source=Path(anchor).stem, rank=0, world_size=1)
@@ -94,7 +101,7 @@ def synthesize(
     )  # fmt: skip
     scored_rows, scored_anchor = scored(rows, featurizer, "data set"), scored(reference, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(scored_rows).compare(
-        FeatureCoverage.from_dataset(scored_anchor), features=features, threshold=threshold
+        FeatureCoverage.from_dataset(scored_anchor), features=wanted, threshold=threshold
     )
     console.print(str(report), highlight=False)
     console.print(f"Plan without bounds: {synthesizer.plan(report)}", highlight=False)
@@ -102,18 +109,6 @@ def synthesize(
         return
     result = synthesizer.synthesize(report, cache_dir=output / "cache", **asdict(bounds))
     _write(result, output)
-
-
-def _load_dictionary(name: str | None, *, is_embedded: bool) -> FeatureDictionary | None:
-    if name is not None:
-        from ..dictionary.dictionary import FeatureDictionary
-
-        return FeatureDictionary.from_pretrained(name)
-    if is_embedded:
-        from ..embedded.loader import load_dictionary
-
-        return load_dictionary()
-    return None
 
 
 def _write(result: SynthesisResult, folder: Path) -> None:

@@ -17,6 +17,7 @@ def test_help_names_every_command():
         "demo",
         "score",
         "missing",
+        "relevant",
         "train-sae",
         "interpret",
         "rate",
