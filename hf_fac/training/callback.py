@@ -151,7 +151,7 @@ class FACSynthesisCallback(TrainerCallback):
 
     @property
     def new_rows(self) -> Dataset | None:
-        return None if self._state.record.epoch < 0 else self._state.new_rows
+        return self._state.new_rows if self._state.record.has_round else None
 
     @property
     def summary(self) -> dict[str, float]:
@@ -213,9 +213,9 @@ class FACSynthesisCallback(TrainerCallback):
             with self._preserved():
                 if self._checkpoint is not None:
                     self._resume(self._checkpoint)
-                elif self._state.record.epoch < 0 and self.settings.refresh == "start":
+                elif not self._state.record.has_round and self.settings.refresh == "start":
                     self._state = self._rounds.run(self._state, 0)
-            self._fill()
+            self._fill()  # with refresh="epoch" it only makes the places; on_epoch_begin runs the rounds
         return original()
 
     def _resume(self, checkpoint: Path) -> None:
@@ -249,7 +249,7 @@ class FACSynthesisCallback(TrainerCallback):
         # on_save comes later, when a checkpoint is whole and may be on its way to the Hub.
         original(output_dir, *args, **kwargs)
         in_checkpoint = output_dir is not None and Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        if in_checkpoint and self._state.record.epoch >= 0 and self.trainer.args.should_save:
+        if in_checkpoint and self._state.record.has_round and self.trainer.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             write_whole(Path(output_dir) / RECORD, self._state.record.model_dump_json())
 

@@ -49,6 +49,11 @@ class CheckpointRecord(Strict):
     exhausted: list[int] = Field(default_factory=list)
     summary: dict[str, int | float] = Field(default_factory=dict)
 
+    @property
+    def has_round(self) -> bool:
+        """Whether a coverage round ran."""
+        return self.epoch >= 0
+
 
 def read_record(checkpoint: Path) -> CheckpointRecord:
     """Returns the record of a checkpoint.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import ClassLabel, Dataset, Features, Value
 
 from ..inputs.rows import ROW_TYPES
+from .raw_rows import check_raw_rows
 from .training_set import Prepare, TrainingSet, append_rows
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def training_set_of(
             "it, then the trainer measures them."
         )
     made = _maker(trainer)(trainer, task, train_dataset, prepare)
-    made.check(name="The training set" if train_dataset is None else "train_dataset=")
+    check_raw_rows(made, name="The training set" if train_dataset is None else "train_dataset=")
     return made
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, concatenate_datasets
 
 from ..storage.parquet import rows_digest
 
@@ -85,7 +85,7 @@ class TrainingSet:
         """The set with new rows at its end."""
         prepared = self.prepare(self._numbered(new.select_columns(self.new_columns), range(len(new))))
         kept_rows = self._kept_rows(new, prepared, any_dropped=len(prepared) < len(new))
-        whole = concatenate_datasets([to.with_format(None), self._in_types_of_set(prepared)])
+        whole = concatenate_datasets([to.with_format(None), self.in_types_of_set(prepared)])
         return Joined(self._formatted(whole), kept_rows)
 
     def _rearranged(self, new: Dataset) -> Joined:
@@ -106,14 +106,14 @@ class TrainingSet:
         """Those of the raw new rows that are among the prepared ones."""
         if not any_dropped:
             return new
-        return new.select(_numbers_in(prepared) if _NUMBER in prepared.column_names else self._prepared_singly(new))
+        return new.select(_numbers_in(prepared) if _NUMBER in prepared.column_names else self._numbers_kept_singly(new))
 
-    def _prepared_singly(self, new: Dataset) -> list[int]:
+    def _numbers_kept_singly(self, new: Dataset) -> list[int]:
         """Numbers of the new rows that are left when each is prepared without the others."""
         rows = new.select_columns(self.new_columns)
         return [number for number in range(len(rows)) if len(self.prepare(rows.select([number])))]
 
-    def _in_types_of_set(self, prepared: Dataset) -> Dataset:
+    def in_types_of_set(self, prepared: Dataset) -> Dataset:
         """The columns that are trained on, in the types of the trainer's set."""
         for rows, problem in ((prepared, "preparing a row gives"), (self.prepared, "the training set has")):
             if missing := [name for name in self.columns if name not in rows.column_names]:
@@ -129,68 +129,6 @@ class TrainingSet:
         return rows.with_format(
             form["type"], columns=columns, output_all_columns=form["output_all_columns"], **form["format_kwargs"]
         )
-
-    def check(self, *, name: str) -> None:
-        """Raises: ValueError, with the remedy, where `raw`, which the error calls `name`, does not give the trainer's
-        set, or where rows reduced to the columns of new rows come out differently."""
-        first = self._prepared_end(self.raw)
-        if not self._gives_the_set(first):
-            raise ValueError(
-                f"{name} is not what the trainer was given: prepared, its {len(self.raw):,} rows are not the trainer's "
-                f"{len(self.prepared):,}. Pass as train_dataset= the raw rows that the trainer was given, in their "
-                "order, and where you tokenized them the function that did as prepare= (which must not depend on what "
-                "else is in the set, as padding to the longest row does)."
-            )
-        columns = self.raw.column_names
-        shared = [column for column in columns if column in self.new_columns]
-        problem = self._problem(shared, first)
-        if problem is None:
-            return
-        lacking = [column for column in columns if column not in shared]
-        needed = [name for name in lacking if self._problem([c for c in columns if c != name], first)] or lacking
-        reduced = f"Without {', '.join(needed)}" if needed else "As a new row"
-        raise ValueError(
-            f"{reduced} the training set's first row {problem}. New rows have only the columns {', '.join(shared)}, so "
-            "they would be prepared differently from those that are there. Remove what new rows do not have (other "
-            "columns, names of labels) and make the trainer again. What all rows share can stand in the chat "
-            "template, formatting_func or prepare=."
-        )
-
-    def _gives_the_set(self, first: dict[str, Any] | None) -> bool:
-        """Whether `raw`, whose first row comes out so, gives the trainer's set: its ends, or where any row may stand
-        there all of it."""
-        if self.order == "unchanged":
-            n_most = len(self.raw) if self.ignores_columns else len(self.prepared)  # a user's function may split rows
-            there = self.prepared.with_format(None).select_columns(self.columns)
-            return first == there[0] and self._prepared_end(self.raw, last=True) == there[-1] and len(there) <= n_most
-        again, there = (
-            rows.select_columns("input_ids").with_format("arrow") for rows in (self.prepare(self.raw), self.prepared)
-        )
-        return len(again) == len(there) and all(
-            one == other for one, other in zip(again.iter(1000), there.iter(1000), strict=True)
-        )
-
-    def _problem(self, columns: list[str], expected: dict[str, Any] | None) -> str | None:
-        """What happens to the first row as a new one with only these columns, if it comes out differently."""
-        rows = self.raw.select_columns(columns)
-        # A function that looks up the names of labels finds none in new rows.
-        rows = rows.cast_column("label", Value("int64")) if isinstance(rows.features.get("label"), ClassLabel) else rows
-        try:
-            return None if self._prepared_end(rows) == expected else "comes out differently"
-        except Exception as error:
-            return f"cannot be prepared ({error!r:.200})"
-
-    def _prepared_end(self, rows: Dataset, *, last: bool = False) -> dict[str, Any] | None:
-        """The first or last of raw rows that the trainer's filters leave, prepared; None when they leave none."""
-        prepare = self.prepare_single or self.prepare
-        n = len(rows)
-        size = 1
-        while True:
-            end = rows.select(range(n - size, n) if last else range(size))
-            prepared = self._in_types_of_set(prepare(end))
-            if len(prepared) or size == n:
-                return prepared[-1 if last else 0] if len(prepared) else None
-            size = min(n, 10 * size)
 
 
 class FixedLengthDataset(torch.utils.data.Dataset):
