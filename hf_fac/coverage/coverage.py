@@ -23,8 +23,9 @@ from ..storage.scored_rows import REMEDY, ScoredRows, scored_batches
 from ..storage.validation import Measurement, checked, read_measurement
 from .activations import check_scored, matrix_rows
 from .grid import ActivationGrid
+from .rarefaction import unseen
 from .report import FACReport
-from .statistics import fac, jackknife_interval, kl_divergence
+from .statistics import fac, kl_divergence, mean_interval, single_interval, standard_error
 from .threshold import choose_threshold
 
 if TYPE_CHECKING:
@@ -264,10 +265,16 @@ class FeatureCoverage:
             "data_support": data_support, "delta": np.broadcast_to(delta, self.d_sae),
         }  # fmt: skip
         table = {"feature": in_anchor, "covered": covered} | {name: all_[in_anchor] for name, all_ in columns.items()}
-        share = fac(covered)
+        share, lost = fac(covered), self._lost_without_a_row(in_anchor, delta)
+        error = standard_error(lost, len(in_anchor), self.rows)
+        n_covered, support = np.count_nonzero(covered), data_support[in_anchor]
+        reached = n_covered + unseen(support, self.rows)
         return FACReport(
             fac=share,
-            interval=jackknife_interval(share, self._lost_without_a_row(in_anchor, delta), len(in_anchor), self.rows),
+            interval=mean_interval(share, error),
+            single_interval=single_interval(share, error, lost, support),
+            standard_error=error,
+            saturation=n_covered / reached if reached else math.nan,
             threshold=delta if delta.ndim else float(delta),
             threshold_source=source,
             features=features,
@@ -285,7 +292,22 @@ class FeatureCoverage:
             measurement=self.measurement,
             table=table,
             data_only={"feature": data_only, "data_support": data_support[data_only]},
+            over_threshold=self._over_threshold(anchor, wanted),
         )
+
+    def _over_threshold(self, anchor: FeatureCoverage, wanted: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns by level of the grid, up to the last that a feature of the anchor exceeds: numbers of features and
+        the standard error of FAC."""
+        levels, counts = self.grid[self.grid < anchor.maximum[wanted].max(initial=0)], []
+        for level in levels:
+            in_anchor = wanted[anchor.maximum[wanted] > level]
+            error = standard_error(self._lost_without_a_row(in_anchor, level), len(in_anchor), self.rows)
+            counts.append((len(in_anchor), np.count_nonzero(self.maximum[in_anchor] > level), error))
+        sizes, covered, errors = np.array(counts).reshape(-1, 3).T
+        return {
+            "threshold": levels, "anchor_features": sizes.astype(np.int64), "covered": covered.astype(np.int64),
+            "standard_error": np.nan_to_num(errors),
+        }  # fmt: skip
 
     def _support(self, delta: np.ndarray) -> np.ndarray:
         """Returns the rows that activate each feature, int64 [d_sae]: exact on the grid, off it the count at the

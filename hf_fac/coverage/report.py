@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +22,15 @@ from pydantic_core import core_schema
 
 from ..storage.files import write_whole
 from ..storage.validation import WholeMeasurement, checked
-from .statistics import CONFIDENCE, fac_curve, kl_divergence
+from .rarefaction import expected_covered, expected_gain, subset_errors
+from .statistics import CONFIDENCE, fac_curve, kl_divergence, mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_array
 
 
-_TABLES = ("table", "data_only")
+_TABLES = ("table", "data_only", "over_threshold")
 
 
 def _from_json(kind: Any, make: Callable[[Any], Any]) -> GetPydanticSchema:
@@ -71,12 +72,16 @@ class FACReport:
     hence the order of `missing` and the KL divergence, are exact only when delta is on the grid. Off it supports are
     lower bounds, the counts at the next level above, and active shares are upper bounds. A calibrated delta is on the
     grid; one that was given, or is relative, seldom is.
+
+    What other data sets are to be expected from holds for independent rows of the same source. `interval` is for the
+    mean FAC of data sets of this size, `single_interval` for FAC of one other such data set: it is wider, and the one
+    to hold against another data set's FAC. Both are for this anchor set.
     """
 
     __pydantic_config__ = ConfigDict(strict=True)
 
     fac: _Number  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
-    interval: tuple[_Number, _Number]  # of the mean FAC of such data sets, see `jackknife_interval`; NaN below 2 rows
+    interval: tuple[_Number, _Number]  # of the mean FAC of such data sets, see `mean_interval`; NaN below 2 rows
     threshold: float | _Delta  # delta in the SAE's units; float64 [d_sae] with relative=, or where given so
     threshold_source: str
     features: _Ids | None  # int64, rising: the subset F_task; None for all features
@@ -96,6 +101,11 @@ class FACReport:
     # feature, data_support: what the data activates beyond F(anchor)
     data_only: dict[str, _Column] = field(default_factory=dict, repr=False)
     confidence: float = CONFIDENCE
+    # Absent, and NaN, in reports that earlier releases saved:
+    single_interval: tuple[_Number, _Number] = (math.nan, math.nan)  # of one other such data set, `single_interval`
+    standard_error: _Number = math.nan  # of FAC, by the jackknife over rows
+    saturation: _Number = math.nan  # FAC / what this source would reach without end, which `unseen` bounds from below
+    over_threshold: dict[str, _Column] = field(default_factory=dict, repr=False)  # see `fac_over_threshold`
 
     def to_pandas(self) -> pd.DataFrame:
         """Returns a row for each feature of F(anchor).
@@ -106,6 +116,90 @@ class FACReport:
         import pandas as pd
 
         return pd.DataFrame(self.table)
+
+    def fac_over_threshold(self) -> pd.DataFrame:
+        """Returns FAC at each level of `FeatureCoverage.grid` that a feature of the anchor exceeds, one delta for all
+        features.
+
+        Columns: threshold; fac, and its interval, low to high, as `interval`; anchor_features, |F(anchor)|; covered.
+
+        Raises: ValueError for a report that was read without its tables.
+        """
+        import pandas as pd
+
+        by_level = pd.DataFrame(self._held("over_threshold"))
+        shares = by_level["covered"] / by_level["anchor_features"]
+        errors = by_level.pop("standard_error") if self.rows > 1 else pd.Series(math.nan, by_level.index)
+        return _with_interval(by_level[["threshold"]], shares, errors).join(by_level[["anchor_features", "covered"]])
+
+    def rarefaction(self, sizes: ArrayLike | None = None) -> pd.DataFrame:
+        """Returns the expected FAC of data sets of other sizes, of rows as those of this data set.
+
+        Up to `rows` it is exact, the mean over all subsets of the data set's rows (`rarefaction.expected_covered`).
+        Beyond, it is an estimate up to about twice `rows`, and further a lower bound (`rarefaction.expected_gain`).
+        Where not `support_exact`, numbers of rows are lower bounds, and so is expected FAC below `rows`.
+
+        Columns: rows; fac; low and high, the interval of the mean FAC of such data sets, at all rows that of
+        `interval`, NaN beyond; extrapolated.
+
+        Args:
+            sizes: numbers of rows. None: 20 up to twice `rows`.
+
+        Raises: ValueError for other sizes, and for a report that was read without its tables.
+        """
+        import pandas as pd
+
+        support, n = self._held("table")["data_support"], self.rows
+        sizes = np.unique(np.arange(1, 21) * n // 10) if sizes is None else np.asarray(sizes)
+        if sizes.ndim != 1 or (sizes.size and (sizes.dtype.kind not in "iu" or sizes.min() < 0)):
+            raise ValueError(f"sizes must be a list of numbers of rows, each 0 or more, got {sizes!r:.100}")
+        sizes, n_features = sizes.astype(np.int64), len(support) or math.nan
+        within = np.minimum(sizes, n)
+        covered = expected_covered(support, n, within) + expected_gain(support, n, sizes - within)
+        errors = subset_errors(support, n, within, self.standard_error) if len(support) else np.full(len(sizes), np.nan)
+        errors = np.where(sizes > n, math.nan, errors)
+        table = _with_interval(pd.DataFrame({"rows": sizes}), pd.Series(covered / n_features), pd.Series(errors))
+        return table.assign(extrapolated=sizes > n)
+
+    def expected_gain(self, rows: float) -> float:
+        """Returns how many missing features this many further rows, of the kind of the data set's, would cover.
+
+        An estimate for up to about as many rows as there are, a lower bound beyond; see `rarefaction.expected_gain`.
+        `math.inf` gives what the kind reaches in the end, at least.
+
+        Raises: ValueError for fewer than 0 rows, and for a report that was read without its tables.
+        """
+        if not rows >= 0:
+            raise ValueError(f"rows is {rows}; it must be 0 or more")
+        return float(expected_gain(self._held("table")["data_support"], self.rows, rows))
+
+    def weighted_fac(self, weights: str | Mapping[int, float] | ArrayLike = "anchor_support") -> float:
+        """Returns the weight of the covered features by that of all features of F(anchor): FAC where all weigh the
+        same, NaN where all weigh nothing.
+
+        Args:
+            weights: the name of a column of `to_pandas`; or weights by feature id, a dict or a pandas Series, in which
+                absent features weigh nothing; or [d_sae].
+
+        Raises: ValueError for weights that are negative or not finite, and for a report that was read without its
+            tables.
+        """
+        import pandas as pd
+
+        table = self._held("table")
+        if isinstance(weights, str):
+            by_feature = np.asarray(table[weights], np.float64)
+        else:
+            by_feature = pd.Series(weights, dtype=np.float64).reindex(table["feature"], fill_value=0.0).to_numpy()
+        if not (np.isfinite(by_feature) & (by_feature >= 0)).all():
+            raise ValueError("weights of features must be finite and not negative")
+        total = by_feature.sum()
+        return float(by_feature[table["covered"].astype(bool)].sum() / total) if total else math.nan
+
+    def _held(self, name: str) -> dict[str, np.ndarray]:
+        if not (table := getattr(self, name)):
+            raise ValueError("the report was read without its tables: load what its `save` wrote, or compare again")
+        return table
 
     def with_added(self, activations: csr_array | ArrayLike) -> AddedRows:
         """Returns what FAC and KL become when rows are added to the data, over this report's features and delta.
@@ -185,3 +279,9 @@ class FACReport:
         ):
             if applies:
                 warnings.warn(problem, stacklevel=stacklevel)
+
+
+def _with_interval(table: pd.DataFrame, shares: pd.Series, errors: pd.Series) -> pd.DataFrame:
+    intervals = [mean_interval(share, error) for share, error in zip(shares, errors, strict=True)]
+    low, high = np.array(intervals, np.float64).reshape(-1, 2).T
+    return table.assign(fac=shares, low=low, high=high)
