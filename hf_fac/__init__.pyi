@@ -2,6 +2,8 @@ from .chat.base import ChatError
 from .chat.endpoint import EndpointChat
 from .chat.local import LocalChat
 from .coverage.card import push_coverage_to_hub
+from .coverage.comparison import Comparison, compare
+from .coverage.contributions import row_contributions
 from .coverage.coverage import FeatureCoverage
 from .coverage.metrics import diversity
 from .coverage.relevance import RelevantFeatures, features_from_contrast, features_from_labels, features_from_outcome
@@ -27,6 +29,7 @@ from .training.callback import FACSynthesisCallback
 
 __all__ = [
     "ChatError",
+    "Comparison",
     "EndpointChat",
     "FACReport",
     "FACScorer",
@@ -43,6 +46,7 @@ __all__ = [
     "SynthesisResult",
     "Task",
     "build_dictionary",
+    "compare",
     "detect",
     "diversity",
     "explain",
@@ -55,6 +59,7 @@ __all__ = [
     "push_coverage_to_hub",
     "push_sae_to_hub",
     "rate",
+    "row_contributions",
     "save_sae",
     "score_shards",
     "select",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -94,6 +94,7 @@ def missing(
         threshold=threshold, relative=relative,
     )  # fmt: skip
     print_report(report, anchor_rows, featurizer, top)
+    print_rows(report, data_rows)
     if output:
         report.save(output)
         console.print(f"The whole report is in {output}.")
@@ -164,18 +165,10 @@ def _chosen_features(
 def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer | None, top: int) -> None:
     """Prints FAC and the strongest missing features, each with the row of the scored anchor set that activates it most.
     Without a featurizer the token is not marked."""
-    low, high = report.interval
     console.print()
-    console.print(
-        f"[bold]FAC {report.fac:.3f}[/bold]  ({report.confidence:.0%} interval {low:.3f} to {high:.3f})\n"
-        f"Of {len(report.covered) + len(report.missing):,} features that the anchor set activates, "
-        f"{len(report.covered):,} are covered and [bold]{len(report.missing):,} missing[/bold].",
-        markup=True,
-    )
-    console.print(f"delta: {report.threshold_source}", highlight=False)
-    console.print(
-        f"{report.rows:,} rows against {report.anchor_rows:,}; KL(anchor || data) {report.kl_divergence:.2f} nats."
-    )
+    console.print(f"[bold]{report.headline()}[/bold]", markup=True, highlight=False)
+    for line in report.facts():
+        console.print(line, highlight=False)
     shown = report.missing[:top].tolist()
     if not shown:
         return
@@ -188,14 +181,33 @@ def print_report(report: FACReport, anchor: Dataset, featurizer: SAEFeaturizer |
     for feature, support in zip(shown, report.missing_support, strict=False):
         row, activation = strongest[feature]
         if featurizer is None:
-            texts = [str(value) for name, value in anchor[row].items() if not name.startswith("fac_")]
-            text = one_line(" ".join(texts))[:120]
+            text = row_text(anchor[row])
         else:
             reading = featurizer.read([anchor[row]], positions=True)
             position = int(reading.positions[reading.activations.indices == feature][0])
             text = marked_text(featurizer.span(anchor[row], position), "...")
         table.add_row(str(feature), str(support), f"{activation:.1f}", text)
     console.print(table, soft_wrap=False)
+
+
+def print_rows(report: FACReport, data: Dataset, top: int = 5) -> None:
+    """Prints the rows of the scored data set that add most to FAC: features that no other row has, then share."""
+    from ..coverage.contributions import row_contributions
+
+    rows = row_contributions(data, report).sort_values(["unique", "share"], ascending=False, kind="stable").head(top)
+    table = Table(title="Rows that add most", title_justify="left", show_lines=False)
+    for name in ("row", "tokens", "anchor features", "no other row has", "share"):
+        table.add_column(name, justify="right")
+    table.add_column("text", overflow="fold")
+    for number, row in rows.iterrows():
+        figures = (number, row["tokens"], row["anchor_features"], row["unique"])
+        table.add_row(*(f"{figure:,.0f}" for figure in figures), f"{row['share']:.1f}", row_text(data[number]))
+    console.print(table, soft_wrap=False)
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """Returns the start of what the columns of a row hold, on one line."""
+    return one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))[:120]
 
 
 def strongest_rows(scored: Dataset, features: list[int]) -> dict[int, tuple[int, float]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from . import options as opt
-from .coverage import print_report
+from .coverage import print_report, print_rows
 from .data import scored
 from .output import console, marked_text
 
@@ -41,6 +41,7 @@ def demo(top: opt.Top = 10) -> None:
     scored_seed, scored_anchor = scored(seed, featurizer, "seed set"), scored(anchor, featurizer, "anchor set")
     report = FeatureCoverage.from_dataset(scored_seed).compare(FeatureCoverage.from_dataset(scored_anchor))
     print_report(report, scored_anchor, featurizer, top)
+    print_rows(report, scored_seed)
     features = report.missing[:_FEATURES]
     console.print(
         f"\nWriting prompts for the {len(features)} strongest missing features with the same model. It has 135M "

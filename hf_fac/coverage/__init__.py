@@ -14,6 +14,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "report": ["FACReport"],
         "metrics": ["diversity"],
+        "comparison": ["Comparison", "compare"],
+        "contributions": ["row_contributions"],
         "selection": ["Selection", "select"],
         "card": ["push_coverage_to_hub"],
     },

@@ -88,12 +88,6 @@ class FeatureCoverage:
         Raises: ValueError, with row and remedy, for missing columns, nulls, rows measured differently and what
         `from_activations` refuses; TypeError for a DatasetDict.
         """
-        from datasets import Dataset, IterableDataset
-
-        if isinstance(ds, dict):
-            raise TypeError(f"got a {type(ds).__name__}: pass one split, one of {', '.join(ds)}")
-        if not isinstance(ds, Dataset | IterableDataset):
-            raise TypeError(f"got a {type(ds).__name__}: pass a data set (Dataset.from_list makes one); {REMEDY}")
         coverage = None if measurement is None else cls(measurement)
         for rows in scored_batches(ds, batch_size=_BATCH):
             for row, text in rows.measurements:

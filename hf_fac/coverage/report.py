@@ -259,15 +259,45 @@ class FACReport:
         return json.loads(json.dumps(values, default=np.ndarray.tolist), parse_constant=lambda _: None)
 
     def __str__(self) -> str:
-        covered, missing, least = len(self.covered), len(self.missing), "" if self.support_exact else "at least "
+        least = "" if self.support_exact else "at least "
         most_frequent = zip(self.missing[:5].tolist(), self.missing_support.tolist(), strict=False)
-        return (
-            f"FAC {self.fac:.3f} ({self.confidence:.0%} interval {self.interval[0]:.3f} to {self.interval[1]:.3f})\n"
-            f"of {covered + missing:,} features of the anchor: {covered:,} covered, {missing:,} missing\n"
-            f"delta: {self.threshold_source}\n"
+        return "\n".join(
+            [self.headline(), *self.facts()]
+            + [f"missing: feature {i}, {least}{n:,} anchor rows" for i, n in most_frequent]
+        )
+
+    def headline(self) -> str:
+        """Returns FAC with its interval, in one line."""
+        return f"FAC {self.fac:.3f} ({self.confidence:.0%} interval {self.interval[0]:.3f} to {self.interval[1]:.3f})"
+
+    def facts(self) -> list[str]:
+        """Returns the report's other figures, each in a line of words."""
+        covered, missing = len(self.covered), len(self.missing)
+        lines = [f"of {covered + missing:,} features of the anchor: {covered:,} covered, {missing:,} missing"]
+        if not math.isnan(self.single_interval[0]):
+            low, high = self.single_interval
+            lines.append(f"another data set of this kind and size: {low:.3f} to {high:.3f} ({self.confidence:.0%})")
+        if not math.isnan(self.saturation):
+            more = covered / self.saturation - covered
+            lines.append(
+                f"{self.saturation:.0%} of the way to saturation, at most: further rows of this kind would cover about "
+                f"{more:,.0f} missing features or more"
+            )
+        return [
+            *lines,
+            f"delta: {self.threshold_source}",
             f"rows: {self.rows:,} ({self.rows_without_tokens:,} without tokens), anchor {self.anchor_rows:,} "
-            f"({self.anchor_rows_without_tokens:,} without tokens); KL(anchor || data) {self.kl_divergence:.3f} nats"
-        ) + "".join(f"\nmissing: feature {i}, {least}{n:,} anchor rows" for i, n in most_frequent)
+            f"({self.anchor_rows_without_tokens:,} without tokens); KL(anchor || data) {self.kl_divergence:.3f} nats",
+        ]
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        import pandas as pd
+
+        strongest = pd.DataFrame({"missing feature": self.missing[:10], "anchor rows": self.missing_support[:10]})
+        facts = "".join(f"<li>{escape(line)}</li>" for line in self.facts())
+        return f"<b>{escape(self.headline())}</b><ul>{facts}</ul>{strongest.to_html(index=False)}"
 
     def warn(self, *, stacklevel: int) -> None:
         """Warn (UserWarning) where FAC says nothing."""

@@ -72,7 +72,7 @@ def single_interval(center: float, error: float, lost: np.ndarray, support: np.n
     (1 - exp(-r)) / r, r = 2 Q2 / Q1, it errs on the small side: this is the ratio of the gain that Chao et al. (2014)
     expect from as many rows again, the variance where features are independent, to Q1, the jackknife's. The geometric
     mean of both is taken, and the t distribution with as many degrees of freedom as the jackknife's sum of squares has
-    (Satterthwaite 1946). In simulations it holds FAC of the other data set in 93 to 98 % of cases
+    (Satterthwaite 1946). In simulations it holds FAC of the other data set in 94 to 98 % of cases
     (benchmarks/intervals.py).
 
     Args:

@@ -98,7 +98,16 @@ def read_scored(table: pa.Table, *, columns: Sequence[str] = COLUMNS, first_row:
 
 
 def scored_batches(dataset: Dataset | IterableDataset, *, batch_size: int) -> Iterator[ScoredRows]:
-    """Yields all rows of a scored data set, `batch_size` at a time. Raises: ValueError as `read_scored` does."""
+    """Yields all rows of a scored data set, `batch_size` at a time.
+
+    Raises: ValueError as `read_scored` does; TypeError for a DatasetDict, and for what is no data set.
+    """
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(dataset, dict):
+        raise TypeError(f"got a {type(dataset).__name__}: pass one split, one of {', '.join(dataset)}")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"got a {type(dataset).__name__}: pass a data set (Dataset.from_list makes one); {REMEDY}")
     if dataset.column_names is not None and is_scored(dataset):
         dataset = dataset.select_columns(list(COLUMNS))
     row = 0
