@@ -206,8 +206,14 @@ def print_rows(report: FACReport, data: Dataset, top: int = 5) -> None:
 
 
 def row_text(row: dict[str, Any]) -> str:
-    """Returns the start of what the columns of a row hold, on one line."""
-    return one_line(" ".join(str(value) for name, value in row.items() if not name.startswith("fac_")))[:120]
+    """Returns the start of what a row's columns of text hold, on one line."""
+    from ..inputs.rows import ROW_TYPES
+
+    names = dict.fromkeys(name for columns in ROW_TYPES.values() for name in columns)
+    texts = []
+    for part in (row[name] for name in names if row.get(name)):
+        texts += [part] if isinstance(part, str) else [str(message.get("content") or "") for message in part]
+    return one_line(" ".join(texts))[:120]
 
 
 def strongest_rows(scored: Dataset, features: list[int]) -> dict[int, tuple[int, float]]:

@@ -39,4 +39,6 @@ def test_the_demo_writes_samples_that_raise_fac() -> None:
     said = run("demo", "--top", 3)
     before, after = map(float, re.search(r"FAC (\d\.\d+) before, (\d\.\d+) after", said).groups())
     assert before < after
+    for words in ("another data set of this kind and size:", "of the way to saturation", "Rows that add most"):
+        assert words in said
     assert "samples activate" in said

@@ -16,7 +16,8 @@ from datasets import Dataset
 from scipy.sparse import csr_array
 from tiny import CORPUS
 
-from hf_fac import FeatureCoverage, SAEFeaturizer, score_shards
+from hf_fac import FACReport, FeatureCoverage, SAEFeaturizer, row_contributions, score_shards
+from hf_fac.cli.coverage import row_text
 from hf_fac.cli.output import console
 
 
@@ -41,6 +42,33 @@ def test_score_then_missing_equals_missing_at_once(folders, tmp_path):
     one, two = (json.loads(report.read_text()) for report in (first, second))
     np.testing.assert_allclose(one.pop("table")["data_max"], two.pop("table")["data_max"], rtol=1e-4)
     assert one == two
+
+
+def test_missing_prints_intervals_saturation_and_the_rows_that_add_most(folders, tmp_path):
+    run("score", folders / "data.jsonl", "-o", tmp_path / "data", *model_options(folders))
+    said = run("missing", folders / "data.jsonl", folders / "anchor.jsonl", *model_options(folders), "--threshold", 0.1,
+               "-o", tmp_path / "report.json")  # fmt: skip
+    report = FACReport.load(tmp_path / "report.json")
+    assert f"interval {report.interval[0]:.3f} to {report.interval[1]:.3f}" in said
+    assert f"kind and size: {report.single_interval[0]:.3f} to {report.single_interval[1]:.3f}" in said
+    assert f"{report.saturation:.0%} of the way to saturation" in said
+    data = Dataset.from_parquet([str(file) for file in (tmp_path / "data").glob("shard-*.parquet")])
+    rows = row_contributions(data, report).sort_values(["unique", "share"], ascending=False, kind="stable")
+    printed = said.partition("Rows that add most")[2]
+    places = [printed.index(f"│ {data[number]['text']} │") for number in rows.index[:5].tolist()]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"text": "a\nb", "topic": "x", "fac_tokens": 3}, "a⏎b"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}, "a"),
+        ({"chosen": [{"role": "assistant", "content": "b"}], "prompt": "a", "rejected": None}, "a b"),
+    ],
+)
+def test_a_row_is_shown_by_its_content(row, text):
+    assert row_text(row).strip() == text
 
 
 @pytest.mark.parametrize(
