@@ -73,12 +73,17 @@ def _of_coverage(coverage: FeatureCoverage) -> dict[str, str]:
 
 
 def _of_report(report: FACReport, anchor: str | None) -> dict[str, str]:
-    low, high = ("?" if math.isnan(end) else f"{end:.3f}" for end in report.interval)
+    interval, single = (
+        " to ".join("?" if math.isnan(end) else f"{end:.3f}" for end in ends)
+        for ends in (report.interval, report.single_interval)
+    )
     covered, missing = len(report.covered), len(report.missing)
     fac = "undefined" if math.isnan(report.fac) else f"{report.fac:.3f}"
     some = "" if report.features is None else f", of {len(report.features):,} features looked at"
     return {
-        "FAC": f"**{fac}** ({report.confidence:.0%} interval {low} to {high})",
+        "FAC": f"**{fac}** ({report.confidence:.0%} interval {interval})",
+        "another data set of this kind and size": single,
+        "saturation": "?" if math.isnan(report.saturation) else f"{report.saturation:.0%}, at most",
         "features of the anchor set": f"{covered + missing:,}: {covered:,} covered, {missing:,} missing{some}",
         "delta": report.threshold_source,
         "rows": _row_counts(report.rows, report.rows_without_tokens),

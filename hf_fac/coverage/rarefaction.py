@@ -67,7 +67,7 @@ def expected_gain(support: np.ndarray, n_rows: int, further: np.ndarray | float)
 
 def subset_errors(support: np.ndarray, n_rows: int, sizes: np.ndarray, error: float) -> np.ndarray:
     """Returns the standard error of the expected FAC of subsets of k rows, as an estimate for the source of the rows:
-    float64 [n_sizes].
+    float64 [n_sizes], NaN below 2 rows or without features.
 
     The delete-1 jackknife over rows, in which features are taken as independent, times the one factor that makes it
     `error` for all n rows: rows that activate many rare features at once make both larger.
@@ -77,7 +77,7 @@ def subset_errors(support: np.ndarray, n_rows: int, sizes: np.ndarray, error: fl
         sizes: int [n_sizes], each from 0 to n_rows.
         error: standard error of FAC of all n rows, by the jackknife over rows.
     """
-    if n_rows < 2:
+    if n_rows < 2 or not len(support):
         return np.full(len(sizes), math.nan)
     n, n_features = n_rows, len(support)
     m, counts = np.unique(support[support > 0], return_counts=True)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 
+_WEIGHTS = ("anchor_support", "anchor_max")
 _TABLES = ("table", "data_only", "over_threshold")
 
 
@@ -75,7 +76,8 @@ class FACReport:
 
     What other data sets are to be expected from holds for independent rows of the same source. `interval` is for the
     mean FAC of data sets of this size, `single_interval` for FAC of one other such data set: it is wider, and the one
-    to hold against another data set's FAC. Both are for this anchor set.
+    to hold against another data set's FAC. Both are for this anchor set. Where not `support_exact`, `single_interval`
+    is a little too narrow and `saturation` a little too high.
     """
 
     __pydantic_config__ = ConfigDict(strict=True)
@@ -139,8 +141,8 @@ class FACReport:
         Beyond, it is an estimate up to about twice `rows`, and further a lower bound (`rarefaction.expected_gain`).
         Where not `support_exact`, numbers of rows are lower bounds, and so is expected FAC below `rows`.
 
-        Columns: rows; fac; low and high, the interval of the mean FAC of such data sets, at all rows that of
-        `interval`, NaN beyond; extrapolated.
+        Columns: rows; fac; low and high, the interval of the mean FAC of such data sets, which at `rows` is `interval`
+        and beyond NaN; extrapolated.
 
         Args:
             sizes: numbers of rows. None: 20 up to twice `rows`.
@@ -156,8 +158,7 @@ class FACReport:
         sizes, n_features = sizes.astype(np.int64), len(support) or math.nan
         within = np.minimum(sizes, n)
         covered = expected_covered(support, n, within) + expected_gain(support, n, sizes - within)
-        errors = subset_errors(support, n, within, self.standard_error) if len(support) else np.full(len(sizes), np.nan)
-        errors = np.where(sizes > n, math.nan, errors)
+        errors = np.where(sizes > n, math.nan, subset_errors(support, n, within, self.standard_error))
         table = _with_interval(pd.DataFrame({"rows": sizes}), pd.Series(covered / n_features), pd.Series(errors))
         return table.assign(extrapolated=sizes > n)
 
@@ -178,8 +179,8 @@ class FACReport:
         same, NaN where all weigh nothing.
 
         Args:
-            weights: the name of a column of `to_pandas`; or weights by feature id, a dict or a pandas Series, in which
-                absent features weigh nothing; or [d_sae].
+            weights: "anchor_support" or "anchor_max", columns of `to_pandas`; or weights by feature id, a dict or a
+                pandas Series, in which absent features weigh nothing; or [d_sae].
 
         Raises: ValueError for weights that are negative or not finite, and for a report that was read without its
             tables.
@@ -188,8 +189,12 @@ class FACReport:
 
         table = self._held("table")
         if isinstance(weights, str):
+            if weights not in _WEIGHTS:
+                raise ValueError(f"weights is {weights!r}; expected {' or '.join(_WEIGHTS)}, or weights of features")
             by_feature = np.asarray(table[weights], np.float64)
         else:
+            if not isinstance(weights, Mapping | pd.Series) and np.shape(weights) != (self.measurement["d_sae"],):
+                raise ValueError(f"weights has shape {np.shape(weights)}; expected ({self.measurement['d_sae']},)")
             by_feature = pd.Series(weights, dtype=np.float64).reindex(table["feature"], fill_value=0.0).to_numpy()
         if not (np.isfinite(by_feature) & (by_feature >= 0)).all():
             raise ValueError("weights of features must be finite and not negative")

@@ -196,9 +196,14 @@ def test_arguments_that_mean_nothing_are_refused():
     for rows in (-1, math.nan):
         with pytest.raises(ValueError, match=r"rows is .*; it must be 0 or more"):
             report.expected_gain(rows)
-    for weights in ({1: math.nan}, np.full(40, -1.0)):
-        with pytest.raises(ValueError, match="finite and not negative"):
-            report.weighted_fac(dict.fromkeys(range(40), -1.0) if isinstance(weights, dict) else weights)
+    for weights, problem in (
+        (dict.fromkeys(range(40), math.nan), "finite and not negative"),
+        (np.full(40, -1.0), "finite and not negative"),
+        (np.ones(7), r"weights has shape \(7,\); expected \(40,\)"),
+        ("fac", "weights is 'fac'; expected anchor_support or anchor_max"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            report.weighted_fac(weights)
 
 
 def test_a_report_of_an_earlier_release_is_read_and_says_what_it_lacks(tmp_path):
