@@ -307,10 +307,12 @@ def _stopped(job: Job, how: signal.Signals, seconds: float) -> bool:
     while process.exitcode is None and job.progress() == before:
         process.join(0.005)
     process.join(seconds)
+    last = job.progress()
     if process.exitcode is None:
         os.kill(process.pid, how)
     exitcode = _ended(process)
     if exitcode == 0:
+        assert job.progress() == last, "It went on although it was stopped."
         return False
     assert exitcode == (job.ends_with if how is signal.SIGINT else -how), _said(job)
     if how is signal.SIGINT:

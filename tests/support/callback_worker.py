@@ -80,30 +80,5 @@ def main(folder: Path, what: str, seconds: float) -> None:
         torch.save(weights(again), folder / f"resumed-{rank}.pt")
 
 
-def alone(folder: Path) -> None:
-    """A run slow enough to be killed, which goes on from its last whole checkpoint."""
-    rows = examples("messages", 7)
-    trainer = sft(rows, folder / "run", num_train_epochs=3, save_strategy="steps", save_steps=1)
-    synthesizer = TinySynthesizer(featurizer_of(trainer.model, trainer.processing_class), "messages", pause=0.15)
-    callback = callback_for(trainer, "messages", synthesizer=synthesizer, refresh="epoch", max_samples=15)
-    step = trainer.training_step
-
-    def slow_step(*args, **kwargs):
-        time.sleep(0.1)
-        return step(*args, **kwargs)
-
-    trainer.training_step = slow_step
-    whole = [path.parent for path in (folder / "run").glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    (folder / "started").touch()
-    trained(trainer, resume_from_checkpoint=last and str(last))
-    (folder / "rows.json").write_text(json.dumps(callback.new_rows.to_list()))
-    torch.save(weights(trainer), folder / "weights.partial")
-    (folder / "weights.partial").rename(folder / "weights.pt")
-
-
 if __name__ == "__main__":
-    if sys.argv[2] == "alone":
-        alone(Path(sys.argv[1]))
-        sys.exit()
     main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]) if len(sys.argv) > 3 else 0.0)

@@ -78,16 +78,16 @@ class TinySynthesizer(FACSynthesizer):
 
     Args:
         fails_in: the process whose chat fails after `fails_after` answers. raises_in: the one whose disk fails.
-        pause, seconds: before each row, before all.
+        seconds: before all rows.
     """
 
     def __init__(
         self, featurizer, kind, *, threshold=THRESHOLD, chat=None, words=8, seconds=0.0, fails_in=None, fails_after=0,
-        raises_in=None, pause=0.0,
+        raises_in=None,
     ):  # fmt: skip
         self.featurizer, self.kind, self.threshold, self.dictionary = featurizer, kind, threshold, object()
         self.task, self.chat, self.words, self.seconds, self.fails_in = task_of(kind), chat, words, seconds, fails_in
-        self.fails_after, self.raises_in, self.pause = fails_after, raises_in, pause
+        self.fails_after, self.raises_in = fails_after, raises_in
         self.calls, self.written, self.budgets, self.asked = 0, [], [], []
 
     def fingerprint(self) -> str:
@@ -154,7 +154,6 @@ class TinySynthesizer(FACSynthesizer):
 
     def _write_now(self, folder: Path, feature: int) -> None:
         self.written.append(feature)
-        time.sleep(self.pause)
         row = example(self.kind, ("new", feature), self.words)
         if self.chat is not None:
             text = self.chat.complete([turn("user", sentence(feature))], max_tokens=6, seed=feature)[0][0].text

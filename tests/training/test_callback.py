@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -792,31 +791,3 @@ def test_a_growing_run_may_refresh_less_often(tmp_path):
     assert run.callback.synthesizer.calls == 3
     assert run.had[0] == run.had[1]
     assert run.had[2] == run.had[3]
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
-    def start(folder):
-        folder.mkdir(exist_ok=True)
-        return subprocess.Popen([sys.executable, str(WORKER), str(folder), "alone"], env=environment(),
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-
-    assert start(tmp_path / "whole").wait(300) == 0
-    delays, kills = random.Random(3), 0
-    while not (tmp_path / "killed" / "weights.pt").exists():
-        process = start(tmp_path / "killed")
-        started = tmp_path / "killed" / "started"
-        while process.poll() is None and not started.exists():
-            time.sleep(0.02)
-        started.unlink(missing_ok=True)
-        try:
-            assert process.wait(delays.uniform(0.3, 4)) == 0
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills >= 3
-    first, second = (json.loads((tmp_path / name / "rows.json").read_text()) for name in ("whole", "killed"))
-    assert first == second
-    a, b = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("whole", "killed"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
