@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -280,8 +281,9 @@ class _Stream:
         row is read for nothing.
         """
         held, n_held, (epoch, row, fills, whole) = [], 0, start
-        # A buffer that holds everything is always read in the order of the first epoch.
-        epoch = 0 if whole else epoch
+        if whole:
+            # A buffer that holds everything is always read in the order of the first epoch, and to the end.
+            epoch, steps = 0, sys.maxsize
         n_tokens = min(self.buffer_tokens, self.n_tokens or self.buffer_tokens)
         bar = tqdm(total=n_tokens, desc="Reading hidden states", unit="token", unit_scale=True, leave=False)
 

@@ -139,19 +139,20 @@ def test_hardly_any_row_is_read_more_often_than_there_are_epochs(
     assert passes * len(rows) - 8 <= sum(read) <= 1.2 * passes * len(rows)
 
 
-@pytest.mark.parametrize("buffer_tokens", [400, 10**6])
+@pytest.mark.parametrize(("buffer_tokens", "in_last_step"), [(400, False), (10**6, False), (10**6, True)])
 def test_a_run_that_died_goes_on_and_ends_with_equal_weights(
-    model, tokenizer, rows, tmp_path, monkeypatch, buffer_tokens
+    model, tokenizer, rows, tmp_path, monkeypatch, buffer_tokens, in_last_step
 ):
     from sae_lens.training.sae_trainer import SAETrainer
 
-    data, settings = Dataset.from_list(rows), options(epochs=4, buffer_tokens=buffer_tokens)
+    data, settings = Dataset.from_list(rows), options(epochs=4, buffer_tokens=buffer_tokens, batch_tokens=100)
     whole = train_sae(model, tokenizer, data, output_dir=tmp_path / "whole", **settings)
+    steps = whole.cfg.metadata["hf_fac"]["training_tokens"] // 64
     calls, original = [], SAETrainer.step
 
     def dying(self, batch):
         calls.append(1)
-        if len(calls) == 60:
+        if len(calls) == (steps if in_last_step else 60):
             raise KeyboardInterrupt
         return original(self, batch)
 
@@ -163,7 +164,6 @@ def test_a_run_that_died_goes_on_and_ends_with_equal_weights(
     torch.manual_seed(123)
     resumed = train_sae(model, tokenizer, data, output_dir=tmp_path / "died", **settings)
     # It took up the work at its checkpoint, not at the start.
-    steps = whole.cfg.metadata["hf_fac"]["training_tokens"] // 64
     assert len(calls) - steps_before <= steps - 40
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0)
