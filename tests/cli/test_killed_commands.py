@@ -24,6 +24,7 @@ from command_line import model_options
 from flaky_server import FlakyServer
 from hub_server import WRITE_TOKEN, HubServer
 from processes import HF_FAC, start
+from safetensors import safe_open
 from tiny import CORPUS
 
 from hf_fac.dictionary.dictionary import FeatureDictionary
@@ -97,6 +98,9 @@ class Job:
         return {str(path.relative_to(self.folder)): self.content(path) for path in _files(self.folder, every=True)}
 
     def content(self, path: Path) -> Any:
+        if path.suffix == ".safetensors":  # whose metadata is in no particular order
+            with safe_open(path, "np") as file:
+                return file.metadata(), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
         if path.suffix != ".sqlite":
             return path.read_bytes()
         with closing(sqlite3.connect(path)) as database:
@@ -197,7 +201,7 @@ class Push(Job):
     said_when_stopped, anew = "Stopped.", True
 
     def prepare(self) -> None:
-        self.hub = self.servers.enter_context(HubServer())
+        self.hub = self.servers.enter_context(HubServer(seconds=0.1))
         home = self.folder.with_name(f"{self.folder.name}-home")
         self.environment |= {
             "HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": WRITE_TOKEN, "NO_PROXY": "127.0.0.1",
@@ -311,8 +315,10 @@ def _stopped(job: Job, how: signal.Signals, seconds: float) -> bool:
     if process.exitcode is None:
         os.kill(process.pid, how)
     exitcode = _ended(process)
-    if exitcode == 0:
+    # An interpreter that is about to exit no longer handles interrupts.
+    if exitcode == 0 or (exitcode == -signal.SIGINT != job.ends_with):
         assert job.progress() == last, "It went on although it was stopped."
+        assert "Traceback" not in _said(job)
         return False
     assert exitcode == (job.ends_with if how is signal.SIGINT else -how), _said(job)
     if how is signal.SIGINT:

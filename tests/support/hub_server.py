@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -90,9 +91,10 @@ class Refusal(Exception):
 
 
 class HubServer:
-    """A running server; `.endpoint` is its address."""
+    """A running server; `.endpoint` is its address. seconds: each answer takes as long."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, seconds: float = 0.0) -> None:
+        self.seconds = seconds
         self.repos: dict[tuple[str, str], Repo] = {}
         self.uploads: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []  # route and path of each request
@@ -358,6 +360,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             name = "unknown"
         hub.log.append((name, self.path))
+        time.sleep(hub.seconds)
         fault = hub.fault(name, after=False)
         if fault is None:
             parts = {key: unquote(value or "") for key, value in (match.groupdict() if match else {}).items()}
