@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from ..inputs.hidden_states import Batch, check_layer, default_batch_tokens, hidden_states, is_causal, to_device
 from ..inputs.pieces import UniquePieces, unique_pieces
+from ..inputs.prefix_states import can_share, longest_shared, tree_states
+from ..inputs.prefixes import PrefixTrees, prefix_trees, whole_pieces
 from ..inputs.rows import ConversationReader, OnError, PoolOver, RowError, Side, TokenizedRows, as_rows
 from ..inputs.token_context import MarkedSpan, cut_span
 from ..sae.loading import SAESettings, check_sae, load_sae, read_settings
@@ -28,7 +30,7 @@ from ..storage.validation import check_counts
 from .calibration import FitCheck, calibrate_sinks
 from .encoder import Encoder
 from .fingerprint import TensorHash, change_marks, model_settings, parameters_up_to, tokenizer_settings
-from .pooling import BatchMaxima, FeatureActivations, LeftOut, PieceMaxima, mean_states
+from .pooling import BatchMaxima, FeatureActivations, LeftOut, NodeMaxima, PieceMaxima, mean_states
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -152,6 +154,7 @@ class SAEFeaturizer:
         )
         self._fit = FitCheck(self.sae, expected=expected.fvu, layer=layer)
         self._source: dict[str, Any] | None = None
+        self._shares: bool | None = None
         self._weights_hash = TensorHash()
         self.left_out = LeftOut()
 
@@ -215,7 +218,7 @@ class SAEFeaturizer:
         made = SAEFeaturizer(self.model, self.tokenizer, self.sae, layer=own.layer, **same | changes)
         if own.calibrated and made.settings.sink_norm == own.sink_norm:
             made.settings = replace(made.settings, calibrated=True)
-        made._fit, made._weights_hash = self._fit, self._weights_hash
+        made._fit, made._weights_hash, made._shares = self._fit, self._weights_hash, self._shares
         if self._source is not None:
             made._source = self._source | changes
         return made
@@ -253,18 +256,37 @@ class SAEFeaturizer:
             first_row: number of the first row, in messages.
         Raises: RowError for a row that cannot be read or whose hidden states are not finite.
         """
-        tokenized = self.reader(rows, first_row=first_row)
-        unique = unique_pieces(tokenized, causal=self.settings.causal)
-        maxima = PieceMaxima(len(unique.ids), keep_above=self.settings.keep_above, columns=self.encoder.columns)
-        for batch in hidden_states(
-            self.model, unique.ids, self.layer, batch_tokens=self.settings.batch_tokens, causal=self.settings.causal
-        ):
-            maxima.add(self._maxima(batch, unique, positions))
-        result, not_finite = maxima.of_rows(tokenized, unique.owner, d_sae=self.d_sae, positions=positions)
-        for index in not_finite.tolist():
-            result.skipped[index] = self._refuse_not_finite(tokenized, index, first_row)
-        self.left_out.add(result, first_row)
+        [result] = self._read([self.reader(rows, first_row=first_row)], positions=positions, first_row=first_row)
         return result
+
+    def read_sides(self, rows: Any, *, first_row: int = 0) -> tuple[FeatureActivations, FeatureActivations]:
+        """Returns the activations of the chosen and of the rejected sides of preference rows.
+
+        It reads what both sides begin with once. The arguments and errors are those of `read`.
+        """
+        rows = list(as_rows(rows))
+        sides = [replace(self.reader, side=side)(rows, first_row=first_row) for side in get_args(Side)]
+        chosen, rejected = self._read(sides, positions=False, first_row=first_row)
+        return chosen, rejected
+
+    def _read(self, tables: list[TokenizedRows], *, positions: bool, first_row: int) -> list[FeatureActivations]:
+        """The activations of each table; the pieces of all are read together."""
+        unique = unique_pieces(tables, causal=self.settings.causal)
+        shared = prefix_trees(unique, longest=longest_shared(self.model)) if self.settings.causal else []
+        is_shared = any(trees.is_shared for trees in shared) and self._can_share()
+        maxima = self._piece_maxima(shared if is_shared else [whole_pieces(unique)], unique, positions)
+        # What is not finite may spoil its neighbours in a line.
+        if is_shared and not maxima.is_finite:
+            maxima = self._piece_maxima([whole_pieces(unique)], unique, positions)
+        owners = np.split(unique.owner, np.cumsum([len(table.ids) for table in tables])[:-1])
+        results = []
+        for tokenized, owner in zip(tables, owners, strict=True):
+            result, not_finite = maxima.of_rows(tokenized, owner, d_sae=self.d_sae, positions=positions)
+            for index in not_finite.tolist():
+                result.skipped[index] = self._refuse_not_finite(tokenized, index, first_row)
+            self.left_out.add(result, first_row)
+            results.append(result)
+        return results
 
     def mean_hidden_states(self, rows: Any) -> np.ndarray:
         """Returns the mean hidden state at the SAE's layer over each row's content tokens, float32 [n, d_in].
@@ -281,7 +303,7 @@ class SAEFeaturizer:
 
     def _mean_states(self, rows: list[Any], first_row: int) -> np.ndarray:
         tokenized = self.reader(rows, first_row=first_row)
-        unique = unique_pieces(tokenized, causal=self.settings.causal)
+        unique = unique_pieces([tokenized], causal=self.settings.causal)
         batches = hidden_states(
             self.model, unique.ids, self.layer, batch_tokens=self.settings.batch_tokens, causal=self.settings.causal
         )
@@ -304,18 +326,43 @@ class SAEFeaturizer:
             )
         return reason
 
-    def _maxima(self, batch: Batch, unique: UniquePieces, positions: bool) -> BatchMaxima:
+    def _can_share(self) -> bool:
+        if self._shares is None:
+            self._shares = can_share(self.model, self.layer)
+        return self._shares
+
+    def _piece_maxima(self, forest: list[PrefixTrees], unique: UniquePieces, positions: bool) -> PieceMaxima:
+        own = self.settings
+        found = PieceMaxima(len(unique.ids), keep_above=own.keep_above, columns=self.encoder.columns)
+        for trees in forest:
+            nodes = NodeMaxima(trees)
+            batches = (
+                tree_states(self.model, trees, own.layer, batch_tokens=own.batch_tokens)
+                if trees.is_shared
+                else hidden_states(self.model, trees.ids, own.layer, batch_tokens=own.batch_tokens, causal=own.causal)
+            )
+            for batch in batches:
+                found.add(nodes.of_pieces(self._node_maxima(batch, trees, positions)))
+        return found
+
+    def _node_maxima(self, batch: Batch, trees: PrefixTrees, positions: bool) -> BatchMaxima:
+        """The maxima over each node's own tokens; `batch.pieces` are lines of the trees."""
         device, overlap = self.sae.W_dec.device, self.reader.stride or 0
-        content = [np.flatnonzero(unique.content[i]) for i in batch.pieces]
+        lines = [trees.lines[line] for line in batch.pieces]
+        nodes = np.concatenate(lines)
+        # Where the node's first token is in the batch.
+        sizes = [np.array([len(trees.ids[node]) for node in line]) for line in lines]
+        offset = np.concatenate([n * batch.hidden.shape[1] + np.cumsum(s) - s for n, s in enumerate(sizes)])
+        content = [np.flatnonzero(trees.content[node]) for node in nodes]
         lengths = np.array([len(c) for c in content])
-        at, line = np.concatenate(content), np.repeat(np.arange(len(content)), lengths)
+        node, token = np.repeat(np.arange(len(nodes)), lengths), np.concatenate(content)
+        at = np.array([trees.start[n] for n in nodes])[node] + token
         # A token in the overlap was counted in the window before.
-        continues = np.array([unique.continues[i] for i in batch.pieces])
-        is_new = at >= np.where(continues, overlap, 0)[line]
-        index = np.stack([line * batch.hidden.shape[1] + at, line, is_new])
-        where, line, is_new = to_device(index, batch.hidden.device)
+        continues = np.array([trees.continues[n] for n in nodes])
+        is_new = at >= np.where(continues, overlap, 0)[node]
+        where, node, at, is_new = to_device(np.stack([offset[node] + token, node, at, is_new]), batch.hidden.device)
         x = batch.hidden.flatten(0, 1)[where].to(device, torch.float32)
-        line, is_new = line.to(device), is_new.to(device).bool()
+        node, is_new = node.to(device), is_new.to(device).bool()
         norms = x.norm(dim=-1)
         finite = norms.isfinite()
         is_counted = finite & (norms <= self.settings.sink_norm)
@@ -323,9 +370,11 @@ class SAEFeaturizer:
             x = x - x.mean(-1, keepdim=True)
         self._fit.add(x, is_counted)
         values, first_token = self.encoder.maxima(x, is_counted, lengths, positions=positions)
+        if first_token is not None and len(at):
+            first_token = at.to(device)[first_token]
         kinds = torch.stack([is_counted & is_new, finite & ~is_counted & is_new, ~finite], dim=1)
-        counted, sinks, not_finite = torch.zeros(len(content), 3, device=device).index_add_(0, line, kinds.float()).T
-        return BatchMaxima(batch.pieces, at, values, first_token, counted, sinks, not_finite)
+        counts = torch.zeros(len(nodes), 3, device=device).index_add_(0, node, kinds.float())
+        return BatchMaxima(nodes, values, first_token, counts)
 
     def span(self, row: Any, position: int, *, before: int = 10, after: int = 5) -> MarkedSpan:
         """Returns a token of a row with the text around it.

@@ -6,7 +6,7 @@ In: the maxima of pieces (a row's token ids, or one window of a long row). Out: 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..inputs.hidden_states import Batch
     from ..inputs.pieces import UniquePieces
+    from ..inputs.prefixes import PrefixTrees
     from ..inputs.rows import TokenizedRows
 
 
@@ -81,23 +82,71 @@ class LeftOut:
 
 
 class BatchMaxima(NamedTuple):
-    """The maxima of one batch of pieces, and how many of each piece's content tokens count, are sinks, are not finite.
+    """The maxima of one batch of pieces, or of nodes of prefix trees.
 
     The fields that are tensors on the model's device become arrays on their way to the CPU.
 
-    pieces: [n], indices of the pieces. at: [tokens], the index in its piece of each content token of the batch.
-    values: [n, columns] float32. first_token: [n, columns], the first token that reaches the maximum, as an index into
-        `at`; None unless asked for.
-    counted, sinks, not_finite: [n].
+    pieces: [n], indices of the pieces or nodes.
+    values: [n, columns] float32.
+    first_token: [n, columns], the position in its piece of the first token that reaches the maximum; None unless asked
+        for. Where the maximum is 0 it has no meaning.
+    counts: [n, 3] float32, how many content tokens count, are sinks, are not finite.
     """
 
     pieces: np.ndarray
-    at: np.ndarray
     values: Tensor | np.ndarray
     first_token: Tensor | np.ndarray | None
-    counted: Tensor | np.ndarray
-    sinks: Tensor | np.ndarray
-    not_finite: Tensor | np.ndarray
+    counts: Tensor | np.ndarray
+
+
+class NodeMaxima:
+    """From the maxima of each node's own tokens to those of pieces: the nodes on the path that ends with the piece."""
+
+    def __init__(self, trees: PrefixTrees) -> None:
+        self._trees = trees
+        self._kept: dict[int, tuple[Tensor | None, ...]] = {}
+
+    def of_pieces(self, own: BatchMaxima) -> BatchMaxima:
+        """Returns the maxima of the pieces that end in the batch.
+
+        Args:
+            own: of the nodes of whole lines, `pieces` being nodes. Changed in place.
+        """
+        trees, nodes = self._trees, own.pieces.tolist()
+        pieces = np.array([trees.piece[node] for node in nodes])
+        if not trees.is_shared:
+            return own._replace(pieces=pieces)
+        number = {node: n for n, node in enumerate(nodes)}
+        # How many of the nodes before each one are in the batch; a line has them in this order.
+        depth = np.zeros(len(nodes), np.int64)
+        before = np.array([number.get(trees.parent[node], -1) for node in nodes])
+        for n in np.flatnonzero(before >= 0):
+            depth[n] = depth[before[n]] + 1
+        read_before = np.array([n for n, node in enumerate(nodes) if trees.parent[node] in self._kept], np.int64)
+        if len(read_before):
+            kept = zip(*(self._kept[trees.parent[nodes[n]]] for n in read_before), strict=True)
+            _join(own, read_before, [None if parts[0] is None else torch.stack(parts) for parts in kept])
+        for step in range(1, depth.max() + 1):
+            after = np.flatnonzero(depth == step)
+            index = to_device(before[after], own.values.device)
+            _join(own, after, [None if part is None else part[index] for part in own[1:]])
+        for node in nodes:
+            if trees.kept[node]:
+                self._kept[node] = tuple(None if part is None else part[number[node]].clone() for part in own[1:])
+        ends = np.flatnonzero(pieces >= 0)
+        index = to_device(ends, own.values.device)
+        return BatchMaxima(pieces[ends], *(None if part is None else part[index] for part in own[1:]))
+
+
+def _join(maxima: BatchMaxima, nodes: np.ndarray, before: Sequence[Tensor | None]) -> None:
+    """Adds to the maxima of some nodes of the batch those of what comes before each."""
+    index = to_device(nodes, maxima.values.device)
+    values, first_token, counts = before
+    own = maxima.values[index]
+    if maxima.first_token is not None:
+        maxima.first_token[index] = torch.where(values >= own, first_token, maxima.first_token[index])
+    maxima.values[index] = torch.maximum(values, own)
+    maxima.counts[index] += counts
 
 
 class PieceMaxima:
@@ -113,7 +162,7 @@ class PieceMaxima:
         self._waiting: deque[_Transfer] = deque()
         # Of each activation kept, its piece, feature, value and the index of its token in the piece.
         self._entries = [(np.zeros(0, np.int64), *(np.zeros(0, kind) for kind in (np.int32, np.float32, np.int32)))]
-        self._counted, self._sinks, self._not_finite = np.zeros((3, n_pieces), np.int64)
+        self._counts = np.zeros((n_pieces, 3), np.int64)
 
     def add(self, batch: BatchMaxima) -> None:
         # One batch waits: a GPU computes it while the one before is collected. On the CPU the delay gains nothing.
@@ -125,12 +174,20 @@ class PieceMaxima:
         index, column = np.nonzero(batch.values > self._keep_above)
         position = np.zeros(len(index), np.int32)
         if batch.first_token is not None:
-            position = batch.at[batch.first_token[index, column]].astype(np.int32)
+            position = batch.first_token[index, column].astype(np.int32)
         feature = (column if self._columns is None else self._columns[column]).astype(np.int32)
         self._entries.append((batch.pieces[index], feature, batch.values[index, column], position))
-        self._counted[batch.pieces] = batch.counted
-        self._sinks[batch.pieces] = batch.sinks
-        self._not_finite[batch.pieces] = batch.not_finite
+        self._counts[batch.pieces] = batch.counts
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all states of the pieces added are finite."""
+        self._collect_all()
+        return not self._counts[:, 2].any()
+
+    def _collect_all(self) -> None:
+        while self._waiting:
+            self._collect(self._waiting.popleft().wait())
 
     def of_rows(
         self, tokenized: TokenizedRows, owner: np.ndarray, *, d_sae: int, positions: bool
@@ -142,16 +199,15 @@ class PieceMaxima:
         """
         from scipy.sparse import csr_array
 
-        while self._waiting:
-            self._collect(self._waiting.popleft().wait())
+        self._collect_all()
         piece_row = np.array(tokenized.row, dtype=np.int64)
         counted, sinks, not_finite = (
             np.bincount(piece_row, weights=of_piece[owner], minlength=tokenized.n_rows).astype(np.int32)
-            for of_piece in (self._counted, self._sinks, self._not_finite)
+            for of_piece in self._counts.T
         )
         counted[not_finite > 0] = 0
         of_maxima, feature, value, position = (np.concatenate(parts) for parts in zip(*self._entries, strict=True))
-        shape = (len(self._counted), d_sae)
+        shape = (len(self._counts), d_sae)
         entries = csr_array((np.arange(len(value)), (of_maxima, feature)), shape=shape)[owner]
         piece = np.repeat(np.arange(len(owner)), np.diff(entries.indptr))
         row, feature, value = piece_row[piece], entries.indices.astype(np.int32), value[entries.data]

@@ -117,7 +117,14 @@ class _Reached(Exception):
     """The layer's hidden states are there: the rest of the forward pass is not needed."""
 
 
-def _run_to_layer(model: PreTrainedModel, layer: int, ids: Tensor, mask: Tensor | None) -> Tensor:
+def run_to_layer(model: PreTrainedModel, layer: int, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """Returns the hidden states at the layer, [n, longest, d_in]; no block above it is computed.
+
+    Args:
+        input_ids: int64 [n, longest].
+        inputs: further arguments of the model.
+    Raises: LayerError when the model does not make one state for each id.
+    """
     found: list[Tensor] = []
 
     def stop(hidden: Tensor) -> None:
@@ -126,13 +133,13 @@ def _run_to_layer(model: PreTrainedModel, layer: int, ids: Tensor, mask: Tensor 
 
     settings = {} if model.config.is_encoder_decoder or not hasattr(model.config, "use_cache") else {"use_cache": False}
     with suppress(_Reached), evaluation_mode(model), layer_hook(model, layer, stop):
-        model(input_ids=ids, attention_mask=mask, **settings)
+        model(input_ids=input_ids, **settings | inputs)
     if not found:
         raise LayerError(f"{type(model).__name__} ran to its end without passing the block that was to be read.")
-    if found[0].ndim != 3 or found[0].shape[:2] != ids.shape:
+    if found[0].ndim != 3 or found[0].shape[:2] != input_ids.shape:
         raise LayerError(
-            f"{type(model).__name__} makes hidden states of shape {list(found[0].shape)} of {list(ids.shape)} ids: "
-            "not one for each token (prompt tuning adds some), so no token can be read."
+            f"{type(model).__name__} makes hidden states of shape {list(found[0].shape)} of {list(input_ids.shape)} "
+            "ids: not one for each token (prompt tuning adds some), so no token can be read."
         )
     return found[0]
 
@@ -142,7 +149,7 @@ def is_causal(model: PreTrainedModel, layer: int) -> bool:
     ids = torch.arange(2, 10, device=model.device).repeat(2, 1)
     ids[1, 4:] += 1
     ids %= model.config.get_text_config().vocab_size
-    first, second = _run_to_layer(model, layer, ids, torch.ones_like(ids))[:, :4].float()
+    first, second = run_to_layer(model, layer, ids, attention_mask=torch.ones_like(ids))[:, :4].float()
     # States that are not finite equal nothing: such a model is run with a mask, which is slower but never wrong.
     return bool(((first - second).abs() <= 1e-3 * second.abs() + 1e-5 * first.abs().max()).all())
 
@@ -158,16 +165,24 @@ def default_batch_tokens(device: torch.device) -> int:
     return 2048 if device.type == "cpu" else 65536
 
 
-def pack(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
+def pack(lengths: Sequence[int], batch_tokens: int, past: np.ndarray | None = None) -> list[np.ndarray]:
     """Returns the indices of pieces, longest first, cut into batches whose padded size is at most `batch_tokens`.
 
     A piece longer than the budget is a batch of its own; pieces without tokens are in no batch.
+
+    Args:
+        past: int64, tokens that come before each piece and are read already. A batch and its past, padded, are at most
+            eight times the budget.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     order = order[: int((np.asarray(lengths) > 0).sum())]
     batches, start = [], 0
     while start < len(order):
-        size = max(1, batch_tokens // int(lengths[order[start]]))
+        length = int(lengths[order[start]])
+        size = max(1, batch_tokens // length)
+        if past is not None:
+            columns = np.maximum.accumulate(past[order[start : start + size]]) + length
+            size = max(1, int((columns * np.arange(1, len(columns) + 1) <= 8 * batch_tokens).sum()))
         batches.append(order[start : start + size])
         start += size
     return batches
@@ -199,7 +214,7 @@ def hidden_states(
         mask = None
         if not causal and lengths[-1] < lengths[0]:
             mask = to_device((np.arange(lengths[0]) < lengths[:, None]).astype(np.int64), model.device)
-        yield Batch(batch, _run_to_layer(model, layer, to_device(padded, model.device), mask))
+        yield Batch(batch, run_to_layer(model, layer, to_device(padded, model.device), attention_mask=mask))
 
 
 def sink_cutoff(norms: np.ndarray) -> float:

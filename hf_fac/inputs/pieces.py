@@ -5,6 +5,7 @@ A piece is a row's token ids, or one window of a long row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,15 +27,16 @@ class UniquePieces(NamedTuple):
     owner: np.ndarray
 
 
-def unique_pieces(tokenized: TokenizedRows, *, causal: bool) -> UniquePieces:
-    """Returns the pieces that the model has to read, each once.
+def unique_pieces(tables: Sequence[TokenizedRows], *, causal: bool) -> UniquePieces:
+    """Returns the pieces of all tables that the model has to read, each once.
 
     In a causal model the tokens after the last content token are cut off, as they change nothing. A piece without
     content keeps no ids.
     """
     seen: dict[tuple[bytes, bytes, bool], int] = {}
-    unique = UniquePieces([], [], [], np.zeros(len(tokenized.ids), np.int64))
-    for i, (ids, content, offset) in enumerate(zip(tokenized.ids, tokenized.content, tokenized.offset, strict=True)):
+    pieces = [piece for table in tables for piece in zip(table.ids, table.content, table.offset, strict=True)]
+    unique = UniquePieces([], [], [], np.zeros(len(pieces), np.int64))
+    for i, (ids, content, offset) in enumerate(pieces):
         counting = np.flatnonzero(content)
         end = 0 if not len(counting) else counting[-1] + 1 if causal else len(ids)
         ids, content = ids[:end], content[:end]
