@@ -1,0 +1,144 @@
+"""How much is won by reading once what rows begin with alike, on the embedded model.
+
+    python benchmarks/prefixes.py [--pairs 7] [--data PREFERENCES.jsonl] [--rows 200]
+
+Three ratios, each taken in every pair of runs; the median of the pairs is printed.
+
+Conversations of 60 tokens, of which 24 are the template's system prompt, and the embedded anchor set: tokens a second
+of the featurizer over those of the bare forward pass over whole rows, on sorted batches, padded and masked as a plain
+script would, at the best of several token budgets. The featurizer's time includes everything from rows to the result.
+
+Preference pairs (--data, with the columns chosen and rejected; transcripts of "Human:" and "Assistant:" become
+messages): pairs a second of `read_sides` over those of scoring both sides apart, each piece read whole.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import time
+from contextlib import suppress
+
+import numpy as np
+import torch
+
+from hf_fac.embedded.loader import LAYER, load_anchor, load_embedded_sae, load_model
+from hf_fac.features.featurizer import SAEFeaturizer
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", help="JSONL rows with the columns chosen and rejected")
+parser.add_argument("--rows", type=int, default=200)
+parser.add_argument("--pairs", type=int, default=7)
+parser.add_argument("--device", default="cpu")
+options = parser.parse_args()
+
+model, tokenizer = load_model(device=options.device)
+model.eval()
+sae = load_embedded_sae(device=options.device)
+columns = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(0))[:512].tolist()
+featurizer = SAEFeaturizer(model, tokenizer, sae, activation="relu", features=columns, keep_above=2)
+rejected = featurizer.with_settings(side="rejected")
+
+
+class Stop(Exception):
+    pass
+
+
+def floor(pieces: list, budget: int) -> None:
+    """The forward pass of a plain script, stopped at the layer: sorted, padded, masked batches."""
+
+    def hook(_module, _inputs, _output):
+        raise Stop
+
+    handle = model.model.layers[LAYER - 1].register_forward_hook(hook)
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
+    with torch.no_grad():
+        while order:
+            batch = order[: max(1, budget // len(pieces[order[0]]))]
+            order = order[len(batch) :]
+            padded = tokenizer.pad({"input_ids": [pieces[i] for i in batch]}, return_tensors="pt", padding_side="right")
+            with suppress(Stop):
+                model(**padded.to(model.device), use_cache=False)
+    handle.remove()
+
+
+def apart(rows: list) -> None:
+    """Scores one side after the other, each piece read whole."""
+    for one in (featurizer, rejected):
+        one._shares, able = False, one._shares
+        one.read(rows)
+        one._shares = able
+
+
+def both(rows: list) -> None:
+    featurizer.read_sides(rows)
+
+
+def seconds(job) -> float:
+    start = time.perf_counter()
+    job()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(name: str, plain, shared) -> None:
+    ratios = []
+    for number in range(options.pairs):
+        # Which goes first alternates, so that a drift of the machine cancels.
+        times = [seconds(plain), seconds(shared)] if number % 2 == 0 else [seconds(shared), seconds(plain)][::-1]
+        ratios.append(times[0] / times[1])
+    low, high = min(ratios), max(ratios)
+    print(f"{name}: {statistics.median(ratios):.2f} (median of {options.pairs} pairs, {low:.2f} to {high:.2f})")
+
+
+def against_the_bare_pass(name: str, rows: list) -> None:
+    pieces = [ids.tolist() for ids in featurizer.reader(rows).ids]
+    budgets = (1024, 2048, 4096) if options.device == "cpu" else (16384, 65536, 131072)
+    best = min(budgets, key=lambda budget: min(seconds(lambda: floor(pieces, budget)) for _ in range(2)))
+    lengths = np.array([len(piece) for piece in pieces])
+    name = f"{name}, {len(rows)} rows of {lengths.mean():.0f} tokens, over the bare forward pass"
+    compare(name, lambda: floor(pieces, best), lambda: featurizer.read(rows))
+
+
+def conversation(text: str) -> list:
+    """A transcript as messages; what one side says twice in a row is one message."""
+    messages = []
+    for role, content in re.findall(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", text, re.DOTALL):
+        role = "user" if role == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n" + content.strip()
+        else:
+            messages.append({"role": role, "content": content.strip()})
+    return messages
+
+
+def rows_of_60_tokens(n: int) -> list:
+    words = " ".join(row["messages"][0]["content"] for row in load_anchor())
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    frame = len(featurizer.reader([{"messages": [{"role": "user", "content": "a"}]}]).ids[0]) - 1
+    parts = [ids[start : start + 60 - frame] for start in range(0, len(ids), 60 - frame)]
+    return [{"messages": [{"role": "user", "content": tokenizer.decode(part).strip()}]} for part in parts[:n]]
+
+
+def main() -> None:
+    cores = f"{os.cpu_count()} CPU cores"
+    where = torch.cuda.get_device_name() if model.device.type == "cuda" else cores
+    print(f"layer {LAYER} of SmolLM2-135M, {where}, load {os.getloadavg()[0]:.1f}")
+    featurizer.read([{"messages": row["messages"]} for row in load_anchor()][:40])
+    against_the_bare_pass("conversations", rows_of_60_tokens(160))
+    against_the_bare_pass("the anchor set", [{"messages": row["messages"]} for row in load_anchor()])
+    if options.data:
+        with open(options.data, encoding="utf-8") as file:
+            texts = [json.loads(line) for line in file][: options.rows]
+        conversations = [{side: conversation(text) for side, text in row.items()} for row in texts]
+        against_both_sides_apart("preference pairs as messages", conversations)
+        against_both_sides_apart("preference pairs as text", texts)
+
+
+def against_both_sides_apart(name: str, rows: list) -> None:
+    compare(f"{name}, {len(rows)} rows, over both sides apart", lambda: apart(rows), lambda: both(rows))
+
+
+main()
