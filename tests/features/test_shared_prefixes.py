@@ -63,7 +63,7 @@ def check(featurizer, family, rows, **reader):
         start, end = found.indptr[number : number + 2]
         entries = zip(found.indices[start:end], found.data[start:end], reading.positions[start:end], strict=True)
         # Of two tokens with nearly the same activation, rounding decides which is the first.
-        wrong = [f for f, value, at in entries if best[f][1] != at and abs(value - best[f][0]) == 0]
+        wrong = [f for f, value, at in entries if f in best and best[f][1] != at]
         assert len(wrong) <= 0.02 * len(best) + 1
     assert reading.tokens.tolist() == [tokens for _, tokens, _ in expected]
     assert reading.sinks == sum(sinks for _, _, sinks in expected)
