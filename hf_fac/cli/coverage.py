@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from ..storage.differences import differences
 from ..storage.files import try_output, whole_file
+from ..storage.ranks import rank_and_world_size
 from ..storage.scored_rows import COLUMNS, MEASUREMENT, is_scored
 from . import options as opt
 from .data import check_measured, load_data, load_dictionary, print_left_out, scored
@@ -47,7 +47,7 @@ def score(
     coverage = FeatureCoverage(featurizer.measurement)
     for file in files:
         coverage |= FeatureCoverage.from_dataset(Dataset.from_parquet(str(file)))
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = rank_and_world_size()
     part = f"-{rank:05d}-of-{world_size:05d}" if world_size > 1 else ""
     coverage.save(output / f"coverage{part}.safetensors")
     print_left_out(featurizer, "data set", coverage.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,20 @@ from ..storage.scored_rows import REMEDY, ScoredRows
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
+
+
+def parts_of(rows: ScoredRows, *, most: int) -> Iterator[ScoredRows]:
+    """Yields the rows in parts of at most `most` activations, but at least one row each. Measurements are left out."""
+    start = 0
+    while start < len(rows.tokens):
+        stop = int(np.searchsorted(rows.starts, rows.starts[start] + most, side="right")) - 1
+        stop = max(stop, start + 1)
+        entries = slice(rows.starts[start], rows.starts[stop])
+        yield ScoredRows(
+            rows.first_row + start, rows.features[entries], rows.activations[entries],
+            rows.starts[start : stop + 1] - rows.starts[start], rows.tokens[start:stop], [],
+        )  # fmt: skip
+        start = stop
 
 
 def matrix_rows(acts: csr_array, start: int, stop: int) -> ScoredRows:
@@ -30,18 +45,21 @@ def check_activations(rows: ScoredRows, d_sae: int | None) -> None:
         _refuse(rows, ~np.isfinite(acts), "is not finite (some models overflow in float16)")
 
 
-def check_scored(rows: ScoredRows, index: np.ndarray, *, d_sae: int, keep_above: float) -> None:
+def check_scored(rows: ScoredRows, *, d_sae: int, keep_above: float) -> None:
     """As `check_activations`, and also for activations at or below the floor, in a row without tokens, or of a feature
-    that stands twice in its row.
-
-    Args:
-        index: int64 [n_activations], the index of each activation's row.
-    """
+    that stands twice in its row."""
     check_activations(rows, d_sae)
-    _refuse(rows, rows.activations <= np.float64(keep_above), f"is not above the floor keep_above = {keep_above:g}")
-    _refuse(rows, rows.tokens[index] <= 0, "is in a row without content tokens")
-    cell = index * d_sae + rows.features
-    if (np.diff(cell) <= 0).any():
+    ids, acts, lengths = rows.features, rows.activations, np.diff(rows.starts)
+    # First what needs little memory; arrays of which entry is wrong only where one is.
+    if len(acts) and float(acts.min()) <= keep_above:
+        _refuse(rows, acts <= np.float64(keep_above), f"is not above the floor keep_above = {keep_above:g}")
+    without_tokens = rows.tokens <= 0
+    if (lengths[without_tokens] > 0).any():
+        _refuse(rows, np.repeat(without_tokens, lengths), "is in a row without content tokens")
+    falls = ids[1:] <= ids[:-1]
+    falls[rows.starts[(rows.starts > 0) & (rows.starts < len(ids))] - 1] = False
+    if falls.any():
+        cell = np.repeat(np.arange(len(lengths)), lengths) * d_sae + ids
         order = np.argsort(cell)
         twice = cell[order][1:][np.diff(cell[order]) == 0]
         _refuse(rows, np.isin(cell, twice), "stands twice in its row")

@@ -21,7 +21,7 @@ from ..storage.feature_ids import check_feature_ids
 from ..storage.files import whole_file
 from ..storage.scored_rows import REMEDY, ScoredRows, scored_batches
 from ..storage.validation import Measurement, checked, read_measurement
-from .activations import check_scored, matrix_rows
+from .activations import check_scored, matrix_rows, parts_of
 from .grid import ActivationGrid
 from .rarefaction import unseen
 from .report import FACReport
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _VERSION = "1"
 _ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row_hash", "level_counts", "active_counts")
 _METADATA = ("measurement", "rows", "rows_without_tokens")
-_BATCH = 256  # rows at a time: enough to be fast, few enough for dense rows of a wide SAE
+_BATCH = 256  # rows read at a time: enough to be fast, few enough for dense rows of a wide SAE
+_ACTIVATIONS = 1 << 15  # counted at a time: the arrays of so many stay in the cache of a processor
 
 
 class _Saved(BaseModel):
@@ -122,23 +123,33 @@ class FeatureCoverage:
             coverage._add(rows._replace(tokens=tokens[start : start + _BATCH]))
         return coverage
 
-    def _add(self, part: ScoredRows) -> None:
-        ids, acts, lengths = part.features.astype(np.int64, copy=False), part.activations, np.diff(part.starts)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        check_scored(part, rows, d_sae=self.d_sae, keep_above=self.keep_above)
+    def _add(self, rows: ScoredRows) -> None:
+        for part in parts_of(rows, most=_ACTIVATIONS):
+            self._add_part(part)
+
+    def _add_part(self, part: ScoredRows) -> None:
+        check_scored(part, d_sae=self.d_sae, keep_above=self.keep_above)
+        ids, acts, lengths = part.features.astype(np.int64), part.activations, np.diff(part.starts)
         self.rows += len(lengths)
         self.rows_without_tokens += int(np.count_nonzero(part.tokens == 0))
-        self._count(rows, ids, self._grid.level_of(acts), len(lengths))
-        # What is below the second maximum changes nothing, so that soon few activations are left to sort.
-        strong = np.flatnonzero(acts >= self.second_maximum[ids])
-        row_hash = _row_hashes(ids, acts, lengths)[rows[strong]]
-        self._raise_maxima(*_top_two_by_feature(ids[strong], acts[strong], row_hash))
+        self._count(ids, self._grid.level_of(acts), lengths)
+        # What is below the second maximum changes nothing, so that soon few activations are left to sort, and few rows
+        # to hash.
+        strong = np.flatnonzero(acts >= self.second_maximum.take(ids))
+        row = np.searchsorted(part.starts, strong, side="right") - 1
+        row_hash = np.zeros(len(lengths), np.uint64)
+        row_hash[row] = 1
+        is_hashed = row_hash > 0
+        entries = np.repeat(is_hashed, lengths)
+        row_hash[is_hashed] = _row_hashes(ids[entries], acts[entries], lengths[is_hashed])
+        self._raise_maxima(*_top_two_by_feature(ids[strong], acts[strong], row_hash[row]))
 
-    def _count(self, rows: np.ndarray, ids: np.ndarray, level: np.ndarray, n_rows: int) -> None:
+    def _count(self, ids: np.ndarray, level: np.ndarray, lengths: np.ndarray) -> None:
         np.add.at(self.level_counts.reshape(-1), level * self.d_sae + ids, 1)
         # Of each row, how many features it activates above each level: a histogram over levels, summed from the top.
         levels, buckets = self.active_counts.shape
-        in_level = np.bincount(rows * levels + level, minlength=n_rows * levels).reshape(-1, levels)
+        cell = np.repeat(np.arange(len(lengths)) * levels, lengths) + level
+        in_level = np.bincount(cell, minlength=len(lengths) * levels).reshape(-1, levels)
         above = np.cumsum(in_level[:, ::-1], axis=1)[:, ::-1]
         cell = self._grid.bucket_of[above] + np.arange(levels) * buckets
         np.add.at(self.active_counts.reshape(-1), cell.reshape(-1), 1)

@@ -25,7 +25,15 @@ class ActivationGrid:
         shift = np.maximum(np.frexp(active)[1] - 9, 0)
         self.bucket_of = 256 * shift + (active >> shift)
         self.n_buckets = int(self.bucket_of[-1]) + 1
+        # Positive floats in order of size are their bits in order, and those that share the upper 16 bits differ by
+        # less than 1 %: at most one level above the floor lies between them.
+        smallest = (np.arange(0x7F80, dtype=np.uint32) << np.uint32(16)).view(np.float32)
+        self._level_below = np.maximum(np.searchsorted(self.levels, smallest) - 1, 0)
+        self._next_level = np.append(self.levels, np.inf)[self._level_below + 1].astype(np.float32)
 
     def level_of(self, activations: np.ndarray) -> np.ndarray:
         """Returns int64 [n]: of activations, float32 [n] above the floor, the k with levels[k] < a <= levels[k + 1]."""
-        return np.searchsorted(self.levels, activations) - 1
+        upper_bits = (activations.view(np.uint32) >> np.uint32(16)).astype(np.int64)
+        # The bits are in range; clipping spares take a check in another buffer.
+        above_next = activations > self._next_level.take(upper_bits, mode="clip")
+        return self._level_below.take(upper_bits, mode="clip") + above_next

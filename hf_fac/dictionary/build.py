@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..inputs.rows import as_rows
 from ..storage.files import try_output
 from ..storage.parquet import digest_of_hashes, row_hash
+from ..storage.ranks import rank_and_world_size
 from ..storage.scored_rows import COLUMNS
 from .dictionary import FeatureDictionary
 from .merging import strongest
@@ -68,9 +69,8 @@ def build_dictionary(
     Raises: RowError for a row that cannot be read; ValueError when output_dir holds another pass, or for arguments out
         of range; TypeError for other kinds of data sets. Warns (UserWarning) of rows that were skipped.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    _check_arguments(rank, world_size, shard_rows=shard_rows, spans=spans, before=before, after=after)
+    rank, world_size = rank_and_world_size(rank, world_size)
+    _check_sizes(shard_rows=shard_rows, spans=spans, before=before, after=after)
     dataset = _without_scores(dataset)
     reader, top = _SpanReader(featurizer, dataset, before, after), TopSpans(featurizer.d_sae, spans)
     shards = _parts(range(len(dataset)), shard_rows)[rank::world_size]
@@ -99,9 +99,7 @@ def build_dictionary(
     return _dictionary(reader, top, measurement, source or name)
 
 
-def _check_arguments(rank: int, world_size: int, **sizes: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"Expected 0 <= rank < world_size; got rank={rank}, world_size={world_size}.")
+def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         least = 0 if name in ("before", "after") else 1
         if size < least:

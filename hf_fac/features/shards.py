@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..storage.differences import differences
 from ..storage.files import try_output, write_whole
 from ..storage.parquet import read_note, rows_digest, write_parquet
+from ..storage.ranks import rank_and_world_size
 from ..storage.scored_rows import COLUMNS
 from ..storage.validation import check_counts, checked
 from .scoring import FACScorer
@@ -54,10 +54,7 @@ def score_shards(
             f"dataset is a {type(dataset).__name__}, which cannot be cut into shards: pass a datasets.Dataset (one "
             "split; save a stream with Dataset.from_generator), or map the stream with FACScorer."
         )
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    if not 0 <= rank < world_size:
-        raise ValueError(f"Expected 0 <= rank < world_size; got rank={rank}, world_size={world_size}.")
+    rank, world_size = rank_and_world_size(rank, world_size)
     check_counts(shard_rows=shard_rows)
     folder = Path(output_dir)
     try_output(folder, folder=True)

@@ -42,6 +42,29 @@ def reference(data, anchor, delta, features):
     }
 
 
+@pytest.mark.parametrize("d_sae", [500, 100_000])
+def test_rows_with_more_activations_than_are_counted_at_a_time_give_the_same_as_single_rows(d_sae):
+    rng = np.random.default_rng(0)
+    n_active = [*rng.integers(0, 400, 300).tolist(), *([] if d_sae < 1000 else [40_000, 0, 70_000])]
+    ids = [np.sort(rng.choice(d_sae, n, replace=False)) for n in n_active]
+    starts = np.append(0, np.cumsum(n_active))
+    acts = rng.choice(np.float32([0.3, 1, 2.5, 40]), starts[-1]) + rng.random(starts[-1], np.float32)
+    rows = csr_array((acts, np.concatenate(ids), starts), shape=(len(ids), d_sae))
+    coverage = FeatureCoverage.from_activations(rows, measurement=measurement(d_sae))
+    maxima = -np.sort(-rows[:300].toarray(), axis=0)[:2]
+    if d_sae < 1000:
+        np.testing.assert_array_equal([coverage.maximum, coverage.second_maximum], maxima)
+    level = np.searchsorted(GRID, acts) - 1
+    counts = np.zeros((len(GRID), d_sae), np.int64)
+    np.add.at(counts, (level, np.concatenate(ids)), 1)
+    np.testing.assert_array_equal(coverage.level_counts, counts)
+    assert (coverage.active_counts.sum(axis=1) == len(ids)).all()
+    parts = [slice(0, 1), slice(301, None), slice(1, 150), slice(150, 301)]
+    assert coverage == reduce(
+        or_, (FeatureCoverage.from_activations(rows[part], measurement=measurement(d_sae)) for part in parts)
+    )
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_report_follows_the_definition_for_any_delta_and_subset(seed):
     rng = np.random.default_rng(seed)
