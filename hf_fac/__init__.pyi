@@ -14,6 +14,7 @@ from .dictionary.dictionary import FeatureDictionary
 from .dictionary.explanation import detect, explain
 from .dictionary.rating import rate
 from .features.featurizer import SAEFeaturizer
+from .features.ray import RayFACScorer
 from .features.scoring import FACScorer
 from .features.shards import score_shards
 from .hub.errors import HubError
@@ -39,6 +40,7 @@ __all__ = [
     "FeatureDictionary",
     "HubError",
     "LocalChat",
+    "RayFACScorer",
     "RelevantFeatures",
     "RowError",
     "SAEFeaturizer",

@@ -74,7 +74,7 @@ class FACScorer:
             reading = self.featurizer.read(rows, first_row=first_row)
         except RowError as error:
             if numbers is None:
-                error.add_note("The row is counted in its batch: map with with_indices=True for its number.")
+                error.add_note("The row is counted in its batch; datasets.map tells its number with with_indices=True.")
             raise
         activations = reading.activations
         ends = activations.indptr[1:-1]

@@ -148,7 +148,7 @@ def test_a_row_that_cannot_be_read_stops_the_map_or_is_skipped(featurizer):
     dataset = Dataset.from_dict({"text": ["hello", None, "world"]})
     with pytest.raises(RowError, match="Row 1") as error:
         dataset.map(FACScorer(featurizer), batched=True)
-    assert error.value.__notes__ == ["The row is counted in its batch: map with with_indices=True for its number."]
+    assert error.value.__notes__ == ["The row is counted in its batch; datasets.map tells its number with with_indices=True."]
     with pytest.raises(RowError, match="Row 1") as error:
         dataset.map(FACScorer(featurizer), batched=True, with_indices=True)
     assert not hasattr(error.value, "__notes__")
