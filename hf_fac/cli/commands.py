@@ -21,6 +21,7 @@ from .demo import demo
 from .dictionary import interpret, rate
 from .diversity import diversity
 from .hub import pull, push
+from .merge import merge
 from .options import expand_options
 from .output import errors
 from .relevance import relevant
@@ -72,6 +73,6 @@ app = typer.Typer(
     "HF_FAC_TRACEBACK=1 in the environment adds a traceback to an error.",
 )
 for command in (
-    demo, score, missing, diversity, relevant, train_sae, interpret, rate, select, synthesize, push, pull,
+    demo, score, missing, diversity, relevant, merge, train_sae, interpret, rate, select, synthesize, push, pull,
 ):  # fmt: skip
     app.command(command.__name__.replace("_", "-"))(expand_options(command))

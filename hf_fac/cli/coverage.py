@@ -22,6 +22,7 @@ from .relevance import ChosenFeatures, read_features
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..coverage.coverage import FeatureCoverage
     from ..coverage.report import FACReport
     from ..features.featurizer import SAEFeaturizer
 
@@ -35,8 +36,6 @@ def score(
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows in a shard; a stopped run resumes at a shard.")] = 5000,
 ) -> None:
     """Add to each row the features that it activates. Run it again to resume."""
-    from datasets import Dataset
-
     from ..coverage.coverage import FeatureCoverage
     from ..features.shards import score_shards
 
@@ -44,13 +43,16 @@ def score(
     dataset = load_data(data, split)
     featurizer = measuring.featurizer(keep_above=keep_above)
     files = score_shards(featurizer, dataset, output, shard_rows=shard_rows)
-    coverage = FeatureCoverage(featurizer.measurement)
-    for file in files:
-        coverage |= FeatureCoverage.from_dataset(Dataset.from_parquet(str(file)))
+    coverage = FeatureCoverage.from_parquet(files, measurement=featurizer.measurement)
     rank, world_size = rank_and_world_size()
     part = f"-{rank:05d}-of-{world_size:05d}" if world_size > 1 else ""
     coverage.save(output / f"coverage{part}.safetensors")
     print_left_out(featurizer, "data set", coverage.rows)
+    print_coverage(coverage, output)
+
+
+def print_coverage(coverage: FeatureCoverage, output: Path) -> None:
+    """Prints what a coverage that was written holds."""
     live = int((coverage.maximum > 0).sum())
     console.print(
         f"{coverage.rows:,} rows ({coverage.rows_without_tokens:,} without tokens) activate {live:,} of "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -19,7 +20,7 @@ from pydantic import BaseModel, Json, NonNegativeInt
 from ..storage.differences import differences
 from ..storage.feature_ids import check_feature_ids
 from ..storage.files import whole_file
-from ..storage.scored_rows import REMEDY, ScoredRows, scored_batches
+from ..storage.scored_rows import REMEDY, ScoredRows, parquet_batches, scored_batches
 from ..storage.validation import Measurement, checked, read_measurement
 from .activations import check_scored, matrix_rows, parts_of
 from .grid import ActivationGrid
@@ -90,7 +91,27 @@ class FeatureCoverage:
         `from_activations` refuses; TypeError for a DatasetDict.
         """
         coverage = None if measurement is None else cls(measurement)
-        for rows in scored_batches(ds, batch_size=_BATCH):
+        return _known(cls._with_rows(coverage, scored_batches(ds, batch_size=_BATCH)))
+
+    @classmethod
+    def from_parquet(
+        cls, files: Iterable[str | os.PathLike[str]], *, measurement: dict[str, Any] | None = None
+    ) -> Self:
+        """Returns the coverage of Parquet files of scored rows, such as those of `score_shards`, read in small batches.
+
+        Raises: ValueError, with file, row and remedy, as `from_dataset` does; FileNotFoundError.
+        """
+        coverage = None if measurement is None else cls(measurement)
+        for file in files:
+            try:
+                coverage = cls._with_rows(coverage, parquet_batches(file, batch_size=_BATCH))
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(file)}: {error}") from error
+        return _known(coverage)
+
+    @classmethod
+    def _with_rows(cls, coverage: Self | None, batches: Iterable[ScoredRows]) -> Self | None:
+        for rows in batches:
             for row, text in rows.measurements:
                 found = read_measurement(text, f"row {row:,} and after: fac_measurement", REMEDY)
                 coverage = coverage or cls(found)
@@ -98,8 +119,6 @@ class FeatureCoverage:
                     coverage.measurement, found, f"row {row:,} and after: measured differently"
                 )
             coverage._add(rows)
-        if coverage is None:
-            raise ValueError("an empty data set does not say how it was measured: pass measurement=")
         return coverage
 
     @classmethod
@@ -334,6 +353,12 @@ class FeatureCoverage:
         """For each row that alone activates some of the features: how many."""
         by_one_row = features[((self.maximum > delta) & (self.second_maximum <= delta))[features]]
         return np.unique(self.maximum_row_hash[by_one_row], return_counts=True)[1]
+
+
+def _known(coverage: FeatureCoverage | None) -> FeatureCoverage:
+    if coverage is None:
+        raise ValueError("an empty data set does not say how it was measured: pass measurement=")
+    return coverage
 
 
 def _agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:

@@ -7,12 +7,14 @@ are a `datasets.Dataset` in one Parquet file, which `load_dataset` opens and the
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -161,6 +163,29 @@ class FeatureDictionary:
         theirs = {row["feature"]: row for row in other}
         rows = [merge_rows(row, theirs.pop(row["feature"])) if row["feature"] in theirs else row for row in self]
         return FeatureDictionary.from_rows([*rows, *theirs.values()], measurement=self.measurement)
+
+    @classmethod
+    def merged(cls, parts: Sequence[FeatureDictionary]) -> FeatureDictionary:
+        """Returns one dictionary of parts from different rows, of which each names all features that its rows activate.
+
+        It is `|` of all parts, and every feature's `total_rows` and `frequency` are over the rows of all of them: also
+        where a part does not name the feature, as `hf-fac interpret` leaves out dead ones.
+
+        Raises: ValueError for parts measured differently, and for one whose features were counted over unequal rows.
+        """
+        rows_of: dict[str, int] = {}
+        for part in parts:
+            counted = set(zip(part.dataset["data"], part.dataset["total_rows"], strict=True))
+            if len(counted) != 1:
+                raise ValueError("The features of a part were counted over unequal rows: merge it with `|`.")
+            rows_of.update(counted)
+        total, data = sum(rows_of.values()), f"{sum(int(one, 16) for one in rows_of) % 2**64:016x}"
+        merged = functools.reduce(operator.or_, parts)
+        rows = [
+            row | {"total_rows": total, "data": data, "frequency": row["rows"] / total if total else 0.0}
+            for row in merged
+        ]
+        return cls.from_rows(rows, measurement=merged.measurement)
 
     def task_features(self, task: str, *, at_least: str = "maybe", verified: bool = True) -> np.ndarray:
         """Returns F_task, for `coverage.compare`: int64 ids, rising, of the features that matter for the task.

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import byte_level_tokenizer
 from tiny_models import tiny_model, tiny_sae
 
+from hf_fac.coverage.coverage import FeatureCoverage
 from hf_fac.features.featurizer import SAEFeaturizer
 from hf_fac.features.scoring import COLUMNS, FACScorer
 from hf_fac.inputs.rows import RowError
@@ -94,6 +95,15 @@ def test_a_stream_is_scored_and_knows_its_columns(featurizer, dataset):
     check(typed, featurizer)
 
 
+def test_coverage_of_a_scored_stream_is_that_of_the_data_set(featurizer, dataset):
+    stream = dataset.to_iterable_dataset(num_shards=3).map(FACScorer(featurizer), batched=True, batch_size=5)
+    streamed = FeatureCoverage.from_dataset(stream)
+    whole = FeatureCoverage.from_dataset(dataset.map(FACScorer(featurizer), batched=True))
+    assert (streamed.rows, streamed.rows_without_tokens) == (whole.rows, whole.rows_without_tokens) == (24, 8)
+    np.testing.assert_allclose(streamed.maximum, whole.maximum, rtol=1e-4, atol=1e-5)
+    assert streamed.measurement == whole.measurement
+
+
 def test_a_stream_without_features_says_so():
     stream = IterableDataset.from_generator(lambda: iter([{"text": "hello"}]))
     with pytest.raises(ValueError, match="does not know its features"):
@@ -148,7 +158,9 @@ def test_a_row_that_cannot_be_read_stops_the_map_or_is_skipped(featurizer):
     dataset = Dataset.from_dict({"text": ["hello", None, "world"]})
     with pytest.raises(RowError, match="Row 1") as error:
         dataset.map(FACScorer(featurizer), batched=True)
-    assert error.value.__notes__ == ["The row is counted in its batch; datasets.map tells its number with with_indices=True."]
+    assert error.value.__notes__ == [
+        "The row is counted in its batch; datasets.map tells its number with with_indices=True."
+    ]
     with pytest.raises(RowError, match="Row 1") as error:
         dataset.map(FACScorer(featurizer), batched=True, with_indices=True)
     assert not hasattr(error.value, "__notes__")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -32,10 +37,14 @@ def featurizer():
     return make_featurizer()
 
 
+def make_rows(n: int) -> Dataset:
+    words = " ".join(CORPUS).split()
+    return Dataset.from_list([{"text": " ".join(words[i : i + 5]), "n": i} for i in range(n)])
+
+
 @pytest.fixture
 def rows():
-    words = " ".join(CORPUS).split()
-    return Dataset.from_list([{"text": " ".join(words[i : i + 5]), "n": i} for i in range(25)])
+    return make_rows(25)
 
 
 def test_shards_hold_what_map_gives_in_the_same_order(featurizer, rows, tmp_path):
@@ -59,6 +68,60 @@ def test_ranks_share_the_shards_and_merge_to_the_same_coverage(featurizer, rows,
     whole = FeatureCoverage.from_dataset(rows.map(FACScorer(featurizer), batched=True))
     assert merged.rows == whole.rows
     torch.testing.assert_close(torch.from_numpy(merged.maximum), torch.from_numpy(whole.maximum))
+
+
+WORKER = """
+import os, sys
+sys.path[:0] = sys.argv[1].split(":")
+import torch.distributed as dist
+from test_shards import make_featurizer, make_rows
+from hf_fac import score_shards
+from hf_fac.features import shards
+
+dist.init_process_group("gloo")
+write, written = shards.write_parquet, []
+def write_then_tell(*arguments, **settings):
+    write(*arguments, **settings)
+    written.append(1)
+    if sys.argv[3] == "killed" and len(written) == 2 + dist.get_rank():
+        os.kill(os.getpid(), 9)
+shards.write_parquet = write_then_tell
+score_shards(make_featurizer(), make_rows(60), sys.argv[2], shard_rows=5)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_that_are_killed_resume_where_they_stopped(featurizer, tmp_path):
+    def torchrun(how):
+        paths = f"{Path(__file__).parent}:{Path(__file__).parents[1] / 'support'}"
+        return subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+                "--master_port", str(free_port()), tmp_path / "worker.py", paths, tmp_path / "shards", how,
+            ],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    (tmp_path / "worker.py").write_text(WORKER)
+    assert torchrun("killed").returncode != 0
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shards").glob("*.parquet")}
+    assert 2 <= len(before) <= 5
+    done = torchrun("to the end")
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / "shards").glob("*"))
+    assert [file.name for file in files] == [MANIFEST, *(f"shard-{i:05d}-of-00012.parquet" for i in range(12))]
+    assert all(file.stat().st_mtime_ns == when for file, when in before.items())
+    merged = FeatureCoverage.from_parquet(files[1:])
+    whole = FeatureCoverage.from_dataset(make_rows(60).map(FACScorer(featurizer), batched=True))
+    assert merged.rows == whole.rows
+    np.testing.assert_allclose(merged.maximum, whole.maximum, rtol=1e-4)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def test_shards_of_another_run_are_refused(featurizer, rows, tmp_path):
