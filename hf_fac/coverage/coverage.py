@@ -37,7 +37,8 @@ _VERSION = "1"
 _ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row_hash", "level_counts", "active_counts")
 _METADATA = ("measurement", "rows", "rows_without_tokens")
 _BATCH = 256  # rows read at a time: enough to be fast, few enough for dense rows of a wide SAE
-_ACTIVATIONS = 1 << 15  # counted at a time: the arrays of so many stay in the cache of a processor
+_READ = 1 << 19  # activations read from a file at a time
+_ACTIVATIONS = 1 << 16  # counted at a time: the arrays of so many stay in the cache of a processor
 
 
 class _Saved(BaseModel):
@@ -104,7 +105,7 @@ class FeatureCoverage:
         coverage = None if measurement is None else cls(measurement)
         for file in files:
             try:
-                coverage = cls._with_rows(coverage, parquet_batches(file, batch_size=_BATCH))
+                coverage = cls._with_rows(coverage, parquet_batches(file, activations=_READ))
             except ValueError as error:
                 raise ValueError(f"{os.fspath(file)}: {error}") from error
         return _known(coverage)

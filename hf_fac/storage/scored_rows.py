@@ -98,14 +98,21 @@ def read_scored(table: pa.Table, *, columns: Sequence[str] = COLUMNS, first_row:
     )
 
 
-def parquet_batches(path: str | os.PathLike[str], *, batch_size: int) -> Iterator[ScoredRows]:
-    """Yields all rows of a Parquet file of scored rows, as `scored_batches` does, without a copy in a cache."""
+def parquet_batches(path: str | os.PathLike[str], *, activations: int) -> Iterator[ScoredRows]:
+    """Yields all rows of a Parquet file of scored rows, some `activations` at a time, without a copy in a cache.
+
+    Raises: ValueError as `read_scored` does, and for a file that is not whole.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             columns, row = [name for name in COLUMNS if name in file.schema_arrow.names], 0
+            groups = [file.metadata.row_group(k) for k in range(file.num_row_groups)]
+            chunks = (group.column(k) for group in groups for k in range(group.num_columns))
+            held = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] == FEATURES)
+            batch_size = max(1, activations * file.metadata.num_rows // max(held, 1))
             for batch in file.iter_batches(batch_size=batch_size, columns=columns):
                 yield read_scored(pa.Table.from_batches([batch]), first_row=row)
                 row += len(batch)
