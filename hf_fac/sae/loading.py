@@ -270,7 +270,8 @@ def fvu(sae: SAE[Any], x: torch.Tensor) -> float:
     x = x.detach().to("cpu", torch.float64)
     mean, unexplained = x.mean(0), 0.0
     with torch.no_grad():
-        for chunk in x.split(1024):  # keeps [tokens, d_sae] small
+        # SAELens holds a few arrays [tokens, d_sae], here of 32 MB each.
+        for chunk in x.split(max(1, (1 << 23) // sae.cfg.d_sae)):
             reconstruction = sae(chunk.to(sae.device, sae.dtype)).to("cpu", torch.float64)
             unexplained += (chunk - reconstruction).square().sum().item()
     total = (x - mean).square().sum().item()

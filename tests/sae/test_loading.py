@@ -651,6 +651,16 @@ def slow_fvu(sae, x):
     return unexplained / total
 
 
+def test_fvu_of_a_wide_sae_encodes_few_tokens_at_a_time():
+    sae = TopKSAE(TopKSAEConfig(d_in=4, d_sae=1 << 18, k=2))
+    tokens, x = [], torch.randn(100, 4)
+    sae.register_forward_pre_hook(lambda _, inputs: tokens.append(len(inputs[0])))
+    found = fvu(sae, x)
+    assert sum(tokens) == 100
+    assert max(tokens) << 18 <= 1 << 23
+    assert found == pytest.approx(slow_fvu(sae, x), rel=1e-4)
+
+
 def test_fvu_is_its_definition(x):
     sae = make_sae()
     assert fvu(sae, x) == pytest.approx(slow_fvu(sae, x), rel=1e-5)
