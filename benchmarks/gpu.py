@@ -1,4 +1,4 @@
-"""What share of a GPU's bfloat16 matrix rate scoring reaches, and what limits it; random weights, nothing is downloaded.
+"""What share of a GPU's bfloat16 matrix rate scoring reaches, and what limits it, with random weights.
 
     python benchmarks/gpu.py [--sizes 0.5B 1.5B 3B 8B] [--rows 2000] [--tokens 512] [--width 65536]
     python benchmarks/gpu.py --device cpu --sizes tiny --rows 8 --tokens 32 --width 512     # tries the script
@@ -132,10 +132,10 @@ def report_parts(featurizer: SAEFeaturizer, rows: list[str], whole: float) -> No
 
 def equal_share(one: SAEFeaturizer, other: SAEFeaturizer, rows: list[str], *, single: bool) -> float:
     """Of the features that either way activates, the mean share that both do."""
-    left = one(rows)
-    right = [other([row]) for row in rows] if single else list(other(rows)[[i]] for i in range(len(rows)))
+    left, batch = one(rows), other(rows)
     shares = []
-    for i, row in enumerate(right):
+    for i in range(len(rows)):
+        row = other(rows[i : i + 1]) if single else batch[[i]]
         a, b = set(left[[i]].indices.tolist()), set(row.indices.tolist())
         shares.append(len(a & b) / max(len(a | b), 1))
     return statistics.mean(shares)
