@@ -168,9 +168,8 @@ def main() -> None:
         print(f"  with the encoder at the float32 rate {best:.2f} s would be the least: {best / whole:.1%} of it")
         report_parts(featurizer, rows, whole)
         some = rows[: min(16, len(rows))]
-        print(
-            f"  features equal to those of rows read singly: {equal_share(featurizer, featurizer, some, single=True):.3f}"
-        )
+        share = equal_share(featurizer, featurizer, some, single=True)
+        print(f"  features equal to those of rows read singly: {share:.3f}")
         if size in ("tiny", "0.5B"):
             exact = make_featurizer(size, torch.float32)
             print(f"  to those of a model in float32: {equal_share(featurizer, exact, some, single=False):.3f}")

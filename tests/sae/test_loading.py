@@ -652,8 +652,8 @@ def slow_fvu(sae, x):
 
 
 def test_fvu_of_a_wide_sae_encodes_few_tokens_at_a_time():
-    sae = TopKSAE(TopKSAEConfig(d_in=4, d_sae=1 << 18, k=2))
-    tokens, x = [], torch.randn(100, 4)
+    sae = TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=1 << 18, k=2))
+    tokens, x = [], torch.randn(100, D_IN)
     sae.register_forward_pre_hook(lambda _, inputs: tokens.append(len(inputs[0])))
     found = fvu(sae, x)
     assert sum(tokens) == 100
