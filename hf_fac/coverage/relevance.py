@@ -315,10 +315,7 @@ def _activations(scored: Dataset) -> tuple[csc_array, dict[str, Any]]:
             if text not in (None, other) and (differs := differences(measurement, found)):
                 raise ValueError(f"row {row:,} and after: measured differently ({differs}): {REMEDY}")
             text = other
-        check_scored(
-            part, np.repeat(np.arange(len(part.tokens)), np.diff(part.starts)), d_sae=measurement["d_sae"],
-            keep_above=measurement["keep_above"],
-        )  # fmt: skip
+        check_scored(part, d_sae=measurement["d_sae"], keep_above=measurement["keep_above"])
         ids.append(part.features)
         values.append(part.activations)
         sizes.append(np.diff(part.starts))
