@@ -92,6 +92,6 @@ def _active(dataset: Dataset | IterableDataset, report: FACReport) -> Iterator[_
                     "with the same FACScorer"
                 )
         index = np.repeat(np.arange(len(rows.tokens)), np.diff(rows.starts))
-        check_scored(rows, index, d_sae=d_sae, keep_above=keep_above)
+        check_scored(rows, d_sae=d_sae, keep_above=keep_above)
         is_above = rows.activations > delta[rows.features]
         yield _Active(rows.features[is_above].astype(np.int64), index[is_above], rows.tokens)
