@@ -80,6 +80,13 @@ def _of_report(report: FACReport, anchor: str | None) -> dict[str, str]:
     covered, missing = len(report.covered), len(report.missing)
     fac = "undefined" if math.isnan(report.fac) else f"{report.fac:.3f}"
     some = "" if report.features is None else f", of {len(report.features):,} features looked at"
+    match = {
+        "cosine of activation frequencies": (report.frequency_cosine, report.frequency_cosine_interval, ""),
+        "Jensen-Shannon divergence of activation frequencies": (
+            report.jensen_shannon, report.jensen_shannon_interval, " nats",
+        ),
+        "KL(anchor, data)": (report.kl_divergence, report.kl_interval, " nats"),
+    }  # fmt: skip
     return {
         "FAC": f"**{fac}** ({report.confidence:.0%} interval {interval})",
         "another data set of this kind and size": single,
@@ -89,7 +96,9 @@ def _of_report(report: FACReport, anchor: str | None) -> dict[str, str]:
         "rows": _row_counts(report.rows, report.rows_without_tokens),
         "anchor set": f"{anchor + ', ' if anchor else ''}"
         + _row_counts(report.anchor_rows, report.anchor_rows_without_tokens),
-        "KL(anchor, data)": "?" if math.isnan(report.kl_divergence) else f"{report.kl_divergence:.3f} nats",
+    } | {
+        name: "?" if math.isnan(value) else f"{value:.3f}{unit} ({low:.3f} to {high:.3f})"
+        for name, (value, (low, high), unit) in match.items()
     }
 
 

@@ -7,6 +7,7 @@ call delta `threshold`, and the floor, below which scoring keeps no activations,
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -23,19 +24,21 @@ from ..storage.files import whole_file
 from ..storage.scored_rows import REMEDY, ScoredRows, parquet_batches, scored_batches
 from ..storage.validation import Measurement, checked, read_measurement
 from .activations import check_scored, matrix_rows, parts_of
+from .frequency import Frequencies, frequency_match
 from .grid import ActivationGrid
 from .rarefaction import unseen
 from .report import FACReport
-from .statistics import fac, kl_divergence, mean_interval, single_interval, standard_error
+from .statistics import fac, mean_interval, single_interval, standard_error
 from .threshold import choose_threshold
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from scipy.sparse import csr_array
 
-_VERSION = "1"
-_ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row_hash", "level_counts", "active_counts")
-_METADATA = ("measurement", "rows", "rows_without_tokens")
+VERSION = "2"  # of the files of coverages
+_ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row_hash", "group_counts", "group_rows", "active_counts")
+_METADATA = ("measurement", "rows", "rows_without_tokens", "tokens")
+_GROUPS = 10  # of rows, for intervals: more would narrow them little and take more memory
 _BATCH = 256  # rows read at a time: enough to be fast, few enough for dense rows of a wide SAE
 _READ = 1 << 19  # activations read from a file at a time
 _ACTIVATIONS = 1 << 16  # counted at a time: the arrays of so many stay in the cache of a processor
@@ -47,6 +50,7 @@ class _Saved(BaseModel):
     measurement: Json[Measurement]
     rows: Json[NonNegativeInt]
     rows_without_tokens: Json[NonNegativeInt]
+    tokens: Json[NonNegativeInt | None]
 
 
 class FeatureCoverage:
@@ -57,12 +61,15 @@ class FeatureCoverage:
 
     measurement: how the rows were measured. d_sae: the SAE's width. keep_above: the floor; every stored activation is
         above it.
-    rows, rows_without_tokens: numbers of rows.
+    rows, rows_without_tokens: numbers of rows. tokens: content tokens of all rows, None where they are not known.
     maximum, second_maximum: float32 [d_sae], the two largest activations over rows; 0 is none.
     maximum_row_hash: uint64 [d_sae], a content hash of the row with the largest, on ties the smallest hash. With the
         maxima it gives the delete-1 jackknife at any delta: it is known which features only one row activates, and
         which row.
-    level_counts: int64 [levels, d_sae], rows whose activation is in (grid[k], grid[k + 1]]: 35 MB for 65,536 features.
+    group_counts: int32 [groups, levels, d_sae], rows of each group whose activation is in (grid[k], grid[k + 1]]:
+        170 MB for 65,536 features. A row's group follows from the ids of its features, so that it does not depend on
+        an order; leaving out one group at a time gives intervals (`frequency_match`).
+    group_rows: int64 [groups], rows of each group that activate anything.
     active_counts: int64 [levels, buckets], rows by the number of their features above grid[k], in buckets of
         `ActivationGrid`.
     """
@@ -73,16 +80,23 @@ class FeatureCoverage:
         found = checked(Measurement, self.measurement, "the measurement", REMEDY)
         self.d_sae, self.keep_above = d_sae, keep_above = found.d_sae, found.keep_above
         self.rows = self.rows_without_tokens = 0
+        self.tokens: int | None = 0
         self._grid = ActivationGrid(keep_above, d_sae)
         self.maximum, self.second_maximum = np.zeros((2, d_sae), np.float32)
         self.maximum_row_hash = np.zeros(d_sae, np.uint64)
-        self.level_counts = np.zeros((len(self.grid), d_sae), np.int64)
+        self.group_counts = np.zeros((_GROUPS, len(self.grid), d_sae), np.int32)
+        self.group_rows = np.zeros(_GROUPS, np.int64)
         self.active_counts = np.zeros((len(self.grid), self._grid.n_buckets), np.int64)
 
     @property
     def grid(self) -> np.ndarray:
         """The levels of delta, float64 [levels], at which numbers of rows are exact: rising, the floor first."""
         return self._grid.levels
+
+    @property
+    def level_counts(self) -> np.ndarray:
+        """Rows whose activation is in (grid[k], grid[k + 1]], int64 [levels, d_sae]."""
+        return self.group_counts.sum(axis=0, dtype=np.int64)
 
     @classmethod
     def from_dataset(cls, ds: Dataset | IterableDataset, *, measurement: dict[str, Any] | None = None) -> Self:
@@ -127,7 +141,8 @@ class FeatureCoverage:
         """Returns the coverage of activations [n, d_sae] float32, as `SAEFeaturizer` returns them.
 
         Args:
-            tokens: [n], content tokens of each row; without it no row counts as one without tokens.
+            tokens: [n], content tokens of each row; without it no row counts as one without tokens, and how many there
+                are is not known.
 
         Raises: ValueError, naming the row, for an id out of [0, d_sae) or twice in a row, activations that are NaN,
             infinite or not above the floor, and features in a row without tokens.
@@ -135,12 +150,14 @@ class FeatureCoverage:
         from scipy.sparse import csr_array
 
         coverage, acts = cls(measurement), csr_array(acts, dtype=np.float32)
-        tokens = np.ones(acts.shape[0]) if tokens is None else np.asarray(tokens)
-        if (expected := (len(tokens), coverage.d_sae)) != acts.shape:
+        tokens_of_row = np.ones(acts.shape[0]) if tokens is None else np.asarray(tokens)
+        if (expected := (len(tokens_of_row), coverage.d_sae)) != acts.shape:
             raise ValueError(f"activations have shape {acts.shape}, tokens and the measurement say {expected}")
-        for start in range(0, len(tokens), _BATCH):
+        for start in range(0, len(tokens_of_row), _BATCH):
             rows = matrix_rows(acts, start, start + _BATCH)
-            coverage._add(rows._replace(tokens=tokens[start : start + _BATCH]))
+            coverage._add(rows._replace(tokens=tokens_of_row[start : start + _BATCH]))
+        if tokens is None:
+            coverage.tokens = None
         return coverage
 
     def _add(self, rows: ScoredRows) -> None:
@@ -152,7 +169,10 @@ class FeatureCoverage:
         ids, acts, lengths = part.features.astype(np.int64), part.activations, np.diff(part.starts)
         self.rows += len(lengths)
         self.rows_without_tokens += int(np.count_nonzero(part.tokens == 0))
-        self._count(ids, self._grid.level_of(acts), lengths)
+        self.tokens = None if self.tokens is None else self.tokens + int(part.tokens.sum())
+        group = _groups(ids, lengths, self.d_sae)
+        self.group_rows += np.bincount(group[lengths > 0], minlength=_GROUPS)
+        self._count(ids, self._grid.level_of(acts), lengths, group)
         # What is below the second maximum changes nothing, so that soon few activations are left to sort, and few rows
         # to hash.
         strong = np.flatnonzero(acts >= self.second_maximum.take(ids))
@@ -164,10 +184,11 @@ class FeatureCoverage:
         row_hash[is_hashed] = _row_hashes(ids[entries], acts[entries], lengths[is_hashed])
         self._raise_maxima(*_top_two_by_feature(ids[strong], acts[strong], row_hash[row]))
 
-    def _count(self, ids: np.ndarray, level: np.ndarray, lengths: np.ndarray) -> None:
-        np.add.at(self.level_counts.reshape(-1), level * self.d_sae + ids, 1)
-        # Of each row, how many features it activates above each level: a histogram over levels, summed from the top.
+    def _count(self, ids: np.ndarray, level: np.ndarray, lengths: np.ndarray, group: np.ndarray) -> None:
         levels, buckets = self.active_counts.shape
+        cell = (np.repeat(group * levels, lengths) + level) * self.d_sae + ids
+        np.add.at(self.group_counts.reshape(-1), cell, np.int32(1))  # of another type it is far slower
+        # Of each row, how many features it activates above each level: a histogram over levels, summed from the top.
         cell = np.repeat(np.arange(len(lengths)) * levels, lengths) + level
         in_level = np.bincount(cell, minlength=len(lengths) * levels).reshape(-1, levels)
         above = np.cumsum(in_level[:, ::-1], axis=1)[:, ::-1]
@@ -188,8 +209,10 @@ class FeatureCoverage:
         merged = FeatureCoverage(agreed)
         for part in (self, other):
             merged._raise_maxima(slice(None), part.maximum, part.second_maximum, part.maximum_row_hash)
-            for name in ("rows", "rows_without_tokens", "level_counts", "active_counts"):
-                setattr(merged, name, getattr(merged, name) + getattr(part, name))
+        for name in ("rows", "rows_without_tokens", "group_counts", "group_rows", "active_counts"):
+            setattr(merged, name, getattr(self, name) + getattr(other, name))
+        known = self.tokens is not None and other.tokens is not None
+        merged.tokens = self.tokens + other.tokens if known else None
         return merged
 
     def __eq__(self, other: object) -> bool:
@@ -218,9 +241,10 @@ class FeatureCoverage:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): save the coverage again") from error
         if (found := metadata.pop("hf_fac.coverage", None)) != _VERSION:
-            raise ValueError(f"{path}: expected a coverage of version {_VERSION}, found {found}: save it again")
-        if "maximum_row" in arrays:  # its name in files of earlier releases
-            arrays["maximum_row_hash"] = arrays.pop("maximum_row")
+            raise ValueError(
+                f"{path}: expected a coverage of version {_VERSION}, found {found}: make it of the scored rows again "
+                "(FeatureCoverage.from_dataset), and save it"
+            )
         remedy = "save the coverage again"
         saved = checked(_Saved, metadata, os.fspath(path), remedy)
         coverage = cls(json.loads(metadata["measurement"]))
@@ -230,7 +254,7 @@ class FeatureCoverage:
                 raise ValueError(f"{path}: {name} is absent, or of another shape or type; {remedy}")
         if not np.array_equal(arrays.pop("grid"), coverage.grid):
             raise ValueError(f"{path}: grid has other levels than this version of hf_fac counts at; {remedy}")
-        vars(coverage).update(arrays, rows=saved.rows, rows_without_tokens=saved.rows_without_tokens)
+        vars(coverage).update(arrays, **saved.model_dump(exclude={"measurement"}))
         return coverage
 
     def compare(
@@ -279,7 +303,8 @@ class FeatureCoverage:
         self, anchor: FeatureCoverage, features: np.ndarray | None, delta: np.ndarray, source: str
     ) -> FACReport:
         wanted = np.arange(self.d_sae) if features is None else features
-        data_support, anchor_support = self._support(delta), anchor._support(delta)
+        own, others = self._frequencies(delta), anchor._frequencies(delta)
+        data_support, anchor_support = own.support, others.support
         in_anchor = wanted[(anchor.maximum > delta)[wanted]]
         data_only = wanted[((anchor.maximum <= delta) & (self.maximum > delta))[wanted]]
         covered = (self.maximum > delta)[in_anchor]
@@ -307,7 +332,10 @@ class FeatureCoverage:
             missing=missing,
             missing_support=anchor_support[missing],
             support_exact=bool(np.isin(delta, self.grid).all()),
-            kl_divergence=kl_divergence(anchor_support[wanted], data_support[wanted]),
+            **frequency_match(own.of(wanted), others.of(wanted))._asdict(),
+            active_features=int(np.count_nonzero(covered)) + len(data_only),
+            mean_tokens=self._mean_tokens(),
+            anchor_mean_tokens=anchor._mean_tokens(),
             rows=self.rows,
             rows_without_tokens=self.rows_without_tokens,
             anchor_rows=anchor.rows,
@@ -334,12 +362,20 @@ class FeatureCoverage:
             "standard_error": np.nan_to_num(errors),
         }  # fmt: skip
 
-    def _support(self, delta: np.ndarray) -> np.ndarray:
-        """Returns the rows that activate each feature, int64 [d_sae]: exact on the grid, off it the count at the
-        next level above, a lower bound."""
-        above = np.vstack([np.cumsum(self.level_counts[::-1], axis=0)[::-1], np.zeros(self.d_sae, np.int64)])
-        at_next_level = above[np.searchsorted(self.grid, delta), np.arange(self.d_sae)]
-        return np.maximum(at_next_level, (self.maximum > delta).astype(np.int64) + (self.second_maximum > delta))
+    def _frequencies(self, delta: np.ndarray) -> Frequencies:
+        """The rows that activate each feature, in all and by group: exact on the grid; off it the count at the next
+        level above, a lower bound."""
+        first = np.searchsorted(self.grid, delta)
+        if delta.ndim:
+            is_above = np.arange(len(self.grid))[:, None] >= first
+            by_group = self.group_counts.sum(axis=1, dtype=np.int64, where=is_above)
+        else:
+            by_group = self.group_counts[:, first:].sum(axis=1, dtype=np.int64)
+        known = (self.maximum > delta).astype(np.int64) + (self.second_maximum > delta)
+        return Frequencies(np.maximum(by_group.sum(axis=0), known), by_group, self.group_rows)
+
+    def _mean_tokens(self) -> float:
+        return math.nan if self.tokens is None or not self.rows else self.tokens / self.rows
 
     def _median_active(self, delta: np.ndarray) -> int:
         # The lower median at its bucket's upper end: at least half of the rows activate no more.
@@ -385,6 +421,24 @@ def _top_two_by_feature(
     second = np.zeros(len(largest), np.float32)
     second[has_second] = acts[largest[has_second] + 1]
     return ids[largest], acts[largest], second, row_hash[order][largest]
+
+
+def _groups(ids: np.ndarray, lengths: np.ndarray, d_sae: int) -> np.ndarray:
+    """Returns the group of each row, int64: equal rows share one.
+
+    Activations play no part, as their last bits depend on the batch that a row was read in.
+    """
+    total = np.append(np.uint64(0), np.cumsum(_hashes(d_sae)[ids]))
+    ends = np.cumsum(lengths)
+    return ((total[ends] - total[ends - lengths]) % np.uint64(_GROUPS)).astype(np.int64)
+
+
+@functools.cache
+def _hashes(n: int) -> np.ndarray:
+    """Hashes of the numbers below n, uint64 [n]."""
+    from pandas.util import hash_array
+
+    return hash_array(np.arange(n, dtype=np.uint64))
 
 
 def _row_hashes(ids: np.ndarray, acts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from pydantic_core import core_schema
 
 from ..storage.files import write_whole
 from ..storage.validation import WholeMeasurement, checked
+from .frequency import frequency_cosine, jensen_shannon
 from .rarefaction import expected_covered, expected_gain, subset_errors
 from .statistics import CONFIDENCE, fac_curve, kl_divergence, mean_interval
 
@@ -45,6 +46,8 @@ _Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is No
 _Ids = Annotated[np.ndarray, _from_json(list[NonNegativeInt], lambda ids: np.array(ids, np.int64))]
 _Column = Annotated[np.ndarray, _from_json(list[Any], lambda values: np.array(values, None if values else np.int64))]
 _Delta = Annotated[np.ndarray, _from_json(list[float], np.array)]
+_Interval = tuple[_Number, _Number]
+_UNKNOWN = (math.nan, math.nan)
 _Measured = Annotated[dict[str, Any], _from_json(WholeMeasurement, lambda found: found.model_dump(exclude_unset=True))]
 
 
@@ -53,18 +56,26 @@ class AddedRows(NamedTuple):
 
     fac: with all of the rows. curve: float64 [n + 1], FAC before and after each row in order.
     covered: int64 ids, rising, with all of the rows.
-    kl_divergence: with all of the rows; NaN for a report that was read without its table.
+    frequency_cosine, jensen_shannon, kl_divergence: with all of the rows; NaN for a report that was read without its
+        table.
     """
 
     fac: float
     curve: np.ndarray
     covered: np.ndarray
     kl_divergence: float
+    frequency_cosine: float = math.nan
+    jensen_shannon: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
 class FACReport:
     """FAC of a data set against an anchor set: what is covered, what is missing, above which delta.
+
+    FAC says which features of the anchor set are active at all. It does not say how good the data are: it grows with
+    rows, their length and the number of active features, which stand beside it. How often features are active beside
+    the anchor, `frequency_cosine` and the divergences, went along with performance in this package's study
+    (docs/scoring.md), where FAC did not.
 
     It is a flat record, as wide as what a comparison finds: each figure is read by its name, in Python and in JSON. The
     types say how `load` reads a field.
@@ -83,7 +94,7 @@ class FACReport:
     __pydantic_config__ = ConfigDict(strict=True)
 
     fac: _Number  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
-    interval: tuple[_Number, _Number]  # of the mean FAC of such data sets, see `mean_interval`; NaN below 2 rows
+    interval: _Interval  # of the mean FAC of such data sets, see `mean_interval`; NaN below 2 rows
     threshold: float | _Delta  # delta in the SAE's units; float64 [d_sae] with relative=, or where given so
     threshold_source: str
     features: _Ids | None  # int64, rising: the subset F_task; None for all features
@@ -104,10 +115,20 @@ class FACReport:
     data_only: dict[str, _Column] = field(default_factory=dict, repr=False)
     confidence: float = CONFIDENCE
     # Absent, and NaN, in reports that earlier releases saved:
-    single_interval: tuple[_Number, _Number] = (math.nan, math.nan)  # of one other such data set, `single_interval`
+    single_interval: _Interval = _UNKNOWN  # of one other such data set, `single_interval`
     standard_error: _Number = math.nan  # of FAC, by the jackknife over rows
     saturation: _Number = math.nan  # FAC / what this source would reach without end, which `unseen` bounds from below
     over_threshold: dict[str, _Column] = field(default_factory=dict, repr=False)  # see `fac_over_threshold`
+    # How often features are active beside the anchor (coverage/frequency.py), with intervals of the mean over data and
+    # anchor sets of these sizes; fewer rows make the divergences larger.
+    frequency_cosine: _Number = math.nan  # in [0, 1], 1 where the rates are in proportion
+    frequency_cosine_interval: _Interval = _UNKNOWN
+    jensen_shannon: _Number = math.nan  # in nats, in [0, 0.693]
+    jensen_shannon_interval: _Interval = _UNKNOWN
+    kl_interval: _Interval = _UNKNOWN
+    active_features: NonNegativeInt | None = None  # of `features`, those that the data activate
+    mean_tokens: _Number = math.nan  # content tokens a row; NaN where they are not known
+    anchor_mean_tokens: _Number = math.nan
 
     def to_pandas(self) -> pd.DataFrame:
         """Returns a row for each feature of F(anchor).
@@ -207,7 +228,7 @@ class FACReport:
         return table
 
     def with_added(self, activations: csr_array | ArrayLike) -> AddedRows:
-        """Returns what FAC and KL become when rows are added to the data, over this report's features and delta.
+        """Returns what FAC and the match become when rows are added to the data, over this report's features and delta.
 
         On the grid this is what `compare` finds for data and rows together. For FAC alone one row of maxima is enough:
         `report.with_added([coverage.maximum]).fac`.
@@ -230,19 +251,24 @@ class FACReport:
             fac=float(curve[-1]),
             curve=curve,
             covered=in_anchor[covered_after[in_anchor] <= n_rows],
-            kl_divergence=self._kl_with(np.bincount(feature, minlength=d_sae)),
+            **self._match_with(np.bincount(feature, minlength=d_sae)),
         )
 
-    def _kl_with(self, added_support: np.ndarray) -> float:
+    def _match_with(self, added_support: np.ndarray) -> dict[str, float]:
         if not self.table:
-            return math.nan
+            return {"kl_divergence": math.nan}
         anchor_support, data_support = np.zeros((2, len(added_support)), np.int64)
         anchor_support[self.table["feature"]] = self.table["anchor_support"]
         for part in (self.table, self.data_only):
             data_support[part["feature"]] = part["data_support"]
         data_support += added_support
         wanted = slice(None) if self.features is None else self.features
-        return kl_divergence(anchor_support[wanted], data_support[wanted])
+        data, anchor = data_support[wanted], anchor_support[wanted]
+        return {
+            "kl_divergence": kl_divergence(anchor, data),
+            "frequency_cosine": frequency_cosine(data, anchor),
+            "jensen_shannon": jensen_shannon(data, anchor),
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it as JSON, whole or not at all."""
@@ -292,7 +318,8 @@ class FACReport:
             *lines,
             f"delta: {self.threshold_source}",
             f"rows: {self.rows:,} ({self.rows_without_tokens:,} without tokens), anchor {self.anchor_rows:,} "
-            f"({self.anchor_rows_without_tokens:,} without tokens); KL(anchor || data) {self.kl_divergence:.3f} nats",
+            f"({self.anchor_rows_without_tokens:,} without tokens)",
+            *self._match_lines(),
         ]
 
     def _repr_html_(self) -> str:
@@ -303,6 +330,25 @@ class FACReport:
         strongest = pd.DataFrame({"missing feature": self.missing[:10], "anchor rows": self.missing_support[:10]})
         facts = "".join(f"<li>{escape(line)}</li>" for line in self.facts())
         return f"<b>{escape(self.headline())}</b><ul>{facts}</ul>{strongest.to_html(index=False)}"
+
+    def _match_lines(self) -> list[str]:
+        """How often features are active beside the anchor, and what FAC grows with."""
+        cosine, shannon, kl = (
+            f"{value:.3f} ({low:.3f} to {high:.3f})"
+            for value, (low, high) in (
+                (self.frequency_cosine, self.frequency_cosine_interval),
+                (self.jensen_shannon, self.jensen_shannon_interval),
+                (self.kl_divergence, self.kl_interval),
+            )
+        )
+        own, others = (
+            "?" if math.isnan(mean) else f"{mean:.1f}" for mean in (self.mean_tokens, self.anchor_mean_tokens)
+        )
+        active = "?" if self.active_features is None else f"{self.active_features:,}"
+        return [
+            f"how often, beside the anchor: cosine {cosine}; in nats Jensen-Shannon {shannon}, KL(anchor || data) {kl}",
+            f"FAC grows with these: {self.rows:,} rows, {own} (anchor {others}) tokens a row, {active} active features",
+        ]
 
     def warn(self, *, stacklevel: int) -> None:
         """Warn (UserWarning) where FAC says nothing."""

@@ -370,18 +370,6 @@ def test_a_saved_coverage_is_read_back_exactly(tmp_path):
     assert loaded | coverage == coverage | coverage
 
 
-def test_a_coverage_saved_by_an_earlier_release_is_read(tmp_path):
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
-    coverage = cover(random_rows(np.random.default_rng(0)))
-    coverage.save(tmp_path / "new")
-    with safe_open(tmp_path / "new", framework="numpy") as file:
-        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    save_file({name.replace("_hash", ""): array for name, array in arrays.items()}, tmp_path / "old", metadata)
-    assert FeatureCoverage.load(tmp_path / "old") == coverage
-
-
 def test_loading_refuses_other_files_and_versions(tmp_path, monkeypatch):
     from safetensors.numpy import save_file
 
@@ -516,11 +504,17 @@ def test_a_saved_coverage_with_other_contents_is_refused(tmp_path):
     path = tmp_path / "coverage.safetensors"
     cover(np.ones((3, 8), np.float32)).save(path)
     arrays = load_file(path)
-    good = {"hf_fac.coverage": "1", "measurement": json.dumps(measurement(8)), "rows": "3", "rows_without_tokens": "0"}
+    good = {
+        "hf_fac.coverage": "2",
+        "measurement": json.dumps(measurement(8)),
+        "rows": "3",
+        "rows_without_tokens": "0",
+        "tokens": "12",
+    }
     for metadata, tensors, problem in (
         (good | {"measurement": "3"}, arrays, "measurement: "),
         (good | {"rows": "many"}, arrays, "rows: Invalid JSON"),
-        ({"hf_fac.coverage": "1"}, arrays, "measurement: Field required"),
+        ({"hf_fac.coverage": "2"}, arrays, "measurement: Field required"),
         (good, {"grid": arrays["grid"]}, "maximum is absent, or of another shape"),
         (good | {"measurement": json.dumps(measurement(9))}, arrays, "maximum is absent, or of another shape"),
         (good, arrays | {"grid": arrays["grid"] + 1}, "grid has other levels"),
