@@ -109,12 +109,14 @@ def select(
     featurizing: FeaturizerOptions,
     features: opt.Features = None,
     rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="The most rows to choose.")] = 100,
+    aim: opt.Aim = "missing",
     split: opt.Split = "train",
 ) -> None:
-    """Choose the rows of a pool that activate most features that a report names as missing.
+    """Choose the rows of a pool that activate most features that a report names as missing, or as too rare.
 
     A pool that is not scored yet is measured as the report was: give the options that the report was made with.
     """
+    import numpy as np
     from fsspec.utils import infer_compression
 
     from ..coverage.report import FACReport
@@ -122,11 +124,12 @@ def select(
 
     try_output(output)
     found, data = FACReport.load(report), load_data(pool, split)
-    missing = found.missing
+    wanted, demand = (found.missing, np.ones(len(found.missing), int)) if aim == "missing" else found.demand(rows)
     if features is not None:
-        wanted = read_features(features)
-        wanted.check(found.measurement)
-        missing = wanted.among(missing)
+        only = read_features(features)
+        only.check(found.measurement)
+        kept = np.isin(wanted, only.among(wanted))
+        wanted, demand = wanted[kept], demand[kept]
     check_measured({pool: data}, found.measurement, f"the rows of {report}")
     if not is_scored(data):
         as_reported = {name: found.measurement[name] for name in ("activation", "pool_over", "side", "keep_above")}
@@ -137,13 +140,14 @@ def select(
                 "the options that the report was made with."
             )
         data = scored(data, featurizer, "pool")
-    chosen = select_rows(data, missing, rows, threshold=found.threshold)
+    chosen = select_rows(data, wanted, rows, demand=demand, threshold=found.threshold)
     with whole_file(output) as partial:
         data.select(chosen.rows).remove_columns(COLUMNS).to_json(partial, compression=infer_compression(str(output)))
-    console.print(
-        f"{len(chosen.rows):,} rows activate {len(chosen.covered):,} of {len(missing):,} missing features. "
-        f"Written to {output}."
-    )
+    if aim == "missing":
+        done = f"activate {len(chosen.covered):,} of {len(wanted):,} missing features"
+    else:
+        done = f"make up for {len(chosen.covered):,} of {len(wanted):,} deficits"
+    console.print(f"{len(chosen.rows):,} rows {done}. Written to {output}.")
 
 
 def _chosen_features(

@@ -68,6 +68,10 @@ Features = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="Only these: what `hf-fac relevant` wrote, or a JSON list of ids."),
 ]
+Aim = Annotated[
+    Literal["missing", "deficits"],
+    typer.Option(help="Features that no row activates, or those that fewer rows activate than the anchor's rate says."),
+]
 Top = Annotated[int, typer.Option(min=0, help="How many missing features to show.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 Model = Annotated[str | None, typer.Option(help="The model's Hub id or folder; by default the embedded one.")]

@@ -226,7 +226,7 @@ class FeatureCoverage:
         metadata = {name: json.dumps(getattr(self, name)) for name in _METADATA}
         with whole_file(path) as partial:
             safetensors.save_file(
-                {n: getattr(self, n) for n in _ARRAYS}, partial, {"hf_fac.coverage": _VERSION} | metadata
+                {n: getattr(self, n) for n in _ARRAYS}, partial, {"hf_fac.coverage": VERSION} | metadata
             )
 
     @classmethod
@@ -240,9 +240,9 @@ class FeatureCoverage:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): save the coverage again") from error
-        if (found := metadata.pop("hf_fac.coverage", None)) != _VERSION:
+        if (found := metadata.pop("hf_fac.coverage", None)) != VERSION:
             raise ValueError(
-                f"{path}: expected a coverage of version {_VERSION}, found {found}: make it of the scored rows again "
+                f"{path}: expected a coverage of version {VERSION}, found {found}: make it of the scored rows again "
                 "(FeatureCoverage.from_dataset), and save it"
             )
         remedy = "save the coverage again"

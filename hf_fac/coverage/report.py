@@ -22,7 +22,7 @@ from pydantic_core import core_schema
 
 from ..storage.files import write_whole
 from ..storage.validation import WholeMeasurement, checked
-from .frequency import frequency_cosine, jensen_shannon
+from .frequency import deficits, frequency_cosine, jensen_shannon
 from .rarefaction import expected_covered, expected_gain, subset_errors
 from .statistics import CONFIDENCE, fac_curve, kl_divergence, mean_interval
 
@@ -221,6 +221,45 @@ class FACReport:
             raise ValueError("weights of features must be finite and not negative")
         total = by_feature.sum()
         return float(by_feature[table["covered"].astype(bool)].sum() / total) if total else math.nan
+
+    def deficits(self) -> pd.DataFrame:
+        """Returns a row for each feature of F(anchor), those first that fall short by most rows.
+
+        Columns: feature, deficit (rows that the data fall short of the anchor's rate at their size; negative where they
+        activate the feature more often), standard_error, low, high, p_value, significant (see `Deficits`),
+        anchor_support, data_support. Missing features are the extreme case: no row activates them. Where supports are
+        not exact (`support_exact`), all of it is of the lower bounds.
+
+        Raises: ValueError for a report that was read without its table, and where data or anchor have no rows.
+        """
+        import pandas as pd
+
+        supports = self._supports()
+        found = deficits(supports["data_support"], self.rows, supports["anchor_support"], self.anchor_rows)
+        table = pd.DataFrame({"feature": self.table["feature"]} | found._asdict() | supports)
+        return table.sort_values(["deficit", "feature"], ascending=[False, True], ignore_index=True)
+
+    def demand(self, added: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Returns features of F(anchor) and how many further rows should activate each, for `select(demand=)`.
+
+        int64 ids and int64 numbers, the largest first: the rows at the anchor's rate in data that are larger by `added`
+        rows, less those there are, rounded; features whose number is 0 are left out. `deficits` says which of them
+        chance may explain.
+
+        Raises: ValueError as `deficits` does.
+        """
+        supports = self._supports()
+        wanted = supports["anchor_support"] * (self.rows + added) / self.anchor_rows - supports["data_support"]
+        wanted = np.rint(wanted).astype(np.int64)
+        order = np.lexsort((self.table["feature"], -wanted))
+        order = order[wanted[order] > 0]
+        return self.table["feature"][order], wanted[order]
+
+    def _supports(self) -> dict[str, np.ndarray]:
+        table = self._held("table")
+        if not (self.rows and self.anchor_rows):
+            raise ValueError(f"{self.rows:,} rows and {self.anchor_rows:,} anchor rows: both must be 1 or more")
+        return {name: table[name] for name in ("anchor_support", "data_support")}
 
     def _held(self, name: str) -> dict[str, np.ndarray]:
         if not (table := getattr(self, name)):

@@ -1,7 +1,8 @@
 """Select before you synthesize: rows of a pool that is already scored, chosen to activate what a data set misses.
 
-In: a scored data set or a sparse matrix of activations, and ids of missing features. Out: the rows that greedy maximum
-coverage chooses, which reach at least 1 - 1/e of what the best choice covers (Nemhauser, Wolsey & Fisher 1978).
+In: a scored data set or a sparse matrix of activations, and ids of missing features, or of those that fall short and by
+how many rows. Out: the rows that greedy maximum coverage chooses, which reach at least 1 - 1/e of what the best choice
+gains (Nemhauser, Wolsey & Fisher 1978).
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Selection:
     """Rows of a pool in the order in which greedy maximum coverage chooses them.
 
     rows: int64 [k], indices of rows; k <= n, fewer when no other row gains anything.
-    gains: float64 [k], the weight of the missing features that the row covers first; without weights, their number.
-    covered: int64, the missing features that `rows` activate, in the order of `missing`.
+    gains: float64 [k], the weight of the features that the row activates and that no demanded number of rows before it
+        does; without weights, their number.
+    covered: int64, the features that as many of `rows` activate as are demanded (one), in the order of `missing`.
     uncovered: int64, the others of `missing`, in the order of `missing`.
     """
 
@@ -50,10 +52,16 @@ def select(
     missing: ArrayLike,
     n: int,
     *,
+    demand: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     threshold: float | ArrayLike = 0.0,
 ) -> Selection:
     """Choose up to n rows that together activate most of the missing features: those with activation > threshold.
+
+    With `demand` a feature counts until so many of the rows activate it, so that the rows make up for deficits:
+
+        features, demand = report.demand()
+        select(pool, features, n, demand=demand, threshold=report.threshold)
 
     Lazy greedy maximum coverage (Minoux 1978): gains only fall, so an old gain bounds the new one. Bounds are kept by
     blocks of 65,536 rows, and a block is brought up to date, by an inverted index, when its bound leads. The result is
@@ -65,7 +73,8 @@ def select(
             [n_rows, d_sae] (scipy sparse; what is not stored is 0).
         missing: integer ids [m] of features, each once; `FACReport.missing`.
         n: most rows to choose.
-        weights: [m], finite and not negative, beside `missing`: how much covering each counts (None: 1 each). Sums are
+        demand: [m], whole numbers from 1 up, beside `missing`: how many rows are to activate each (None: 1 each).
+        weights: [m], finite and not negative, beside `missing`: how much each demanded row counts (None: 1). Sums are
             exact in multiples of 2**-62 of m x the largest weight, so that they do not depend on an order.
         threshold: delta in the SAE's units, one number or [d_sae]; `FACReport.threshold`.
 
@@ -80,8 +89,9 @@ def select(
     pool = _open(pool)
     wanted = check_feature_ids(missing, pool.width, name="missing", may_be_empty=True)
     weight, shift = _integer_weights(weights, len(wanted))
-    rows, gains, covered = _greedy(pool, _targets(pool, wanted, threshold), weight, n)
-    is_covered = np.isin(np.arange(len(wanted)), covered)
+    left = _checked_demand(demand, len(wanted))
+    rows, gains = _greedy(pool, _targets(pool, wanted, threshold), weight, left, n)
+    is_covered = left == 0
     return Selection(
         rows=np.array(rows, np.int64),
         gains=np.ldexp(np.array(gains, np.float64), -shift),
@@ -90,18 +100,20 @@ def select(
     )
 
 
-def _greedy(pool: _Pool, targets: _Targets, weight: np.ndarray, n: int) -> tuple[list[int], list[int], list[int]]:
-    """The rows chosen, their gains, and the places in `missing` of the features that they cover, in this order."""
+def _greedy(
+    pool: _Pool, targets: _Targets, weight: np.ndarray, left: np.ndarray, n: int
+) -> tuple[list[int], list[int]]:
+    """The rows chosen and their gains. Takes each row from `left`, the rows still demanded by feature."""
     blocks = []
     for first in range(0, pool.n_rows if len(weight) else 0, _BLOCK):
         part = range(first, min(first + _BLOCK, pool.n_rows))
         blocks.append(_Block(first, *_activated(pool, part, targets), weight))
     bounds = [block.bound() for block in blocks]
-    rows, gains, covered, is_covered = [], [], [], np.zeros(len(weight), bool)
+    rows, gains, covered = [], [], []  # covered: places in `missing`, in the order in which their demand was met
     while len(rows) < n and bounds:
         best = min(range(len(blocks)), key=bounds.__getitem__)
         negative, row = bounds[best]
-        if negative == 0:
+        if negative >= 0:
             break
         if blocks[best].known < len(covered):
             blocks[best].refresh(covered, weight)
@@ -109,14 +121,17 @@ def _greedy(pool: _Pool, targets: _Targets, weight: np.ndarray, n: int) -> tuple
             continue
         rows.append(row)
         gains.append(-negative)
+        blocks[best].gains[row - blocks[best].first] = 0  # it is not chosen twice, whatever is still demanded
+        bounds[best] = blocks[best].bound()
         ids = _activated(pool, range(row, row + 1), targets)[0]
-        covered += ids[~is_covered[ids]].tolist()
-        is_covered[ids] = True
-    return rows, gains, covered
+        covered += ids[left[ids] == 1].tolist()
+        left[ids] = np.maximum(left[ids] - 1, 0)
+    return rows, gains
 
 
 class _Block:
-    """Consecutive rows: which activate a feature, and their gains, int64, exact when `known` features were covered."""
+    """Consecutive rows: which activate a feature, and their gains, int64, exact when `known` features were covered; not
+    above 0 for rows that were chosen."""
 
     def __init__(self, first: int, ids: np.ndarray, starts: np.ndarray, weight: np.ndarray) -> None:
         from scipy.sparse import csr_array
@@ -207,6 +222,15 @@ def _activated(pool: _Pool, rows: range, targets: _Targets) -> tuple[np.ndarray,
         found.append(targets.place.take(part.features[kept]))
         starts.append(starts[-1][-1] + np.searchsorted(kept, part.starts[1:]))
     return np.concatenate(found), np.concatenate(starts)
+
+
+def _checked_demand(demand: ArrayLike | None, m: int) -> np.ndarray:
+    values = np.ones(m, np.int64) if demand is None else np.array(demand)
+    if values.shape != (m,):
+        raise ValueError(f"demand has shape {values.shape}; missing has {m:,} features, and needs a number for each")
+    if m and (not np.issubdtype(values.dtype, np.integer) or values.min() < 1):
+        raise ValueError("demand must be whole numbers from 1 up")
+    return values.astype(np.int64)
 
 
 def _integer_weights(weights: ArrayLike | None, m: int) -> tuple[np.ndarray, int]:

@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import ArrayLike
 
-from ..coverage.coverage import FeatureCoverage
+from ..coverage.coverage import VERSION, FeatureCoverage
 from ..coverage.report import FACReport
 from ..storage.cache import content_key
 from ..storage.parquet import rows_digest
@@ -198,7 +198,7 @@ class CoverageRound:
         measurement = self.synthesizer.featurizer.measurement
         group = self.group
         # A task's type is what decides how it gives its rows to the featurizer.
-        name = f"coverage-{content_key(measurement, self.synthesizer.task.type, rows_hash)}"
+        name = f"coverage-{content_key(VERSION, measurement, self.synthesizer.task.type, rows_hash)}"
         parts = [group.folder / f"{name}.{rank}-of-{group.world_size}" for rank in range(group.world_size)]
         part = parts[group.rank]
         if not part.exists():

@@ -206,6 +206,19 @@ def test_select_takes_what_a_report_misses_from_a_pool(folders, tmp_path) -> Non
     assert "was not measured as the rows of" in other
 
 
+def test_select_can_aim_at_features_that_are_too_rare_as_well(folders, tmp_path) -> None:
+    report, chosen = tmp_path / "report.json", tmp_path / "chosen.jsonl"
+    options = model_options(folders)
+    data, anchor = folders / "data.jsonl", folders / "anchor.jsonl"
+    said = run("missing", data, anchor, *options, "--threshold", 0.1, "-o", report)
+    assert "how often, beside the anchor: cosine 0." in said
+    assert "tokens a row" in said
+    said = run("select", anchor, report, "-o", chosen, "-n", 4, "--aim", "deficits", *options)
+    assert len(chosen.read_text().splitlines()) == 4
+    features, _ = FACReport.load(report).demand(4)
+    assert f"of {len(features)} deficits" in said
+
+
 def test_select_measures_a_pool_as_the_report_was_measured_or_not_at_all(folders, tmp_path) -> None:
     options, report = model_options(folders), tmp_path / "report.json"
     data, chosen = [folders / "data.jsonl", folders / "anchor.jsonl"], tmp_path / "new" / "chosen.jsonl"

@@ -376,7 +376,7 @@ def test_loading_refuses_other_files_and_versions(tmp_path, monkeypatch):
     (tmp_path / "text").write_text("not a coverage at all")
     save_file({"weight": np.zeros(3)}, tmp_path / "weights")
     with monkeypatch.context() as patch:
-        patch.setattr("hf_fac.coverage.coverage._VERSION", "0")
+        patch.setattr("hf_fac.coverage.coverage.VERSION", "0")
         cover(random_rows(np.random.default_rng(0))).save(tmp_path / "old")
     for name, words in [("text", "not a whole safetensors"), ("weights", "found None"), ("old", "found 0")]:
         with pytest.raises(ValueError, match=f"{name}.*{words}"):

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.spatial.distance import jensenshannon
+from scipy.stats import fisher_exact
 from scipy.stats import t as student_t
 
 from hf_fac.coverage.coverage import FeatureCoverage
-from hf_fac.coverage.frequency import Frequencies, frequency_cosine, frequency_match, jensen_shannon
+from hf_fac.coverage.frequency import Frequencies, deficits, frequency_cosine, frequency_match, jensen_shannon
 from hf_fac.coverage.report import FACReport
 from hf_fac.coverage.statistics import kl_divergence
 
@@ -213,3 +214,55 @@ def test_added_rows_change_the_match_as_comparing_them_together_does():
         after = report.with_added(csr_array(np.float32(added)))
         assert after.frequency_cosine == pytest.approx(together.frequency_cosine)
         assert after.jensen_shannon == pytest.approx(together.jensen_shannon)
+
+
+def test_deficits_are_the_rows_that_each_feature_falls_short_of_the_anchors_rate(tmp_path):
+    rng = np.random.default_rng(0)
+    data, anchor = random_rows(rng, 30), random_rows(rng, 80)
+    report = compare(cover(data), cover(anchor), threshold=0.5)
+    table = report.deficits()
+    p, q = shares(data, 0.5), shares(anchor, 0.5)
+    assert sorted(table.feature) == [i for i in range(40) if q[i]]
+    assert table.deficit.is_monotonic_decreasing
+    for row in table.itertuples():
+        i = row.feature
+        assert row.deficit == pytest.approx(30 * (q[i] - p[i]))
+        spread = math.sqrt(q[i] * (1 - q[i]) / 80 + p[i] * (1 - p[i]) / 30)
+        assert row.standard_error == pytest.approx(30 * spread)
+        counts = [[80 * q[i], 80 - 80 * q[i]], [30 * p[i], 30 - 30 * p[i]]]
+        assert row.p_value == pytest.approx(fisher_exact(np.rint(counts).astype(int), alternative="greater").pvalue)
+        assert row.low <= row.deficit <= row.high
+    # Benjamini & Hochberg: the largest k with p_(k) <= 0.05 k / m, and all before it.
+    ranked = np.sort(table.p_value)
+    passing = [k for k in range(1, len(ranked) + 1) if ranked[k - 1] <= 0.05 * k / len(ranked)]
+    assert table.significant.sum() == (max(passing) if passing else 0)
+    report.save(tmp_path / "report.json")
+    assert FACReport.load(tmp_path / "report.json").deficits().equals(table)
+    (tmp_path / "printed.json").write_text(json.dumps(report.to_dict()))
+    with pytest.raises(ValueError, match="without its tables"):
+        FACReport.load(tmp_path / "printed.json").deficits()
+
+
+def test_the_interval_of_a_deficit_is_newcombes():
+    # Newcombe 1998, table II: 56/70 against 48/80 and 10/10 against 0/20, by method 10.
+    for (a, m), (b, n), expected in (
+        ((56, 70), (48, 80), (0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.1705, 0.8090)),
+        ((10, 10), (0, 20), (0.6791, 1.0)),
+    ):
+        found = deficits(np.array([b]), n, np.array([a]), m)
+        assert (found.low[0] / n, found.high[0] / n) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_intervals_of_deficits_hold_the_true_rates_and_few_false_deficits_pass():
+    rng = np.random.default_rng(0)
+    q = rng.beta(0.5, 8, 4000)
+    p = np.where(np.arange(4000) < 400, 0, q)
+    data, anchor = rng.binomial(200, p), rng.binomial(1000, q)
+    used = anchor > 0
+    found = deficits(data[used], 200, anchor[used], 1000)
+    true = (200 * (q - p))[used]
+    assert 0.93 <= np.mean((found.low <= true) & (true <= found.high)) <= 0.99
+    false = found.significant & (true == 0)
+    assert found.significant.sum() > 50
+    assert false.sum() <= 0.07 * found.significant.sum()

@@ -13,24 +13,31 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array, csr_array
 
 from hf_fac.coverage import selection
+from hf_fac.coverage.coverage import FeatureCoverage
 from hf_fac.coverage.selection import select
 
 FEATURES = Features({"fac_features": List(Value("int32")), "fac_activations": List(Value("float32"))})
 
 
-def plain_greedy(acts, missing, n, weights, threshold):
-    """The definition: each time the row with the largest gain, the first of those that gain the same."""
+def plain_greedy(acts, missing, n, weights, threshold, demand=None):
+    """The definition: each time the row with the largest gain, the first of those that gain the same.
+
+    A row gains the weights of its features that fewer than the demanded number of chosen rows activate.
+    """
     delta = np.broadcast_to(np.asarray(threshold, np.float64), acts.shape[1])
     active = [{f for f in missing if row[f] > delta[f]} for row in acts.astype(np.float64)]
-    weight, uncovered, rows, gains = dict(zip(missing, weights, strict=True)), set(missing), [], []
+    weight, rows, gains = dict(zip(missing, weights, strict=True)), [], []
+    left = dict(zip(missing, demand or [1] * len(missing), strict=True))
     for _ in range(n):
-        gain = [math.fsum(weight[f] for f in features & uncovered) for features in active]
+        gain = [
+            0 if k in rows else math.fsum(weight[f] for f in features if left[f]) for k, features in enumerate(active)
+        ]
         if not gain or max(gain) <= 0:
             break
         rows.append(gain.index(max(gain)))
         gains.append(max(gain))
-        uncovered -= active[rows[-1]]
-    return rows, gains, uncovered
+        left |= {f: max(0, left[f] - 1) for f in active[rows[-1]]}
+    return rows, gains, {f for f in missing if left[f]}
 
 
 def as_dataset(acts):
@@ -77,6 +84,47 @@ def test_equals_plain_greedy(problem):
     assert found.gains.tolist() == gains
     assert found.covered.tolist() == [f for f in missing if f not in uncovered]
     assert found.uncovered.tolist() == [f for f in missing if f in uncovered]
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.data())
+def test_equals_plain_greedy_for_any_demanded_numbers_of_rows(problem, data):
+    acts, missing, n, weights, threshold = problem
+    demand = data.draw(st.lists(st.integers(1, 4), min_size=len(missing), max_size=len(missing)))
+    found = select(csr_array(acts), missing, n, demand=np.array(demand, int), weights=weights, threshold=threshold)
+    rows, gains, uncovered = plain_greedy(acts, missing, n, weights or [1] * len(missing), threshold, demand)
+    assert found.rows.tolist() == rows
+    assert len(set(rows)) == len(rows)
+    assert found.gains.tolist() == gains
+    assert found.uncovered.tolist() == [f for f in missing if f in uncovered]
+
+
+def test_rows_for_deficits_bring_the_frequencies_nearer_to_the_anchors_than_rows_for_missing_features():
+    rng = np.random.default_rng(0)
+    rate = rng.beta(0.5, 4, 300)
+    narrow = np.where(np.arange(300) % 3 > 0, rate / 4, rate)
+
+    def rows(n, rates):
+        return np.float32(rng.random((n, 300)) < rates)
+
+    data, anchor, pool = rows(100, narrow), rows(400, rate), csr_array(rows(1000, rate))
+    measurement = {"d_sae": 300, "keep_above": 0.0}
+    report = FeatureCoverage.from_activations(csr_array(data), measurement=measurement).compare(
+        FeatureCoverage.from_activations(csr_array(anchor), measurement=measurement), threshold=0.5
+    )
+    features, demand = report.demand(40)
+    supports = (report.table["anchor_support"], report.table["data_support"])
+    expected = {
+        i: round(140 * q / 400 - m) for i, q, m in zip(report.table["feature"].tolist(), *supports, strict=True)
+    }
+    assert dict(zip(features.tolist(), demand.tolist(), strict=True)) == {i: k for i, k in expected.items() if k > 0}
+    assert demand.tolist() == sorted(demand, reverse=True)
+    aimed = select(pool, features, 40, demand=demand, threshold=report.threshold).rows
+    covering = select(pool, report.missing, 40, threshold=report.threshold).rows
+    covering = np.concatenate([covering, np.setdiff1d(np.arange(1000), covering)[: 40 - len(covering)]])
+    one, other = (report.with_added(pool[chosen]) for chosen in (aimed, covering))
+    assert one.frequency_cosine > other.frequency_cosine > report.frequency_cosine
+    assert one.jensen_shannon < other.jensen_shannon < report.jensen_shannon
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -225,6 +273,9 @@ ACTS = csr_array(np.ones((5, 3), np.float32))
         (([0], 1), {"threshold": np.nan}, "one finite number or 3 of them, none negative"),
         (([0], 1), {"threshold": [0, 0, np.inf]}, "one finite number or 3 of them, none negative"),
         (([0], 1), {"threshold": -1}, "one finite number or 3 of them, none negative"),
+        (([0], 1), {"demand": [1, 1]}, "demand has shape"),
+        (([0], 1), {"demand": [0]}, "whole numbers from 1 up"),
+        (([0], 1), {"demand": [1.5]}, "whole numbers from 1 up"),
         (([0], 1), {"threshold": "high"}, "one finite number or 3 of them, none negative"),
         (([0], 1), {"threshold": [0, 0]}, "one finite number or 3 of them, none negative"),
         (([0], 1), {"threshold": [[0, 0, 0]]}, "one finite number or 3 of them, none negative"),

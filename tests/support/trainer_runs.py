@@ -120,7 +120,7 @@ class TinySynthesizer(FACSynthesizer):
         fac, covered = missing.fac, missing.covered
         if rows:
             maximum = self.featurizer([self.task.featurizer_row(row) for row in rows]).max(axis=0).toarray().reshape(-1)
-            fac, _, covered, _ = missing.with_added([maximum])
+            fac, _, covered, *_ = missing.with_added([maximum])
         return SimpleNamespace(
             activated=features[above], exhausted=features[~above & (not failed)], requests=len(rows),
             completion_tokens=10 * len(rows), fac_after=fac, covered=covered, chat_failed=failed,
