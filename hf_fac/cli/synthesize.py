@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class WritingOptions:
     """How samples are written; the names are those of `FACSynthesizer`."""
 
+    aim: opt.Aim = "missing"
     samples_per_feature: Annotated[int, typer.Option(min=1, help="The most samples kept for a feature.")] = 2
     methods: Annotated[
         list[str] | None,
@@ -67,7 +68,7 @@ def synthesize(
     threshold: opt.Threshold = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what all rounds would cost, and stop.")] = False,
 ) -> None:
-    """Write samples that activate the features a data set misses. Run it again to resume.
+    """Write samples that activate the features a data set misses, or too rarely activates. Run it again to resume.
 
     Without --chat and --base-url the model that measures also writes.
     """

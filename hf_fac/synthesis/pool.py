@@ -1,11 +1,12 @@
 """Rows of a scored pool, accepted as samples before any is written.
 
 In: a data set scored by `FACScorer`, and the missing features. Out: rows of the task's type, each measured to activate
-missing features that no row before it activates; the rejected rows; the features that are still missing.
+missing features that no row before it activates, or that too few do; the rejected rows; the features that are left.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,17 +31,17 @@ _SELECTIONS = 3  # each for the features that the rejected rows of the one befor
 
 
 class FromPool(NamedTuple):
-    """What a pool gave: accepted rows in the order of `select`, rejected rows, and the features that are still missing
-    (int64, in the order in which they were asked for)."""
+    """What a pool gave: accepted rows in the order of `select`, rejected rows, and by feature how many rows it still
+    wants, without those that want none, in the order in which they were asked for."""
 
     accepted: list[Candidate]
     rejected: list[Candidate]
-    still_missing: np.ndarray
+    left: dict[int, int]
 
 
 def take_from_pool(
     pool: Dataset,
-    features: np.ndarray,
+    demand: Mapping[int, int],
     scorer: SampleScorer,
     *,
     measurement: Mapping[str, Any],
@@ -55,7 +56,7 @@ def take_from_pool(
 
     Args:
         pool: rows of the task's type; standard columns become conversations, columns of other names are left out.
-        features: int64 ids, each once; the scorer measures these.
+        demand: by feature, how many rows are to activate it; the scorer measures these features.
         measurement: of the featurizer that the pool has to be scored with.
         keep: the caller's own filter of rows.
 
@@ -63,36 +64,40 @@ def take_from_pool(
         with another featurizer, and what `select` refuses.
     """
     pool = _checked(pool, scorer.task, measurement)
-    left, open_, numbers, texts = set(features.tolist()), features, np.arange(len(pool)), NearDuplicates()
+    left, open_, numbers, texts = dict(demand), list(demand), np.arange(len(pool)), NearDuplicates()
     accepted: list[Candidate] = []
     rejected: list[Candidate] = []
     for _ in range(_SELECTIONS):
         if not len(open_):
             break
-        selected = select(pool.select(numbers), open_, len(open_), threshold=scorer.delta)
+        wanted = {feature: left[feature] for feature in open_}
+        selected = select(
+            pool.select(numbers), open_, sum(wanted.values()), demand=list(wanted.values()), threshold=scorer.delta
+        )
         rows = pool.select(numbers[selected.rows])
-        for number, (row, scores) in zip(numbers[selected.rows].tolist(), _scored(rows, open_, scorer), strict=True):
+        for number, (row, scores) in zip(numbers[selected.rows].tolist(), _scored(rows, wanted, scorer), strict=True):
             candidate = _candidate(number, row, scores, left, scorer)
             _check(candidate, scores, scorer, known, texts, keep)
             if candidate.rejection is not None:
                 rejected.append(candidate)
             elif candidate.feature in left:
-                new = left.intersection(candidate.row_score.activates)
-                candidate.provenance["fills"], candidate.status = sorted(new), Status.ACCEPTED
-                left -= new
+                new = sorted(left.keys() & set(candidate.row_score.activates))
+                candidate.provenance["fills"], candidate.status = new, Status.ACCEPTED
+                left |= {feature: left[feature] - 1 for feature in new}
+                left = {feature: rows_left for feature, rows_left in left.items() if rows_left}
                 texts.add(candidate.text, "a sample")
                 accepted.append(candidate)
-        open_ = np.array([f for f in selected.covered.tolist() if f in left], np.int64)
+        open_ = [f for f in selected.covered.tolist() if f in left]
         numbers = np.delete(numbers, selected.rows)
-    return FromPool(accepted, rejected, np.array([f for f in features.tolist() if f in left], np.int64))
+    return FromPool(accepted, rejected, left)
 
 
 def _candidate(
-    number: int, row: dict[str, Any], scores: dict[int, SampleScore], left: set[int], scorer: SampleScorer
+    number: int, row: dict[str, Any], scores: dict[int, SampleScore], left: Mapping[int, int], scorer: SampleScorer
 ) -> Candidate:
     """The row as a candidate for the strongest of its features, one that is still missing if there is such."""
     hits = {f for f, score in scores.items() if score.activation > scorer.delta[f]}
-    best = max(hits & left or scores, key=lambda f: (scores[f].activation, -f))
+    best = max(hits & left.keys() or scores, key=lambda f: (scores[f].activation, -f))
     text = scorer.task.target_text(row)
     return Candidate(best, "pool", text, {"pool_row": number}, row, row_score=scores[best])
 
@@ -147,14 +152,14 @@ def _checked(pool: Dataset, task: Task, measurement: Mapping[str, Any]) -> Datas
 
 
 def _scored(
-    rows: Dataset, features: np.ndarray, scorer: SampleScorer
+    rows: Dataset, demand: Mapping[int, int], scorer: SampleScorer
 ) -> list[tuple[dict[str, Any], dict[int, SampleScore]]]:
-    """Each row as a sample, with its scores for the features that it is the first to have."""
-    open_, samples, first = set(features.tolist()), [], []
+    """Each row as a sample, with its scores for the features that fewer rows before it have than are demanded."""
+    open_, samples, first = Counter(demand), [], []
     for row in rows:
         acts = zip(row[FEATURES], row[ACTIVATIONS], strict=True)
-        new = [f for f, activation in acts if f in open_ and activation > scorer.delta[f]]
-        open_ -= set(new)
+        new = [f for f, activation in acts if open_[f] > 0 and activation > scorer.delta[f]]
+        open_.subtract(new)
         samples.append(_sample(scorer.task, row))
         first.append(new)
     asked = [(i, f) for i, new in enumerate(first) for f in new]  # equal rows are read once

@@ -45,7 +45,8 @@ class SynthesisReport:
     covered: int64 ids, the anchor's features that the data or the samples activate; where ids were given, those of
         them that the samples activate.
     curve: float64 [samples + 1], FAC after each sample in order; where ids were given, the share of them activated.
-    kl_before, kl_after: KL(anchor || data) in nats (Eq. 3, see `FACReport`), or NaN.
+    kl_before, kl_after, frequency_cosine_before, frequency_cosine_after, jensen_shannon_before,
+        jensen_shannon_after: how often features are active beside the anchor (see `FACReport`), or NaN.
     methods: by where texts are from (fac_method), and "all" for all of them, their hit rates beside the permutation
         baseline. Flawed texts (truncated, copies of spans, ...) are left out; near-duplicates count, and so do texts
         whose row was dropped.
@@ -67,6 +68,10 @@ class SynthesisReport:
     curve: np.ndarray
     kl_before: float
     kl_after: float
+    frequency_cosine_before: float
+    frequency_cosine_after: float
+    jensen_shannon_before: float
+    jensen_shannon_after: float
     methods: dict[str, PermutationBaseline]
     copied: float
     dropped: dict[str, int]
@@ -85,13 +90,16 @@ class SynthesisReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.samples:,} samples activate {len(self.activated):,} of {len(self.features):,} missing features; "
+            f"{self.samples:,} samples activate {len(self.activated):,} of {len(self.features):,} features; "
             f"{len(self.exhausted):,} could not be activated"
         ]
         if not math.isnan(self.fac_before):
+            lines.append(f"FAC {self.fac_before:.3f} before, {self.fac_after:.3f} after")
             lines.append(
-                f"FAC {self.fac_before:.3f} before, {self.fac_after:.3f} after; "
-                f"KL {self.kl_before:.3f} before, {self.kl_after:.3f} after"
+                "how often, beside the anchor: "
+                f"cosine {self.frequency_cosine_before:.3f} before, {self.frequency_cosine_after:.3f} after; "
+                f"Jensen-Shannon {self.jensen_shannon_before:.3f}, {self.jensen_shannon_after:.3f} nats; "
+                f"KL {self.kl_before:.3f}, {self.kl_after:.3f} nats"
             )
         lines += [f"{name}: {method}" for name, method in self.methods.items()]
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
@@ -139,7 +147,7 @@ def make_result(
     Args:
         source: where the texts are from; it knows what they cost.
         featurizer: pools the samples as the data.
-        missing: the report that names the missing features, None where ids were given.
+        missing: the report that names the features, None where ids were given.
         wanted: int64 ids, all that were asked for. delta: float64 [d_sae].
         bound: the one that ended the loop, if one did.
         provenance: what is recorded with the samples, by origin.
@@ -164,6 +172,10 @@ def make_result(
         curve=added.curve,
         kl_before=math.nan if missing is None else missing.kl_divergence,
         kl_after=added.kl_divergence,
+        frequency_cosine_before=math.nan if missing is None else missing.frequency_cosine,
+        frequency_cosine_after=added.frequency_cosine,
+        jensen_shannon_before=math.nan if missing is None else missing.jensen_shannon,
+        jensen_shannon_after=added.jensen_shannon,
         methods=by_origin(written, seed=settings.seed),
         copied=sum(c.rejection is Rejection.COPY for c in activating) / len(activating) if activating else 0.0,
         dropped=dict(Counter(c.category for c in rejected).most_common()),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ class Progress:
     """What was written so far.
 
     written: by feature, all candidates in the order in which they were written.
+    most: by feature, how many samples it may have; those that are not there have no bound of their own.
     pool: rows of a pool, accepted and rejected ones.
     tried: pairs of a feature and a round's number in which texts were requested.
     not_asked: features with a round in which the chat took no requests.
@@ -37,6 +38,7 @@ class Progress:
     """
 
     written: dict[int, list[Candidate]]
+    most: Mapping[int, int] = field(default_factory=dict)
     pool: Sequence[Candidate] = ()
     tried: set[tuple[int, int]] = field(default_factory=set)
     not_asked: set[int] = field(default_factory=set)
@@ -56,11 +58,13 @@ class Progress:
         found = {c.text: c for c in reversed(self.written[feature]) if c.status is Status.HIT}
         return sorted(found.values(), key=lambda c: -c.activation)
 
+    def lacks(self, feature: int, quota: int) -> bool:
+        """Whether a feature has fewer samples than it may have, up to the quota."""
+        return self.accepted[feature] < min(quota, self.most.get(feature, quota))
+
     def is_open(self, feature: int, quota: int, round_: Round) -> bool:
         """Whether a feature lacks a sample that the round can bring, from a hit or from new texts."""
-        return self.accepted[feature] < quota and (
-            (feature, round_.number) not in self.tried or bool(self.hits(feature))
-        )
+        return self.lacks(feature, quota) and ((feature, round_.number) not in self.tried or bool(self.hits(feature)))
 
     def exhausted(self, rounds: Sequence[Round]) -> list[int]:
         """The features without a sample for which all rounds were tried, and none of whose texts the chat lost."""
@@ -120,7 +124,7 @@ class SynthesisLoop:
         """Complete the hits that earlier rounds left, then write for the features that still lack a sample."""
         progress, generator = self.progress, self.generator
         self._complete_hits(features, quota)
-        open_ = [f for f in features if progress.accepted[f] < quota and (f, round_.number) not in progress.tried]
+        open_ = [f for f in features if progress.lacks(f, quota) and (f, round_.number) not in progress.tried]
         # Each feature keeps room for the other parts of one row.
         open_ = open_[: max(0, self.source.budget.completions_left() // generator.completions_each(round_))]
         candidates = generator.write(round_, open_, progress.written)
@@ -133,7 +137,7 @@ class SynthesisLoop:
         self._complete_hits(open_, quota)
         if not round_.for_pairs:
             progress.tries += len(open_)
-            progress.successes += sum(progress.accepted[f] >= quota for f in open_)
+            progress.successes += sum(not progress.lacks(f, quota) for f in open_)
 
     def _complete_hits(self, features: Sequence[int], quota: int) -> None:
         """Make samples of the strongest hits, one for each feature below its quota, until none is left to try."""
@@ -164,7 +168,7 @@ def _next_hits(features: Sequence[int], quota: int, progress: Progress, most: in
     batch, repeats = found = _NextHits([], [])
     texts = NearDuplicates()
     for feature in features:
-        if progress.accepted[feature] >= quota:
+        if not progress.lacks(feature, quota):
             continue
         for candidate in progress.hits(feature):
             if len(batch) >= most:

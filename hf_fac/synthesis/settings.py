@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ..storage.cache import content_key
 from ..tasks.task import Task
 
+AIMS = ("missing", "deficits")
 METHODS = ("one_step", "two_step", "contrastive", "steering")
 PROMPT_FORMATS = ("list", "text", "json")
 _STEERING_ROUNDS = 3
@@ -46,6 +47,7 @@ class SynthesisSettings:
     """
 
     task: Task
+    aim: str
     methods: tuple[str, ...]
     prompt_format: str | None
     samples_per_feature: int
@@ -58,6 +60,8 @@ class SynthesisSettings:
     seed: int
 
     def __post_init__(self) -> None:
+        if self.aim not in AIMS:
+            raise ValueError(f"aim is {self.aim!r}; it must be one of {', '.join(AIMS)}.")
         methods = self.methods
         if not methods or any(method not in METHODS for method in methods) or len(set(methods)) < len(methods):
             raise ValueError(f"methods is {methods!r}; give one or more of {', '.join(METHODS)}, each once.")

@@ -74,7 +74,10 @@ class FACSynthesizer:
         task: a `Task`, the name of a built-in one, or the path of a YAML file.
         threshold: delta, in the SAE's units: one number or [d_sae]. A sample is kept when g_i(x) > delta. None takes
             that of the report.
-        samples_per_feature: the most samples kept for one feature, the strongest first.
+        aim: which features of a report are written for: "missing" (no row activates them), or "deficits" (fewer rows
+            do than the anchor's rate says, more than chance explains: those `significant` in `FACReport.deficits`).
+        samples_per_feature: the most samples kept for one feature, the strongest first. With aim="deficits" also no
+            more than the rows that it falls short, rounded up.
         methods: in this order, each for the features that the one before left without samples: "two_step" (first texts,
             then texts from contrastive pairs), "one_step" (as many texts without pairs), "contrastive" (the paper's own
             step 2: first texts serve for pairs only, and every feature gets samples written from its pair),
@@ -102,6 +105,7 @@ class FACSynthesizer:
         *,
         task: Task | str | os.PathLike[str],
         threshold: float | ArrayLike | None = None,
+        aim: str = "missing",
         samples_per_feature: int = 2,
         methods: Sequence[str] | None = None,
         prompt_format: str | None = None,
@@ -127,7 +131,7 @@ class FACSynthesizer:
         if methods is None:
             methods = ("two_step", "steering") if _can_write(featurizer) else ("two_step",)
         self.settings = SynthesisSettings(
-            task=self.task, methods=tuple(methods), prompt_format=prompt_format,
+            task=self.task, aim=aim, methods=tuple(methods), prompt_format=prompt_format,
             samples_per_feature=samples_per_feature, candidates=candidates, rounds=rounds, temperature=temperature,
             max_tokens=max_tokens, answer_tokens=answer_tokens, max_copied_words=max_copied_words, seed=seed,
         )  # fmt: skip
@@ -162,7 +166,7 @@ class FACSynthesizer:
         """
         from .plan import make_plan
 
-        features = self._missing(missing, None)
+        features = self.wanted(missing)
         unconditional = self._unconditional_prompt()
         return make_plan(
             self.settings, self._dictionary(None, None), features.tolist(), self.featurizer.tokenizer,
@@ -185,13 +189,15 @@ class FACSynthesizer:
         """Write samples for the features and return those that activate them.
 
         Args:
-            missing: a `FACReport`, whose missing features are written for and whose FAC is brought up to date, or ids.
-            features: ids; write for the missing features that are among them.
+            missing: a `FACReport`, whose figures are brought up to date, or ids of features. `wanted` returns the
+                features of a report that are written for.
+            features: ids; write for those of the features that are among them.
             anchor: rows that a dictionary is built from when the synthesizer has none.
             cache_dir: a folder where answers and measurements are kept as they come. The same call after a kill asks
                 for nothing again; other settings and bounds use what they share with it.
-            pool: rows of the task's type, scored by `FACScorer`. Those that activate most missing features are accepted
+            pool: rows of the task's type, scored by `FACScorer`. Those that activate most of the features are accepted
                 first (`select`), unless `avoid` or `keep` rules them out; nothing is written for what they activate.
+                With aim="deficits" they count as samples of each feature that they activate.
             max_samples, max_requests, max_seconds: bounds on samples, completions, and time: once one is reached
                 nothing new begins (rows under way are completed, within max_requests). The same call with the same
                 bounds on samples or completions gives the same samples; a higher bound continues.
@@ -206,16 +212,21 @@ class FACSynthesizer:
             chat answered nothing at all.
         """
         budget = Budget(max_samples, max_requests, max_seconds)
-        wanted, delta = self._missing(missing, features), self._delta(missing)
+        wanted, delta = self._chosen(self.wanted(missing), features), self._delta(missing)
+        demand = self._demand(missing, wanted)
         cache = Cache(cache_dir, processes)
         scorer = SampleScorer(self.featurizer, self.task, wanted, delta, cache)
-        from_pool = FromPool([], [], wanted) if pool is None else self._take_from_pool(pool, wanted, scorer)
+        from_pool = FromPool([], [], demand) if pool is None else self._take_from_pool(pool, demand, scorer)
         unconditional = self._unconditional_prompt()
         dictionary = self._dictionary(anchor, cache.folder)
         steered = None if unconditional is None else self._steered
         verifier = Verifier(scorer, dictionary, self._avoided, self.settings.max_copied_words, steered)
         source = TextSource(self.chat, unconditional, self.featurizer.feature_fingerprint(), cache, budget)
-        progress = Progress({f: [] for f in from_pool.still_missing.tolist()}, from_pool.accepted + from_pool.rejected)
+        progress = Progress(
+            written={f: [] for f in from_pool.left},
+            most={} if self.settings.aim == "missing" else from_pool.left,
+            pool=from_pool.accepted + from_pool.rejected,
+        )
         bound = self._write(progress, verifier, source)
         if source.error is not None and not source.answered and not from_pool.accepted:
             raise source.error
@@ -226,9 +237,9 @@ class FACSynthesizer:
             provenance=self._provenance(),
         )  # fmt: skip
 
-    def _take_from_pool(self, pool: Dataset, wanted: np.ndarray, scorer: SampleScorer) -> FromPool:
+    def _take_from_pool(self, pool: Dataset, demand: dict[int, int], scorer: SampleScorer) -> FromPool:
         measurement = self.featurizer.measurement
-        return take_from_pool(pool, wanted, scorer, measurement=measurement, known=self._avoided, keep=self.keep)
+        return take_from_pool(pool, demand, scorer, measurement=measurement, known=self._avoided, keep=self.keep)
 
     def _write(self, progress: Progress, verifier: Verifier, source: TextSource) -> str | None:
         """Write for the features of `progress`; returns the bound that ended it, if one did."""
@@ -253,18 +264,38 @@ class FACSynthesizer:
         remedy = "except for answers without text in an endpoint's cache: another seed asks for others"
         warnings.warn(visible(f"{problem}. The same call asks for what is missing, {remedy}."), stacklevel=3)
 
-    def _missing(self, missing: FACReport | ArrayLike, features: ArrayLike | None) -> np.ndarray:
-        """The features to write for, int64, checked."""
+    def wanted(self, missing: FACReport | ArrayLike) -> np.ndarray:
+        """Returns the features of a report that `synthesize` writes for, or the ids given: int64, the first are the
+        missing features of most anchor rows, or those that fall short by most rows.
+
+        Raises: ValueError for a report measured with another featurizer, ids out of range, and ids with
+            aim="deficits".
+        """
         if isinstance(missing, FACReport) and (found := differences(missing.measurement, self.featurizer.measurement)):
             raise ValueError(
                 f"The FACReport was computed with another featurizer ({found}); recompute it with this one."
             )
-        ids = missing.missing if isinstance(missing, FACReport) else missing
-        wanted = check_feature_ids(ids, self.featurizer.d_sae, name="missing", may_be_empty=True)
+        if self.settings.aim == "deficits":
+            if not isinstance(missing, FACReport):
+                raise ValueError("aim='deficits' needs a FACReport: ids do not say by how many rows they fall short.")
+            ids = missing.deficits().query("significant")["feature"].to_numpy()
+        else:
+            ids = missing.missing if isinstance(missing, FACReport) else missing
+        return check_feature_ids(ids, self.featurizer.d_sae, name="missing", may_be_empty=True)
+
+    def _chosen(self, wanted: np.ndarray, features: ArrayLike | None) -> np.ndarray:
         if features is None:
             return wanted
         chosen = check_feature_ids(features, self.featurizer.d_sae, may_be_empty=True)
         return chosen[np.isin(chosen, wanted)]
+
+    def _demand(self, missing: FACReport | ArrayLike, wanted: np.ndarray) -> dict[int, int]:
+        """How many rows of a pool are to activate each feature; with aim="deficits" also the most samples of each."""
+        if self.settings.aim == "missing":
+            return dict.fromkeys(wanted.tolist(), 1)
+        rows = missing.deficits().set_index("feature")["deficit"].loc[wanted]
+        short = np.minimum(np.ceil(rows).astype(int), self.settings.samples_per_feature)
+        return dict(zip(wanted.tolist(), short.tolist(), strict=True))
 
     def _delta(self, missing: FACReport | ArrayLike) -> np.ndarray:
         """The activation threshold of every feature, float64 [d_sae]."""

@@ -169,8 +169,9 @@ class CoverageRound:
         }
 
     def _write(self, before: FACReport, fingerprint: str, seconds: float | None) -> SynthesisResult | None:
-        """What was written for the missing features; None where there is nothing to write for."""
-        wanted = before.missing[~np.isin(before.missing, list(self.skip))]
+        """What was written for the features that the synthesizer aims at; None where there is nothing to write for."""
+        wanted = self.synthesizer.wanted(before)
+        wanted = wanted[~np.isin(wanted, list(self.skip))]
         spent = any(bound is not None and bound <= 0 for bound in (self.max_samples, seconds))
         if not len(wanted) or spent:
             return None

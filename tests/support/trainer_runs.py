@@ -93,6 +93,9 @@ class TinySynthesizer(FACSynthesizer):
     def fingerprint(self) -> str:
         return f"{self.kind} {self.words}"
 
+    def wanted(self, missing):
+        return missing.missing
+
     def synthesize(
         self, missing, *, features=None, anchor=None, cache_dir=None, max_samples=None, max_seconds=None,
         processes=None,

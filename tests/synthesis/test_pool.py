@@ -48,12 +48,13 @@ def taken_of(result):
     return [row for row in result.dataset.to_list() if row["fac_method"] == "pool"]
 
 
-def from_pool(parts, pool, *, featurizer=None, task=TASK, avoid=(), keep=None):
+def from_pool(parts, pool, *, demand=None, featurizer=None, task=TASK, avoid=(), keep=None):
     featurizer, report = featurizer or parts[0], parts[2]
     known = NearDuplicates({"the evaluation set": avoid})
     delta = np.full(featurizer.d_sae, report.threshold)
     scorer = SampleScorer(featurizer, task, report.missing, delta, Cache(None))
-    return take_from_pool(pool, report.missing, scorer, measurement=featurizer.measurement, known=known, keep=keep)
+    demand = demand or dict.fromkeys(report.missing.tolist(), 1)
+    return take_from_pool(pool, demand, scorer, measurement=featurizer.measurement, known=known, keep=keep)
 
 
 def assert_sound(found, parts, *, task=TASK):
@@ -66,7 +67,7 @@ def assert_sound(found, parts, *, task=TASK):
         assert candidate.provenance["fills"] == sorted(fills)
         assert candidate.activation == pytest.approx(float(row[candidate.feature]), rel=1e-4, abs=1e-5)
         left -= fills
-    assert found.still_missing.tolist() == [f for f in parts[2].missing.tolist() if f in left]
+    assert list(found.left) == [f for f in parts[2].missing.tolist() if f in left]
 
 
 def test_rows_of_a_pool_are_taken_before_new_ones_are_written(parts):
@@ -88,6 +89,22 @@ def test_what_a_row_is_said_to_fill_is_what_it_activates(parts):
     assert_sound(found, parts)
 
 
+def test_rows_are_taken_until_as_many_activate_a_feature_as_are_demanded(parts):
+    missing = parts[2].missing.tolist()
+    demand = {feature: 1 + k % 4 for k, feature in enumerate(missing)}
+    samples = plain(60)
+    found = from_pool(parts, pool_of(samples, parts[0]), demand=demand)
+    taken = [c.provenance["pool_row"] for c in found.accepted]
+    active = parts[0]([TASK.featurizer_row(row) for row in samples]).toarray() > parts[2].threshold
+    assert not found.rejected
+    assert len(set(taken)) == len(taken)
+    for feature in missing:
+        there, filled = active[:, feature].sum(), sum(feature in c.provenance["fills"] for c in found.accepted)
+        assert filled == min(demand[feature], there)
+        assert found.left.get(feature, 0) == demand[feature] - filled
+    assert max(demand[f] - found.left.get(f, 0) for f in missing) > 1
+
+
 def test_rows_that_share_a_system_prompt_are_no_repeats_of_each_other(parts):
     result = synthesized(parts, pool_of(plain(before=SYSTEM), parts[0]))
     assert len(taken_of(result)) > 3
@@ -106,7 +123,7 @@ def test_the_features_of_a_near_duplicate_are_written_for_unless_another_row_has
         known.add(candidate.text, "taken")
     assert {c.reason for c in found.rejected} == {"near-duplicate of another sample"}
     assert {c.origin for c in found.rejected} == {"pool"}
-    assert {c.feature for c in found.rejected} & set(found.still_missing)
+    assert {c.feature for c in found.rejected} & set(found.left)
     assert_sound(found, parts)
     report = synthesized(parts, pool).report
     assert {*report.activated, *report.exhausted} == set(parts[2].missing)
@@ -119,7 +136,7 @@ def test_what_a_refused_row_would_have_filled_is_taken_from_another(parts):
     refusing = from_pool(parts, again, keep=lambda row: len(row["prompt"]) == 1)
     assert {len(c.row["prompt"]) for c in refusing.accepted} == {1}
     assert refusing.rejected
-    assert set(refusing.still_missing) == set(once.still_missing)
+    assert set(refusing.left) == set(once.left)
     assert_sound(refusing, parts)
 
 
@@ -232,7 +249,7 @@ def test_other_bounds_go_on_in_the_same_journal(parts, tmp_path):
 def test_a_pool_without_rows_gives_nothing(parts):
     found = from_pool(parts, pool_of(plain(), parts[0]).select([]))
     assert not found.accepted
-    assert found.still_missing.tolist() == parts[2].missing.tolist()
+    assert list(found.left) == parts[2].missing.tolist()
 
 
 @pytest.mark.parametrize(
