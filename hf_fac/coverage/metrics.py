@@ -64,7 +64,8 @@ def diversity(
     computed from: texts with a word, or rows with a vector), mean_words (words a text), needs, source (arXiv id, DOI or
     other identifier of the paper it is from, if there is one).
 
-    FAC and the number of active features, both at the delta that `compare` calibrates, need both sets scored.
+    FAC, the number of active features and the match of activation frequencies (cosine, Jensen-Shannon), at the delta
+    that `compare` calibrates, need both sets scored.
     distinct-1, distinct-2, entropy-1, entropy-2 and pos-distinct-2 (English only) read the words of the rows' content,
     before truncation. The others read vectors of length 1. NovelSum sorts all pairs of rows: of more than some 20,000
     rows take a random sample.
@@ -140,13 +141,16 @@ def _is_scored(rows: Any) -> bool:
 
 
 def _coverage(dataset: Any, anchor: Any) -> Iterable[tuple]:
-    fac = active = math.nan
+    fac = active = cosine = shannon = math.nan
     if _is_scored(dataset) and _is_scored(anchor):
         report = FeatureCoverage.from_dataset(dataset).compare(FeatureCoverage.from_dataset(anchor))
-        fac, active = report.fac, len(report.covered) + len(report.data_only["feature"])
+        fac, active = report.fac, report.active_features
+        cosine, shannon = report.frequency_cosine, report.jensen_shannon
     n = len(dataset) if _is_scored(dataset) else 0
     yield "FAC", fac, _CLOSE, n, "anchor, both scored", "arXiv:2602.10388"
     yield "active features", active, _DIVERSE, n, "anchor, both scored", "arXiv:2602.10388"
+    yield "frequency cosine", cosine, _CLOSE, n, "anchor, both scored", ""
+    yield "Jensen-Shannon", shannon, _FAR, n, "anchor, both scored", "doi:10.1109/18.61115"
 
 
 def _text_metrics(texts: list[str]) -> Iterable[tuple]:

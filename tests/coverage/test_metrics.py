@@ -200,10 +200,12 @@ def test_the_table_has_a_line_for_each_metric_with_what_it_rests_on(featurizer) 
     table = diversity(data, featurizer, anchor=anchor, label_column="label")
     assert list(table.columns) == ["value", "higher_is", "n", "mean_words", "needs", "source"]
     assert table["value"].notna().all()
-    assert table["n"].tolist() == [6, 6, *[len(TEXTS)] * (len(table) - 2)]
+    assert table["n"].tolist() == [6] * 4 + [len(TEXTS)] * (len(table) - 4)
     coverage = FeatureCoverage.from_dataset(data)
     report = coverage.compare(FeatureCoverage.from_dataset(anchor))
     assert table.loc["FAC", "value"] == report.fac
+    assert table.loc["frequency cosine", "value"] == report.frequency_cosine
+    assert table.loc["Jensen-Shannon", "value"] == report.jensen_shannon
     assert table.loc["active features", "value"] == (coverage.maximum > report.threshold).sum()
     assert table["mean_words"].tolist() == pytest.approx([sum(len(text.split()) for text in TEXTS) / 5] * len(table))
     units = unit_vectors(featurizer.mean_hidden_states(TEXTS))
