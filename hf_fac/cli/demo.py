@@ -75,7 +75,9 @@ def print_samples(result: SynthesisResult, featurizer: SAEFeaturizer) -> None:
     console.print(
         f"{report.samples} samples activate {len(report.activated)} of {len(report.features)} missing features. "
         f"[bold]FAC {report.fac_before:.3f} before, {report.fac_after:.3f} after[/bold] ({report.requests} completions "
-        f"in {report.seconds:.0f} s; {sum(report.dropped.values())} texts dropped).",
+        f"in {report.seconds:.0f} s; {sum(report.dropped.values())} texts dropped). How often features are "
+        f"active beside the anchor: cosine {report.frequency_cosine_before:.3f} before, "
+        f"{report.frequency_cosine_after:.3f} after.",
         highlight=False,
         markup=True,
     )

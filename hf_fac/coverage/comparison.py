@@ -31,9 +31,10 @@ class Comparison:
     def to_pandas(self) -> pd.DataFrame:
         """Returns a row for each data set, by name.
 
-        Columns: rows; fac; low and high, its `interval`; single_low and single_high, its `single_interval`; saturation;
-        covered; missing; alone, features that of these data sets it alone covers; and for each data set, as "jaccard"
-        with its name, the overlap |A & B| / |A | B| of the features that both cover, NaN where neither covers any.
+        Columns: rows; mean_tokens; active_features; fac; low and high, its `interval`; single_low and single_high, its
+        `single_interval`; saturation; frequency_cosine and jensen_shannon, the match with the anchor; covered; missing;
+        alone, features that of these data sets it alone covers; and for each data set, as "jaccard" with its name, the
+        overlap |A & B| / |A | B| of the features that both cover, NaN where neither covers any.
         """
         import pandas as pd
 
@@ -41,16 +42,19 @@ class Comparison:
         table = pd.DataFrame.from_dict(
             {
                 name: {
-                    "rows": report.rows, "fac": report.fac, "low": report.interval[0], "high": report.interval[1],
+                    "rows": report.rows, "mean_tokens": report.mean_tokens, "active_features": report.active_features,
+                    "fac": report.fac, "low": report.interval[0], "high": report.interval[1],
                     "single_low": report.single_interval[0], "single_high": report.single_interval[1],
-                    "saturation": report.saturation, "covered": len(report.covered), "missing": len(report.missing),
+                    "saturation": report.saturation, "frequency_cosine": report.frequency_cosine,
+                    "jensen_shannon": report.jensen_shannon, "covered": len(report.covered),
+                    "missing": len(report.missing),
                     "alone": len(covered[name].difference(*(covered[other] for other in covered if other != name))),
                 } | {f"jaccard {other}": _jaccard(covered[name], covered[other]) for other in covered}
                 for name, report in self.reports.items()
             },
             orient="index",
         )  # fmt: skip
-        counts = ["rows", "covered", "missing", "alone"]
+        counts = ["rows", "active_features", "covered", "missing", "alone"]
         return table.astype(dict.fromkeys(counts, np.int64))
 
     def __str__(self) -> str:

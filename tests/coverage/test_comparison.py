@@ -28,6 +28,10 @@ def test_each_is_compared_as_alone_and_with_the_others(options):
         row = table.loc[name]
         assert comparison.reports[name].to_dict() == report.to_dict()
         assert (row["rows"], row["fac"]) == (len(sets[name]), report.fac)
+        match = (report.frequency_cosine, report.jensen_shannon, report.active_features)
+        assert (row["frequency_cosine"], row["jensen_shannon"], row["active_features"]) == pytest.approx(
+            match, nan_ok=True
+        )
         assert (row["low"], row["high"]) == pytest.approx(report.interval)
         assert (row["single_low"], row["single_high"]) == pytest.approx(report.single_interval)
         assert (row["covered"], row["missing"]) == (len(report.covered), len(report.missing))

@@ -320,6 +320,15 @@ def test_what_was_written_before_a_failure_is_kept(tmp_path):
     assert_same_run(trainer, trained(sft(with_new(rows, callback.new_rows), tmp_path / "other")))
 
 
+def test_a_round_writes_for_the_features_that_the_synthesizer_aims_at(tmp_path):
+    trainer = sft(examples("messages", 7), tmp_path)
+    synthesizer = frozen("messages")
+    synthesizer.wanted = lambda report: report.covered[:2]
+    callback_for(trainer, "messages", synthesizer=synthesizer)
+    trained(trainer)
+    assert synthesizer.asked == [rounds(tmp_path)[0]["before"]["covered"][:2]]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_once_max_seconds_are_spent_nothing_is_written(fails, tmp_path):
     trainer = sft(examples("messages", 7), tmp_path, num_train_epochs=3)
