@@ -1,4 +1,5 @@
-"""How often the intervals of FAC hold what they are for, on simulated data sets: shares of cases, 0.95 is aimed at.
+"""How often the intervals of FAC and of the match of frequencies hold what they are for, on simulated data sets: shares
+of cases, 0.95 is aimed at.
 
     python benchmarks/intervals.py [--draws 300] [--rows 25 100 400]
 
@@ -8,6 +9,9 @@ some topics far more frequent; blocks of rare features that a row activates toge
 of them, `single` the share of pairs in which the `single_interval` of one holds FAC of the other, `at n / 4` and
 `at n / 2` the share whose `rarefaction` interval holds the mean FAC of data sets of that size. `gain` is the mean
 `expected_gain` of as many rows again beside the true one, in units of FAC.
+
+The second table is of the match: data sets are drawn with unequal chances, anchor sets of four times as many rows with
+equal ones. It has means over the pairs of sets, and the share of pairs whose interval holds the mean.
 """
 
 import argparse
@@ -73,3 +77,28 @@ for source in (independent, topics, skewed_topics, blocks):
             f"{source.__name__:15}{n:5}{means[-1]:7.2f}{at[2]:7.3f}{single:8.3f}{at[0]:8.3f}{at[1]:8.3f}{gain:7.3f}"
             f"{np.mean(twice) - means[-1]:7.3f}"
         )
+
+MEASURES = {
+    "cosine": ("frequency_cosine", "frequency_cosine_interval"),
+    "Jensen-Shannon": ("jensen_shannon", "jensen_shannon_interval"),
+    "KL": ("kl_divergence", "kl_interval"),
+}
+print(f"\n{'source':15}{'rows':>5}" + "".join(f"{name:>17}{'held':>7}" for name in MEASURES))
+for source in (independent, topics, skewed_topics, blocks):
+    for n in options.rows:
+        pool = source(rng, POOL, options.features)
+        tilt = pool @ rng.normal(size=pool.shape[1])
+        chances = np.exp((tilt - tilt.mean()) / tilt.std())
+        chances /= chances.sum()
+        line = f"{source.__name__:15}{n:5}"
+        reports = []
+        for _ in range(options.draws):
+            data, anchor = (
+                pool[rng.choice(POOL, size, replace=False, p=p)] for size, p in ((n, chances), (4 * n, None))
+            )
+            reports.append(cover(data).compare(cover(anchor), threshold=DELTA))
+        for value, interval in MEASURES.values():
+            mean = np.mean([getattr(report, value) for report in reports])
+            low, high = np.array([getattr(report, interval) for report in reports]).T
+            line += f"{mean:17.3f}{np.mean((low <= mean) & (mean <= high)):7.3f}"
+        print(line)
