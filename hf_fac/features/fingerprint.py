@@ -47,7 +47,7 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
     shared = {*PretrainedConfig().to_dict(), "use_cache"}
     config = model.config.get_text_config().to_dict()
     settings = {key: value for key, value in config.items() if key not in shared and not key.endswith("_token_id")}
-    return {"class": type(_backbone(model)).__name__, "config": settings, "adapters": _adapters(model)}
+    return {"class": type(_backbone(model)).__name__, "config": settings, "adapters": adapters(model)}
 
 
 def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -67,6 +67,21 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "template": json.dumps(tokenizer.chat_template, sort_keys=True),
         **{stage: "" if state is None else state.__getstate__().decode() for stage, state in states.items()},
     }
+
+
+def adapters(model: PreTrainedModel) -> list[str]:
+    """Returns for each layer with adapters which act and how strongly: the tensors alone do not say."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [
+        # Only LoRA and its kin have a scaling.
+        f"{name} {layer.active_adapters} {layer.disable_adapters} {layer.merged_adapters} "
+        f"{sorted(getattr(layer, 'scaling', {}).items())}"
+        for name, layer in _backbone(model).named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
 
 
 class TensorHash:
@@ -114,18 +129,3 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
 
     # What PEFT calls the base model of its wrapper is another thing.
     return model.base_model if isinstance(model, PreTrainedModel) else model
-
-
-def _adapters(model: PreTrainedModel) -> list[str]:
-    """Of each layer with adapters, which act and how strongly: the tensors alone do not say."""
-    if "peft" not in sys.modules:
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [
-        # Only LoRA and its kin have a scaling.
-        f"{name} {layer.active_adapters} {layer.disable_adapters} {layer.merged_adapters} "
-        f"{sorted(getattr(layer, 'scaling', {}).items())}"
-        for name, layer in _backbone(model).named_modules()
-        if isinstance(layer, BaseTunerLayer)
-    ]

@@ -35,15 +35,7 @@ class FACScorer:
     """
 
     def __init__(self, featurizer: SAEFeaturizer) -> None:
-        self._featurizer: SAEFeaturizer | None = featurizer
-        self._pickled: dict[str, Any] | None = None
-        self._measured: tuple[list[Any], str] | None = None
-
-    @property
-    def featurizer(self) -> SAEFeaturizer:
-        if self._featurizer is None:
-            self._featurizer = SAEFeaturizer.restored(self._pickled["featurizer"], rank=self._pickled.get("rank"))
-        return self._featurizer
+        self.featurizer = featurizer
 
     def __call__(
         self, batch: Mapping[str, list], *extra: list[int] | int, first_row: int = 0
@@ -65,8 +57,8 @@ class FACScorer:
             )
         # `map` adds no names: the rank is an int, the rows' numbers are a list.
         numbers = next((one for one in extra if isinstance(one, list)), None)
-        if self._featurizer is None:
-            self._pickled["rank"] = next((one for one in extra if isinstance(one, int)), None)
+        if (rank := next((one for one in extra if isinstance(one, int)), None)) is not None:
+            self.featurizer.load_on_gpu_of(rank)
         first_row += numbers[0] if numbers else 0
         rows = {name: batch[name] for name in batch if name not in COLUMNS}
         size = len(next(iter(batch.values()))) if batch else 0
@@ -82,16 +74,8 @@ class FACScorer:
             FEATURES: np.split(activations.indices.astype(np.int32), ends) if size else [],
             ACTIVATIONS: np.split(activations.data, ends) if size else [],
             TOKENS: reading.tokens,
-            MEASUREMENT: [self._measurement()] * size,
+            MEASUREMENT: [json.dumps(self.featurizer.measurement, sort_keys=True)] * size,
         }
-
-    def _measurement(self) -> str:
-        # The JSON is cached. It is dropped when map pickles the scorer, and when change_marks differ (streams are never
-        # pickled).
-        marks = self.featurizer.change_marks()
-        if self._measured is None or self._measured[0] != marks:
-            self._measured = (marks, json.dumps(self.featurizer.measurement, sort_keys=True))
-        return self._measured[1]
 
     @staticmethod
     def features(features: Features) -> Features:
@@ -105,16 +89,11 @@ class FACScorer:
             raise ValueError("This stream does not know its features: map without features=, or name them on loading.")
         return Features({**features, **Features.from_arrow_schema(arrow_schema())})
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Names to load the featurizer by, or None, and the fingerprint; never weights."""
-        if self._featurizer is None:
-            return self._pickled
-        self._measured = None
-        source = self._featurizer.source()
-        return {
-            "featurizer": source,
-            "fingerprint": (source or {}).get("fingerprint") or self._featurizer.fingerprint(),
-        }
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Names and the measurement's identity, never weights: `map` hashes this. Without names it cannot be used
+        # elsewhere.
+        return _restored, self.featurizer.as_names()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._featurizer, self._pickled, self._measured = None, dict(state), None
+
+def _restored(*names: Any) -> FACScorer:
+    return FACScorer(SAEFeaturizer.restored(*names))

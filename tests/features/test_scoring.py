@@ -15,6 +15,7 @@ from tiny_models import tiny_model, tiny_sae
 
 from hf_fac.coverage.coverage import FeatureCoverage
 from hf_fac.features.featurizer import SAEFeaturizer
+from hf_fac.features.fingerprint import TensorHash
 from hf_fac.features.scoring import COLUMNS, FACScorer
 from hf_fac.inputs.rows import RowError
 from hf_fac.sae.loading import save_sae
@@ -256,10 +257,16 @@ def test_the_same_scorer_after_a_training_step_has_another_hash():
     assert Hasher.hash(scorer) != before
 
 
+@pytest.fixture
+def hashed(monkeypatch):
+    """Grows whenever the weights are hashed."""
+    calls, hash_weights = [], TensorHash.__call__
+    monkeypatch.setattr(TensorHash, "__call__", lambda self, tensors: calls.append(1) or hash_weights(self, tensors))
+    return calls
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_weights_are_hashed_once_for_all_batches_of_a_map(stream, dataset, monkeypatch):
-    hashed, fingerprint = [], SAEFeaturizer.fingerprint
-    monkeypatch.setattr(SAEFeaturizer, "fingerprint", lambda self: hashed.append(1) or fingerprint(self))
+def test_the_weights_are_hashed_once_for_all_batches_of_a_map(stream, dataset, hashed):
     counts = []
     for batch_size in (len(dataset), 3):
         hashed.clear()
@@ -269,13 +276,23 @@ def test_the_weights_are_hashed_once_for_all_batches_of_a_map(stream, dataset, m
     assert counts[0] == counts[1]
 
 
-def test_the_weights_are_hashed_once_for_a_pickle(folders, monkeypatch):
-    hashed, fingerprint = [], SAEFeaturizer.fingerprint
-    monkeypatch.setattr(SAEFeaturizer, "fingerprint", lambda self: hashed.append(1) or fingerprint(self))
+def test_a_measurement_hashes_the_weights_again_only_after_they_changed(hashed):
+    featurizer = SAEFeaturizer(tiny_model(), byte_level_tokenizer(), tiny_sae())
+    first = [featurizer.measurement for _ in range(3)]
+    assert len(hashed) == 1
+    trained(featurizer.model, None)
+    second = [featurizer.measurement for _ in range(3)]
+    assert len(hashed) == 2
+    assert first[0] == first[2] != second[0] == second[2]
+    assert second[0]["fingerprint"] == featurizer.fingerprint()
+
+
+def test_the_weights_are_hashed_once_for_a_pickle(folders, hashed):
     for featurizer in (
         SAEFeaturizer(tiny_model(), byte_level_tokenizer(), tiny_sae()),
         SAEFeaturizer.from_pretrained(folders / "model", sae=folders / "sae", device="cpu"),
     ):
+        assert featurizer.model is not None
         hashed.clear()
         pickle.dumps(FACScorer(featurizer))
         assert len(hashed) == 1

@@ -187,5 +187,5 @@ def test_a_model_that_cannot_continue_a_prefix_reads_whole_rows(tokenizer):
     featurizer = SAEFeaturizer(model, tokenizer, tiny_sae())
     tokens = Tokens(model)
     check(featurizer, "llama", rows)
-    assert featurizer._shares is False
+    assert featurizer._parts().shares is False
     assert tokens.n > 0
