@@ -44,7 +44,7 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_device(device: str | None) -> str | None:
-    if device is not None:
+    if device not in (None, "cpu"):
         import torch
 
         try:

@@ -197,8 +197,10 @@ class Names:
         if self.contents is None:
             return None
         libraries = [version(name) for name in _LIBRARIES]
-        names = [type(self.source).__name__, self.source.names(), self.arguments.given()]
-        return content_key(VERSION, libraries, names, self.contents)
+        # The contents say what a revision stood for.
+        names = {name: value for name, value in self.source.names().items() if "revision" not in name}
+        kind = type(self.source).__name__
+        return content_key(VERSION, libraries, kind, names, self.arguments.given(), self.contents)
 
     def changed(self) -> bool:
         """Whether the names stand for something else now."""

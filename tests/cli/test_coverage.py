@@ -241,6 +241,25 @@ def test_select_measures_a_pool_as_the_report_was_measured_or_not_at_all(folders
     assert "missing features. Written to" in run("select", data[1], report, "-o", chosen, *options)
 
 
+def test_missing_select_and_synthesize_score_the_same_files_once(folders, tmp_path) -> None:
+    options, report = model_options(folders), tmp_path / "report.json"
+    for name in ("data", "anchor"):  # files that no other test has scored
+        (tmp_path / f"{name}.jsonl").write_text((folders / f"{name}.jsonl").read_text() + '\n{"text": "new"}')
+    data, anchor = tmp_path / "data.jsonl", tmp_path / "anchor.jsonl"
+    said = run("missing", data, anchor, *options, "--threshold", 0.1, "-o", report)
+    assert "scored by an earlier run" not in said
+    program = "import sys; from hf_fac.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    command = ["select", anchor, report, "-o", tmp_path / "chosen.jsonl", *options]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True, check=True
+    )
+    assert "The pool: 41 rows were scored by an earlier run" in done.stdout
+    assert done.stdout.split()[-1] == "False", "nothing was computed"
+    said = run("synthesize", data, anchor, "-o", tmp_path / "out", *options, "--threshold", 0.1, "--plan")
+    assert "The data set: 13 rows were scored by an earlier run" in said
+    assert "The anchor set: 41 rows were scored by an earlier run" in said
+
+
 def test_each_rank_of_score_writes_its_own_coverage(folders, tmp_path, monkeypatch) -> None:
     data, options = folders / "anchor.jsonl", ["--shard-rows", 9, *model_options(folders)]
     run("score", data, "-o", tmp_path / "one", *options)
