@@ -117,10 +117,8 @@ class EmbeddedSource(Source):
 
 
 def load_featurizer(*, device: str | torch.device = "cpu", **settings: Any) -> SAEFeaturizer:
-    """Returns a featurizer of the embedded model and SAE, with `settings` of `SAEFeaturizer`.
-
-    The model is loaded when rows are read, except for the first time.
-    """
+    """Returns a featurizer of the embedded model and SAE, with `settings` of `SAEFeaturizer`; it loads when
+    `SAEFeaturizer.from_pretrained` does."""
     from ..features.featurizer import SAEFeaturizer
 
     return SAEFeaturizer.from_source(EmbeddedSource(device=str(device)), **settings)

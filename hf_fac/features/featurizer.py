@@ -120,6 +120,10 @@ class SAEFeaturizer:
     ) -> SAEFeaturizer:
         """Returns a featurizer loaded from names. Only such a featurizer can be pickled to other processes.
 
+        The first time it loads. What it measures is kept in the Hugging Face cache, under what the names stand for
+        then: a commit of the Hub, or hashes of the files. As long as these are the same, later featurizers load when
+        rows are read.
+
         Args:
             model: a model's Hub id or folder, read at `revision`.
             sae: anything that `load_sae` takes: a Hub repo, "release:sae_id" of SAELens, a folder, a .pth of the paper.
@@ -129,19 +133,15 @@ class SAEFeaturizer:
             settings: those of `SAEFeaturizer`.
         """
         source = PretrainedSource(
-            None if device is None else str(device), str(model), str(sae), sae_id, revision, sae_revision,
-            str(dtype).removeprefix("torch."), trust_remote_code,
+            device=None if device is None else str(device), model=str(model), sae=str(sae), sae_id=sae_id,
+            revision=revision, sae_revision=sae_revision, dtype=str(dtype).removeprefix("torch."),
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return cls.from_source(source, token=token, **settings)
 
     @classmethod
     def from_source(cls, source: Source, *, token: str | None = None, **settings: Any) -> SAEFeaturizer:
-        """Returns a featurizer of what a source loads, with `settings` of `SAEFeaturizer`.
-
-        The first time it loads. What it measures is kept in the Hugging Face cache, under what the names stand for
-        then: a commit of the Hub, or hashes of the files. As long as these are the same, later featurizers load when
-        rows are read.
-        """
+        """Returns a featurizer of what a source loads, as `from_pretrained` does, with `settings` of `SAEFeaturizer`."""
         names = Names(source, Arguments(**settings), token, source.contents(token))
         key = names.key()
         made = cls._of(names, None if key is None else read_identity(key))
