@@ -141,7 +141,7 @@ class SAEFeaturizer:
 
     @classmethod
     def from_source(cls, source: Source, *, token: str | None = None, **settings: Any) -> SAEFeaturizer:
-        """Returns a featurizer of what a source loads, as `from_pretrained` does, with `settings` of `SAEFeaturizer`."""
+        """Returns a featurizer of what a source loads; `settings` and the rest are those of `from_pretrained`."""
         names = Names(source, Arguments(**settings), token, source.contents(token))
         key = names.key()
         made = cls._of(names, None if key is None else read_identity(key))
