@@ -66,9 +66,10 @@ def floor(pieces: list, budget: int) -> None:
 def apart(rows: list) -> None:
     """Scores one side after the other, each piece read whole."""
     for one in (featurizer, rejected):
-        one._shares, able = False, one._shares
+        parts = one._parts()
+        parts.shares, able = False, parts.shares
         one.read(rows)
-        one._shares = able
+        parts.shares = able
 
 
 def both(rows: list) -> None:
