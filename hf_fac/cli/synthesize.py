@@ -74,13 +74,11 @@ def synthesize(
     """
     from ..coverage.coverage import FeatureCoverage
     from ..dictionary.build import build_dictionary
-    from ..synthesis.settings import METHODS
     from ..synthesis.synthesizer import FACSynthesizer
     from ..tasks.task import get_task
 
     try_output(output, folder=True)
-    if unknown := [name for name in writing.methods or () if name not in METHODS]:
-        raise typer.BadParameter(f"--method is {unknown[0]!r}; it must be one of {', '.join(METHODS)}.")
+    _check_methods(writing)
     written_for, known = get_task(task), load_dictionary(dictionary, is_embedded=measuring.model is None)
     if only_rated and known is None:
         raise typer.BadParameter("--only-rated needs --dictionary: one that hf-fac rate has rated for the task.")
@@ -110,6 +108,13 @@ def synthesize(
         return
     result = synthesizer.synthesize(report, cache_dir=output / "cache", **asdict(bounds))
     _write(result, output)
+
+
+def _check_methods(writing: WritingOptions) -> None:
+    from ..synthesis.settings import METHODS
+
+    if unknown := [name for name in writing.methods or () if name not in METHODS]:
+        raise typer.BadParameter(f"--method is {unknown[0]!r}; it must be one of {', '.join(METHODS)}.")
 
 
 def _write(result: SynthesisResult, folder: Path) -> None:

@@ -78,10 +78,10 @@ class FeatureCoverage:
         """Make the coverage of no rows, neutral in `|`. Raises: ValueError without a usable d_sae and keep_above."""
         self.measurement: dict[str, Any] = json.loads(json.dumps(measurement))
         found = checked(Measurement, self.measurement, "the measurement", REMEDY)
-        self.d_sae, self.keep_above = d_sae, keep_above = found.d_sae, found.keep_above
+        self.d_sae = d_sae = found.d_sae
         self.rows = self.rows_without_tokens = 0
         self.tokens: int | None = 0
-        self._grid = ActivationGrid(keep_above, d_sae)
+        self._grid = ActivationGrid(found.keep_above, d_sae)
         self.maximum, self.second_maximum = np.zeros((2, d_sae), np.float32)
         self.maximum_row_hash = np.zeros(d_sae, np.uint64)
         self.group_counts = np.zeros((_GROUPS, len(self.grid), d_sae), np.int32)
@@ -92,6 +92,11 @@ class FeatureCoverage:
     def grid(self) -> np.ndarray:
         """The levels of delta, float64 [levels], at which numbers of rows are exact: rising, the floor first."""
         return self._grid.levels
+
+    @property
+    def keep_above(self) -> float:
+        """The floor of the measurement."""
+        return float(self.grid[0])
 
     @property
     def level_counts(self) -> np.ndarray:

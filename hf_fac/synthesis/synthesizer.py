@@ -196,15 +196,14 @@ class FACSynthesizer:
             cache_dir: a folder where answers and measurements are kept as they come. The same call after a kill asks
                 for nothing again; other settings and bounds use what they share with it.
             pool: rows of the task's type, scored by `FACScorer`. Those that activate most of the features are accepted
-                first (`select`), unless `avoid` or `keep` rules them out; nothing is written for what they activate.
-                With aim="deficits" they count as samples of each feature that they activate.
+                first (`select`), unless `avoid` or `keep` rules them out, and count as samples of what they activate.
             max_samples, max_requests, max_seconds: bounds on samples, completions, and time: once one is reached
                 nothing new begins (rows under way are completed, within max_requests). The same call with the same
                 bounds on samples or completions gives the same samples; a higher bound continues.
             processes: how processes share this call, used by the trainer's callback; all return the same samples.
 
-        Texts that the chat does not write are told in a warning. The same call asks for them again, except for
-        answers without text that the cache of an `EndpointChat` keeps. Where the chat takes no more requests at all
+        A warning tells of texts that the chat did not write. The same call asks for them again, except for answers
+        without text that the cache of an `EndpointChat` keeps. Where the chat takes no more requests at all
         (`report.chat_failed`), the samples made until then are returned.
 
         Raises: ValueError for features out of range, bounds below 1, a FACReport or pool measured with another
@@ -218,17 +217,14 @@ class FACSynthesizer:
         scorer = SampleScorer(self.featurizer, self.task, wanted, delta, cache)
         from_pool = FromPool([], [], demand) if pool is None else self._take_from_pool(pool, demand, scorer)
         unconditional = self._unconditional_prompt()
-        dictionary = self._dictionary(anchor, cache.folder)
-        steered = None if unconditional is None else self._steered
-        verifier = Verifier(scorer, dictionary, self._avoided, self.settings.max_copied_words, steered)
+        verifier = Verifier(
+            scorer, self._dictionary(anchor, cache.folder), self._avoided, self.settings.max_copied_words,
+            None if unconditional is None else self._steered,
+        )  # fmt: skip
         source = TextSource(self.chat, unconditional, self.featurizer.feature_fingerprint(), cache, budget)
-        progress = Progress(
-            written={f: [] for f in from_pool.left},
-            most={} if self.settings.aim == "missing" else from_pool.left,
-            pool=from_pool.accepted + from_pool.rejected,
-        )
+        progress = self._progress(from_pool)
         bound = self._write(progress, verifier, source)
-        if source.error is not None and not source.answered and not from_pool.accepted:
+        if source.error is not None and not (source.answered or from_pool.accepted):
             raise source.error
         self._warn_of_lost_texts(source)
         return make_result(
@@ -240,6 +236,13 @@ class FACSynthesizer:
     def _take_from_pool(self, pool: Dataset, demand: dict[int, int], scorer: SampleScorer) -> FromPool:
         measurement = self.featurizer.measurement
         return take_from_pool(pool, demand, scorer, measurement=measurement, known=self._avoided, keep=self.keep)
+
+    def _progress(self, from_pool: FromPool) -> Progress:
+        return Progress(
+            written={feature: [] for feature in from_pool.left},
+            most={} if self.settings.aim == "missing" else from_pool.left,
+            pool=from_pool.accepted + from_pool.rejected,
+        )
 
     def _write(self, progress: Progress, verifier: Verifier, source: TextSource) -> str | None:
         """Write for the features of `progress`; returns the bound that ended it, if one did."""
