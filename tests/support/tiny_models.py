@@ -131,9 +131,9 @@ def slow_row(hidden, content, sae, *, activation="native", sink_norm=float("inf"
 
 
 def assert_same_features(found, expected, *, floor=0.0, columns=None):
-    """Row by row the same set of features, the same values within 1e-5 + 1e-4 relative: invariant 1.
+    """Row by row the same set of features, the same values within 5e-5 + 1e-4 relative.
 
-    A feature within that of the floor may be on either side of it.
+    What is promised is 1e-5 of delta + 1e-4 relative; delta of the tiny SAEs, calibrated, is above 10. A feature within that of the floor may be on either side of it.
     """
     assert found.shape[0] == len(expected)
     assert found.dtype == "float32"
@@ -146,7 +146,7 @@ def assert_same_features(found, expected, *, floor=0.0, columns=None):
         for feature in got.keys() | want.keys():
             a, b = got.get(feature, floor), want.get(feature, 0.0)
             assert a >= floor
-            assert abs(a - max(b, floor)) <= 1e-5 + 1e-4 * abs(b), (number, feature, a, b)
+            assert abs(a - max(b, floor)) <= 5e-5 + 1e-4 * abs(b), (number, feature, a, b)
 
 
 def slow_rows(model, family, tokenizer, sae, rows, *, layer=2, activation="native", sink_norm=float("inf"),
