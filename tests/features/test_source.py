@@ -282,6 +282,7 @@ def test_remote_code_and_releases_of_saelens_are_always_loaded(folders):
 # The Hub
 
 
+@pytest.mark.slow
 def test_a_commit_of_the_hub_is_known_by_its_name_and_another_is_not(folders, tmp_path):
     code = """
 import sys

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hf_fac.cli import app, commands
+from hf_fac.cli import app, commands, output
+
+# A console reads its width when it is made, by whichever test comes first.
+output.console.width = output.errors.width = 400
 
 
 def run(*arguments: Any, fails: bool = False) -> str:
