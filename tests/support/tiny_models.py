@@ -133,7 +133,8 @@ def slow_row(hidden, content, sae, *, activation="native", sink_norm=float("inf"
 def assert_same_features(found, expected, *, floor=0.0, columns=None):
     """Row by row the same set of features, the same values within 5e-5 + 1e-4 relative.
 
-    What is promised is 1e-5 of delta + 1e-4 relative; delta of the tiny SAEs, calibrated, is above 10. A feature within that of the floor may be on either side of it.
+    What is promised is 1e-5 of delta + 1e-4 relative; delta of the tiny SAEs, calibrated, is above 10. A feature within
+    that of the floor may be on either side of it.
     """
     assert found.shape[0] == len(expected)
     assert found.dtype == "float32"
