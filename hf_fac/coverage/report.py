@@ -350,8 +350,8 @@ class FACReport:
         if not math.isnan(self.saturation):
             more = covered / self.saturation - covered
             lines.append(
-                f"{self.saturation:.0%} of the way to saturation, at most: further rows of this kind would cover about "
-                f"{more:,.0f} missing features or more"
+                f"at most {self.saturation:.0%} of the way to saturation: more rows of this kind would cover at least "
+                f"some {more:,.0f} of the missing features"
             )
         return [
             *lines,
