@@ -201,8 +201,9 @@ def print_rows(report: FACReport, data: Dataset, top: int = 5) -> None:
     from ..coverage.contributions import row_contributions
 
     rows = row_contributions(data, report).sort_values(["unique", "share"], ascending=False, kind="stable").head(top)
-    table = Table(title="Rows that add most", title_justify="left", show_lines=False)
-    for name in ("row", "tokens", "anchor features", "no other row has", "share"):
+    table = Table(title="Rows that add most", title_justify="left", show_lines=False, caption_justify="left")
+    table.caption = "share: the sum over these features of 1 / (rows that activate it)"
+    for name in ("row", "tokens", "anchor\nfeatures", "no other\nrow has", "share"):
         table.add_column(name, justify="right")
     table.add_column("text", overflow="fold")
     for number, row in rows.iterrows():
