@@ -1,43 +1,33 @@
 """What rows added to a narrow training set are worth, by the way in which they were chosen or written (RQ1 of arXiv
 2602.10388).
 
-    python benchmarks/added_rows.py --task toxicity --data toxicity.jsonl [--seeds 40] [--written two_step=FILE.jsonl]
+    python benchmarks/added_rows.py --task toxicity --data toxicity.jsonl [--seeds 40] [--written NAME=FILE]
 
 A seed set of 100 rows comes from two of sixteen clusters of hidden states. To it are added 20, 50 or 100 rows of a pool
 that is like the test rows, or of one in which most clusters are rare: at random, of the lengths that coverage picks, by
-greedy coverage of all features or of the label-relevant ones, by deficits, by facility location; and rows that were
-written (--written, a file a way, of which each seed takes a random part). Toxicity: all of this is about positive rows,
-and as many negative ones, drawn at random and the same for all ways, are in the seed set and added.
+greedy coverage of all features or of the label-relevant ones, by deficits, by facility location; and rows that
+written_rows.py wrote (--written, a file a way, of which each seed takes a random part). Toxicity: all of this is about
+positive rows, and as many negative ones, drawn at random and the same for all ways, are in the seed set and added.
 
 Printed are the mean performance less that of the seed set, and the difference from random rows with a 95 % interval and
-the p-value of the paired t-test over seeds, Holm-corrected within a table; and the mean number of tokens, for long rows
-teach more.
+the p-value of the paired t-test over seeds, Holm-corrected within a table; the mean number of tokens, for long rows
+teach more; and FAC of the positive rows against those of the anchor set.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 from predictors import CLUSTERS, Predictors, clusters_of
 from scipy import stats
-from study import TASKS, Performance, Rows, read_rows, written_rows
+from study import Performance, Rows, add_all_written, followed, read_rows, study_options
 
 from hf_fac.coverage.selection import select
 
 SEED_ROWS, SEED_CLUSTERS = 100, 2
 SIZES = (20, 50, 100)
 SHARE = 0.01  # delta: the median anchor row activates 1 % of the live features, as `compare` calibrates it
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--task", choices=TASKS, required=True)
-parser.add_argument("--data", type=Path, required=True)
-parser.add_argument("--seeds", type=int, default=40)
-parser.add_argument("--limit", type=int, help="read so many rows only")
-parser.add_argument("--written", action="append", default=[], metavar="NAME=FILE", help="JSONL rows of this task")
-parser.add_argument("--output", type=Path, default=Path("runs/predictors"))
 
 
 class Choices:
@@ -47,7 +37,7 @@ class Choices:
         self.task, self.rows = task, rows
         predictors = Predictors(task, rows)
         self.active, self.features = predictors.active[SHARE], predictors.features
-        self.anchor = predictors.anchors.get("positive", rows.parts["anchor"])
+        self.anchor = predictors.followed_anchor
         self.anchor_support = self.active[self.anchor].sum(0)
 
     def all_ways(self, seed: np.ndarray, pool: np.ndarray, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -60,6 +50,9 @@ class Choices:
         found["facility location"] = self._facility_location(seed, pool, n)
         found["random of the lengths of coverage"] = self._like(found["all features, coverage"], pool, rng)
         return found
+
+    def fac(self, indices: np.ndarray) -> float:
+        return float(np.mean(self.active[indices].sum(0)[self.anchor_support > 0] > 0))
 
     def _coverage(self, seed: np.ndarray, pool: np.ndarray, n: int, features: np.ndarray) -> np.ndarray:
         has = self.active[seed].sum(0)[features] > 0
@@ -112,14 +105,14 @@ def seed_and_pools(rows: Rows, every: np.ndarray, rng: np.random.Generator, clus
 
 
 def main() -> None:
+    parser = study_options(__doc__)
+    parser.add_argument("--seeds", type=int, default=40)
     options = parser.parse_args()
     rows = read_rows(options.task, options.data, options.output, limit=options.limit)["held out"]
-    written = dict(item.split("=", 1) for item in options.written)
-    files = {name: written_rows(options.task, rows, Path(file)) for name, file in written.items()}
+    written = add_all_written(options.task, rows, options.written)
     performance, choices = Performance(options.task, rows), Choices(options.task, rows)
-    every = rows.parts["pool"]
-    negative = every[rows.labels[every] == 0] if options.task == "toxicity" else every[:0]
-    every = np.setdiff1d(every, negative)
+    every = followed(options.task, rows)
+    negative = np.setdiff1d(rows.parts["pool"], every)
     cluster = clusters_of(rows.units[every])
     lines: list[dict] = []
     for number in range(options.seeds):
@@ -130,12 +123,13 @@ def main() -> None:
         for pool_name, pool in pools.items():
             for n in SIZES:
                 added = choices.all_ways(seed, pool, n, rng)
-                added |= {name: rng.choice(new, min(n, len(new)), replace=False) for name, new in files.items()}
+                added |= {name: rng.choice(new, min(n, len(new)), replace=False) for name, new in written.items()}
                 for way, new in added.items():
                     gain = performance(np.r_[seed, new, others[: len(seed) + len(new)]]) - before
                     lines.append({"seed": number, "pool": pool_name, "n": n, "way": way, "gain": gain,
-                                  "n added": len(new), "tokens": float(rows.tokens[new].mean())})  # fmt: skip
-        print(f"seed {number}: {len(seed)} rows, performance {before:.3f}", flush=True)
+                                  "n added": len(new), "tokens": float(rows.tokens[new].mean()),
+                                  "FAC": choices.fac(np.r_[seed, new])})  # fmt: skip
+        print(f"seed {number}: {len(seed)} rows, performance {before:.3f}, FAC {choices.fac(seed):.3f}", flush=True)
     text = tables(lines)
     print(text)
     (options.output / f"added-{options.task}.json").write_text(json.dumps(lines))
@@ -143,7 +137,8 @@ def main() -> None:
 
 
 def tables(lines: list[dict]) -> str:
-    text = ["| pool | n | way | gain | over random | 95 % | p (Holm) | gain per sample | tokens |", "|" + "---|" * 9]
+    text = ["| pool | n | way | gain | over random | 95 % | p (Holm) | gain per sample | tokens | FAC |",
+            "|" + "---|" * 10]  # fmt: skip
     for pool in dict.fromkeys(line["pool"] for line in lines):
         for n in SIZES:
             here = [line for line in lines if (line["pool"], line["n"]) == (pool, n)]
@@ -157,15 +152,16 @@ def tables(lines: list[dict]) -> str:
             holm = np.empty(len(p))
             holm[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
             for way, gains in by_way.items():
-                tokens = np.mean([line["tokens"] for line in here if line["way"] == way])
-                n_added = np.mean([line["n added"] for line in here if line["way"] == way])
+                of_way = [line for line in here if line["way"] == way]
+                tokens, n_added, fac = (np.mean([line[key] for line in of_way]) for key in ("tokens", "n added", "FAC"))
                 cells = [pool, str(n), way, f"{gains.mean():+.4f}", "", "", ""]
                 if way != "random":
                     over = gains - by_way["random"]
                     half = stats.t.ppf(0.975, len(over) - 1) * over.std(ddof=1) / len(over) ** 0.5
                     cells[4:] = [f"{over.mean():+.4f}", f"{over.mean() - half:+.4f} to {over.mean() + half:+.4f}",
                                  f"{holm[others.index(way)]:.2g}"]  # fmt: skip
-                text.append("| " + " | ".join([*cells, f"{gains.mean() / n_added:+.5f}", f"{tokens:.0f}"]) + " |")
+                cells += [f"{gains.mean() / n_added:+.5f}", f"{tokens:.0f}", f"{fac:.3f}"]
+                text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
 

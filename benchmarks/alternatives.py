@@ -15,9 +15,9 @@ and the median of the runs is printed.
 import argparse
 import os
 import statistics
-import time
 
 import torch
+from bare_pass import seconds
 from datasets import Dataset
 
 from hf_fac.embedded.loader import LAYER, load_anchor, load_embedded_sae, load_model
@@ -73,14 +73,6 @@ class Store:
         for _ in range(round(n_tokens / (CONTEXT * BATCH))):
             tokens = self.store.get_batch_tokens()
             sae.encode(self.store.get_activations(tokens).reshape(-1, sae.cfg.d_in))
-
-
-def seconds(job) -> float:
-    start = time.perf_counter()
-    job()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
 """What predicts performance: FAC, the match of activation frequencies and rival metrics, over many ways of making
 training sets of one size (RQ2 of arXiv 2602.10388).
 
-    python benchmarks/predictors.py --task toxicity --data toxicity.jsonl [--draws 12] [--output runs/predictors]
+    python benchmarks/predictors.py --task toxicity --data toxicity.jsonl [--draws 12] [--written NAME=FILE]
 
-Training sets of 200 rows (toxicity: 100 of each class, where only the positive rows follow the way) are drawn in some
-33 ways: one or several clusters of hidden states or of words, few rows repeated, rows with their nearest neighbours,
-rows with or without a word, short or long rows, single classes or sources, mixtures, random ones. Each predictor's
-variant (delta, features, rows) is chosen on the development half by its correlation over the means of the ways, frozen,
-and evaluated once on the held-out half. Printed are Pearson's r over the means of the ways with a 95 % bootstrap
-interval over ways, Spearman's rho, r over single sets and within ways, and r along breadth alone (the clusters).
+Training sets of 100 rows (toxicity: positive ones, beside 100 random negative ones) are drawn in some 32 ways: one or
+several clusters of hidden states or of words, few rows repeated, rows with their nearest neighbours, rows with or
+without a word, short or long rows, single sources, mixtures, written rows (--written, files of written_rows.py), random
+ones. Each predictor's variant (delta, features, rows) is chosen on the development half by its correlation over the
+means of the ways, frozen, and evaluated once on the held-out half. Printed are Pearson's r over the means of the ways
+with a 95 % bootstrap interval over ways, Spearman's rho, r over single sets and within ways, and r along breadth alone
+(the clusters).
 
 The ceiling is the r that the true mean of each way would reach, given the noise of the measured means. A predictor that
 reads the anchor set, or labels of it, is marked.
@@ -22,10 +23,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
-from study import TASKS, Performance, Rows, read_rows
+from study import POSITIVE, Performance, Rows, add_all_written, followed, read_rows, study_options
 
 from hf_fac.coverage.association import rank_tests
 from hf_fac.coverage.frequency import frequency_cosine, jensen_shannon
@@ -47,13 +47,6 @@ BREADTHS = (1, 2, 3, 4, 6, 8, 12)
 CLUSTERS = 16
 ACTIVE_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)  # of the live features, in the median anchor row: sets delta
 RELEVANT = 128
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--task", choices=TASKS, required=True)
-parser.add_argument("--data", type=Path, required=True)
-parser.add_argument("--draws", type=int, default=12)
-parser.add_argument("--limit", type=int, help="read so many rows only")
-parser.add_argument("--output", type=Path, default=Path("runs/predictors"))
 
 Draw = Callable[[np.random.Generator], np.ndarray]
 
@@ -129,10 +122,14 @@ def ways(rows: Rows, among: np.ndarray) -> Iterator[tuple[str, str, Draw]]:
     yield "random", "random", lambda rng: some(rng, among)
 
 
-def training_sets(task: str, rows: Rows, draws: int) -> Iterator[dict]:
+def written_ways(written: dict[str, np.ndarray]) -> Iterator[tuple[str, str, Draw]]:
+    for name, new in written.items():
+        yield f"written, {name}", "written", lambda rng, new=new: np.resize(rng.permutation(new), SIZE)
+
+
+def training_sets(task: str, rows: Rows, draws: int, written: dict[str, np.ndarray]) -> Iterator[dict]:
     pool = rows.parts["pool"]
-    follows = pool[rows.labels[pool] == 1] if task == "toxicity" else pool
-    for number, (name, family, draw) in enumerate(ways(rows, follows)):
+    for number, (name, family, draw) in enumerate(chain(ways(rows, followed(task, rows)), written_ways(written))):
         for repeat in range(draws):
             rng = np.random.default_rng([number, repeat])
             drawn = draw(rng)
@@ -151,11 +148,11 @@ class Predictors:
         anchor = rows.parts["anchor"]
         self.anchors = {"all": anchor}
         if task == "toxicity":
-            self.anchors["positive"] = anchor[rows.labels[anchor] == 1]
+            self.anchors["positive"] = anchor[rows.labels[anchor] == POSITIVE]
+        self.followed_anchor = self.anchors.get("positive", anchor)  # what the ways choose among, in the anchor set
         self.active = {}
         for share in ACTIVE_SHARES:
-            delta = self._delta(share)
-            self.active[share] = (rows.activations > delta).astype(np.int32).tocsr()
+            self.active[share] = (rows.activations > self.delta(share)).astype(np.int32).tocsr()
         self.features = {"all": np.arange(rows.activations.shape[1])}
         relevant = self._relevant()
         if relevant is not None:
@@ -163,7 +160,7 @@ class Predictors:
         self.words = [words(text.lower()) for text in rows.texts]
         self.tags = parts_of_speech(map(words, rows.texts))
 
-    def _delta(self, share: float) -> float:
+    def delta(self, share: float) -> float:
         """The activation that the median row of the anchor exceeds with this share of its live features."""
         anchor = self.rows.activations[self.anchors["all"]]
         live = np.unique(anchor.indices[anchor.data > 0]).size
@@ -279,11 +276,14 @@ def ceiling(sets: list[dict]) -> float:
     return float(np.sqrt(max(0.0, 1 - noise / spread)))
 
 
-def measured(task: str, half: str, rows: Rows, draws: int, kept: Path) -> tuple[list[dict], dict]:
+def measured(options: argparse.Namespace, half: str, rows: Rows) -> tuple[list[dict], dict]:
     """The sets of one half with their performance, and the values of all predictors, [sets] each."""
+    task, draws = options.task, options.draws
+    kept = options.output / f"{task}-{half.replace(' ', '-')}-{draws}.json"
+    written = add_all_written(task, rows, options.written)
     performance = Performance(task, rows)
     done = json.loads(kept.read_text()) if kept.exists() else []
-    sets = list(training_sets(task, rows, draws))
+    sets = list(training_sets(task, rows, draws, written))
     for number, one in enumerate(sets):
         if number >= len(done):
             done.append(performance(one["rows"]))
@@ -299,12 +299,13 @@ def measured(task: str, half: str, rows: Rows, draws: int, kept: Path) -> tuple[
 
 
 def main() -> None:
+    parser = study_options(__doc__)
+    parser.add_argument("--draws", type=int, default=12)
     options = parser.parse_args()
     halves = read_rows(options.task, options.data, options.output, limit=options.limit)
     results = {}
     for half, rows in halves.items():
-        kept = options.output / f"{options.task}-{half.replace(' ', '-')}-{options.draws}.json"
-        results[half] = measured(options.task, half, rows, options.draws, kept)
+        results[half] = measured(options, half, rows)
     sets, values = results["development"]
     chosen: dict[str, str] = {}
     for name, variant in values:

@@ -14,6 +14,7 @@ training sets are drawn from, a labelled anchor set, and a test set.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from dataclasses import dataclass
@@ -28,21 +29,23 @@ SPLIT = {"pool": 0.5, "anchor": 0.15, "test": 0.35}
 TASKS = ("toxicity", "preference", "instructions")
 MAX_TOKENS = {"toxicity": 96, "preference": 320, "instructions": 160}
 COMPLETION_TOKENS = 48
+STEPS, STEP_TOKENS, TEST_ROWS = 30, 256, 240  # of the instructions task
 
 
 @dataclass
 class Rows:
     """Rows of one half of a task, as the embedded model reads them.
 
-    texts: content of each row. labels: int [n], 0 or 1; zeros where the task has none. groups: str [n], its source or
-    class. activations: csr [n, d_sae], native, the maximum over content tokens; of preference pairs those of the chosen
-    side, and `rejected` those of the other. tokens: int [n]. units: [n, d], mean hidden states of length 1.
-    inputs: [n, d], what a head is trained on: mean hidden states, or differences of them (preference).
-    parts: row numbers of pool, anchor and test. states, targets, owners, head (instructions): the last hidden state
-    before each completion token, the token, its row, and the model's output matrix for the tokens.
+    records: the rows as they stand in the file. labels: int [n], 0 or 1; zeros where the task has none. groups: str
+    [n], source or class. activations: csr [n, d_sae], native, the maximum over content tokens; of preference pairs
+    those of the chosen side, and `rejected` those of the other. tokens: int [n]. units: [n, d], mean hidden states of
+    length 1. inputs: [n, d], what a head is trained on: mean hidden states, or differences of them (preference).
+    parts: row numbers of pool, anchor and test. states, targets, owners (instructions): the last hidden state before
+    each completion token, its place in `vocabulary`, its row. vocabulary, head: the ids of all tokens that occur in
+    completions of the data, ascending, and the model's output matrix for them.
     """
 
-    texts: list[str]
+    records: list[dict]
     labels: np.ndarray
     groups: np.ndarray
     activations: sp.csr_array
@@ -54,7 +57,23 @@ class Rows:
     states: np.ndarray | None = None
     targets: np.ndarray | None = None
     owners: np.ndarray | None = None
+    vocabulary: np.ndarray | None = None
     head: np.ndarray | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The content of each row."""
+        return [row.get("text") or row.get("chosen") or f"{row['prompt']}\n{row['completion']}" for row in self.records]
+
+
+def study_options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--limit", type=int, help="read so many rows only")
+    parser.add_argument("--written", action="append", default=[], metavar="NAME=FILE", help="rows of written_rows.py")
+    parser.add_argument("--output", type=Path, default=Path("runs/predictors"), help="folder of what was read, results")
+    return parser
 
 
 def read_rows(task: str, data: Path, folder: Path, *, limit: int | None = None) -> dict[str, Rows]:
@@ -78,7 +97,8 @@ def read_rows(task: str, data: Path, folder: Path, *, limit: int | None = None) 
     }
 
 
-def _conversation(task: str, row: dict, side: str = "chosen") -> dict:
+def conversation(task: str, row: dict, side: str = "chosen") -> dict:
+    """A row as a featurizer reads it."""
     if task == "toxicity":
         return {"text": row["text"]}
     if task == "preference":
@@ -91,15 +111,11 @@ def _conversation(task: str, row: dict, side: str = "chosen") -> dict:
     }
 
 
-def _text(row: dict) -> str:
-    return row.get("text") or row.get("chosen") or f"{row['prompt']}\n{row['completion']}"
-
-
 def _read(task: str, rows: list[dict]) -> dict[str, np.ndarray]:
     from hf_fac.embedded import load_featurizer
 
     featurizer = load_featurizer(max_length=MAX_TOKENS[task], on_error="skip")
-    conversations = [_conversation(task, row) for row in rows]
+    conversations = [conversation(task, row) for row in rows]
     read = featurizer.read(conversations)
     arrays = {
         "data": read.activations.data, "indices": read.activations.indices, "indptr": read.activations.indptr,
@@ -108,7 +124,7 @@ def _read(task: str, rows: list[dict]) -> dict[str, np.ndarray]:
     arrays["inputs"] = arrays["units"] = featurizer.mean_hidden_states(conversations)
     if task == "preference":
         answers = featurizer.with_settings(pool_over="assistant")
-        other = [_conversation(task, row, "rejected") for row in rows]
+        other = [conversation(task, row, "rejected") for row in rows]
         arrays["inputs"] = answers.mean_hidden_states(conversations) - answers.mean_hidden_states(other)
         rejected = featurizer.read(other).activations
         arrays |= {"r_data": rejected.data, "r_indices": rejected.indices, "r_indptr": rejected.indptr}
@@ -137,10 +153,10 @@ def _completion_states(featurizer, rows: list[dict]) -> dict[str, np.ndarray]:
         targets.append(ids[0, len(prompt) :].numpy())
         owners.append(np.full(len(hidden), number))
     head = model.get_output_embeddings().weight.detach()
-    used, targets = np.unique(np.concatenate(targets), return_inverse=True)
+    vocabulary = np.unique(np.concatenate(targets))
     return {
-        "states": np.concatenate(states), "targets": targets, "owners": np.concatenate(owners),
-        "head": head[torch.from_numpy(used)].half().numpy(),
+        "states": np.concatenate(states), "targets": np.concatenate(targets), "owners": np.concatenate(owners),
+        "vocabulary": vocabulary, "head": head[torch.from_numpy(vocabulary)].half().numpy(),
     }  # fmt: skip
 
 
@@ -149,14 +165,11 @@ def _half(task: str, rows: list[dict], arrays: dict, chosen: np.ndarray) -> Rows
     usable = np.flatnonzero(arrays["units"].any(1) & arrays["inputs"].any(1))
     chosen = np.intersect1d(chosen, usable)
     units = arrays["units"][chosen]
-    texts = [
-        rows[i].get("text") or rows[i].get("chosen") or f"{rows[i]['prompt']}\n{rows[i]['completion']}" for i in chosen
-    ]
     groups = [str(rows[i].get("class") or rows[i].get("source") or "") for i in chosen]
     order = np.random.default_rng(1).permutation(len(chosen))
     cuts = np.cumsum([int(share * len(chosen)) for share in SPLIT.values()])[:-1]
     made = Rows(
-        texts=texts,
+        records=[rows[i] for i in chosen],
         labels=np.array([rows[i].get("label", 0) for i in chosen]),
         groups=np.array(groups),
         activations=activations[chosen],
@@ -170,28 +183,48 @@ def _half(task: str, rows: list[dict], arrays: dict, chosen: np.ndarray) -> Rows
         made.rejected = sp.csr_array(rejected, shape=arrays["shape"])[chosen]
     if "states" in arrays:
         inside = np.isin(arrays["owners"], chosen)
-        made.states, made.targets = arrays["states"][inside], arrays["targets"][inside]
+        made.vocabulary, made.head = arrays["vocabulary"], arrays["head"]
+        made.states, made.targets = (
+            arrays["states"][inside],
+            np.searchsorted(made.vocabulary, arrays["targets"][inside]),
+        )
         made.owners = np.searchsorted(chosen, arrays["owners"][inside])
-        made.head = arrays["head"]
     return made
 
 
-def written_rows(task: str, rows: Rows, file: Path) -> np.ndarray:
-    """Adds rows that were written for a toxicity or preference task to `rows`; returns their numbers."""
+def followed(task: str, rows: Rows) -> np.ndarray:
+    """The rows of the pool that ways choose among: of toxicity the positive ones."""
+    pool = rows.parts["pool"]
+    return pool[rows.labels[pool] == POSITIVE] if task == "toxicity" else pool
+
+
+def add_written(task: str, rows: Rows, file: Path) -> np.ndarray:
+    """Adds rows that were written for a toxicity or instructions task to `rows`; returns their numbers."""
     new = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     arrays = _read(task, new)
+    if not (arrays["units"].any(1) & arrays["inputs"].any(1)).all():
+        raise SystemExit(f"{file} has rows that cannot be read.")
+    first, units = len(rows.records), arrays["units"]
     activations = sp.csr_array((arrays["data"], arrays["indices"], arrays["indptr"]), shape=arrays["shape"])
-    usable = np.flatnonzero(arrays["inputs"].any(1))
-    units = arrays["units"][usable]
-    first = len(rows.texts)
-    rows.texts += [_text(new[i]) for i in usable]
-    rows.labels = np.r_[rows.labels, [new[i].get("label", 0) for i in usable]]
-    rows.groups = np.r_[rows.groups, np.full(len(usable), "written")]
-    rows.activations = sp.vstack([rows.activations, activations[usable]], format="csr")
-    rows.tokens = np.r_[rows.tokens, arrays["tokens"][usable]]
+    rows.records += new
+    rows.labels = np.r_[rows.labels, [row.get("label", 0) for row in new]]
+    rows.groups = np.r_[rows.groups, np.full(len(new), "written")]
+    rows.activations = sp.vstack([rows.activations, activations], format="csr")
+    rows.tokens = np.r_[rows.tokens, arrays["tokens"]]
     rows.units = np.concatenate([rows.units, units / np.linalg.norm(units, axis=1, keepdims=True)])
-    rows.inputs = np.concatenate([rows.inputs, arrays["inputs"][usable]])
-    return np.arange(first, len(rows.texts))
+    rows.inputs = np.concatenate([rows.inputs, arrays["inputs"]])
+    if rows.vocabulary is not None:  # a token that the data does not have cannot be learned
+        known = np.isin(arrays["targets"], rows.vocabulary)
+        rows.states = np.concatenate([rows.states, arrays["states"][known]])
+        rows.targets = np.r_[rows.targets, np.searchsorted(rows.vocabulary, arrays["targets"][known])]
+        rows.owners = np.r_[rows.owners, first + arrays["owners"][known]]
+    return np.arange(first, len(rows.records))
+
+
+def add_all_written(task: str, rows: Rows, files: list[str]) -> dict[str, np.ndarray]:
+    """Adds the rows of files, told as NAME=FILE; returns their numbers by name."""
+    named = dict(item.split("=", 1) for item in files)
+    return {name: add_written(task, rows, Path(file)) for name, file in named.items()}
 
 
 class Performance:
@@ -227,7 +260,7 @@ class Performance:
         return float(np.mean(self.test_inputs @ head.coef_[0] > 0))
 
     def _instructions(self, indices: np.ndarray) -> float:
-        """Minus the loss a token on the test rows of a rank-16 adapter h + B A h, trained for 30 steps of Adam."""
+        """Minus the loss a token on the test rows of a rank-16 adapter h + B A h, trained with Adam."""
         import torch
 
         rows = self.rows
@@ -240,20 +273,17 @@ class Performance:
 
         def loss_of(of_rows: np.ndarray, step: int | None = None) -> torch.Tensor:
             at = np.flatnonzero(np.isin(rows.owners, of_rows))
-            if step is not None:  # 512 tokens a step
-                at = np.random.default_rng(step).choice(at, min(512, len(at)), replace=False)
+            if step is not None:
+                at = np.random.default_rng(step).choice(at, min(STEP_TOKENS, len(at)), replace=False)
             states = torch.from_numpy(rows.states[at]).float()
             return torch.nn.functional.cross_entropy(
                 (states + states @ down.T @ up.T) @ head.T, torch.from_numpy(rows.targets[at]).long()
             )
 
-        for step in range(30):
+        for step in range(STEPS):
             adam.zero_grad()
             loss_of(indices, step).backward()
             adam.step()
         with torch.no_grad():
-            parts = np.array_split(self._test_rows(), 8)
+            parts = np.array_split(rows.parts["test"][:TEST_ROWS], 8)
             return -float(np.mean([loss_of(part).item() for part in parts]))
-
-    def _test_rows(self) -> np.ndarray:
-        return self.rows.parts["test"][:240]
