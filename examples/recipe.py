@@ -71,6 +71,8 @@ from hf_fac.tasks.prompts import next_part_prompt
 
 WRITTEN_WITHOUT_FEATURES = ("self_instruct", "magpie")
 METHODS = ("full", "random", "pool", *SYNTHESES, *WRITTEN_WITHOUT_FEATURES)
+_DATA = Path(__file__).parent / "data"
+_SETS = ("seed_data", "anchor", "evaluation")
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SHOWN = 3  # seed rows in a request of self_instruct
 
@@ -83,6 +85,7 @@ class Recipe:
     evaluation: rows of any type, which no written row may nearly repeat.
     train_and_evaluate: from an arm's rows and a seed to figures by name, of which the first is the metric.
     keep: which rows a method may add, of the anchor set and of those written; "full" adds all.
+    write_model: Hub id or folder of the model that syntheses write with. None: the one that measures.
     features: from the anchor set with the columns of `FACScorer` to F_task. None: all features, or those that the
         dictionary of --dictionary is rated for.
     unconditional_task: of "magpie", whose texts may have any label: where `task` fixes the label, one that asks for it.
@@ -95,6 +98,7 @@ class Recipe:
     evaluation: Dataset
     train_and_evaluate: Callable[[Dataset, int], dict[str, float]]
     keep: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    write_model: str | None = None
     features: Callable[[Dataset], ArrayLike] | None = None
     unconditional_task: Task | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +131,16 @@ def read_rows(name: str | Path) -> Dataset:
     repo, _, revision = repo.partition("@")
     *config, split = parts or ["train"]
     return load_dataset(repo, *config, split=split, revision=revision or None)
+
+
+def small_data(name: str) -> dict[str, Path]:
+    """Returns defaults of `options`: the files in examples/data that begin with this name."""
+    return {option: _DATA / f"{name}_{option.removesuffix('_data')}.jsonl" for option in _SETS}
+
+
+def read_sets(arguments: argparse.Namespace) -> list[Dataset]:
+    """Returns the rows of --seed-data, --anchor and --evaluation."""
+    return [read_rows(getattr(arguments, option)) for option in _SETS]
 
 
 def trained_model(arguments: argparse.Namespace) -> str:
@@ -190,6 +204,11 @@ class Arms:
         return SAEFeaturizer.from_pretrained(self.arguments.model, self.arguments.sae, pool_over=self.task.pool_over)
 
     @cached_property
+    def writer(self) -> LocalChat | None:
+        name = self.recipe.write_model
+        return None if name is None else LocalChat.from_pretrained(name)
+
+    @cached_property
     def dictionary(self) -> FeatureDictionary | None:
         name = self.arguments.dictionary
         return None if name is None else FeatureDictionary.from_pretrained(name)
@@ -246,9 +265,10 @@ class Arms:
         return chosen
 
     def _synthesized(self, method: str) -> tuple[Dataset, dict[str, float]]:
+        is_embedded = self.writer is None and self.arguments.model is None
         synthesizer = FACSynthesizer(
-            None, self.featurizer, self.dictionary, task=self.task, methods=(method,), avoid=self.avoid,
-            keep=self.recipe.keep, prompt_format=None if self.arguments.model else "list",
+            self.writer, self.featurizer, self.dictionary, task=self.task, methods=(method,), avoid=self.avoid,
+            keep=self.recipe.keep, prompt_format="list" if is_embedded else None,
         )  # fmt: skip
         result = synthesizer.synthesize(
             self.report, anchor=self._measurable(self.anchor), cache_dir=self.arguments.output / "cache",

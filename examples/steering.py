@@ -14,33 +14,28 @@ answer_not_matching_behavior (letters of choices in the question). docs/recipes.
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from recipe import Recipe, options, read_rows, run, trained_model
+from recipe import Recipe, options, read_sets, run, small_data, trained_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_fac import SteeringVector, Task, evaluate_steering, get_task
 from hf_fac.steering.choices import exchanged
 
-DATA = Path(__file__).parent / "data"
 CAA_COLUMNS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 
 
 def main() -> None:
     parser = options(
-        __doc__, seed_data=DATA / "sycophancy_seed.jsonl", anchor=DATA / "sycophancy_anchor.jsonl",
-        evaluation=DATA / "sycophancy_evaluation.jsonl", samples=10, methods="random,pool,full",
-        output="runs/steering",
+        __doc__, **small_data("sycophancy"), samples=10, methods="random,pool,full", output="runs/steering"
     )  # fmt: skip
     parser.add_argument("--task", default="sycophancy", help="sycophancy, survival_instinct or a YAML file")
     parser.add_argument("--layer", type=int, help="where the vector is added; by default half of the blocks")
     parser.add_argument("--multiplier", type=float, default=1.0)
     arguments = parser.parse_args()
     task = get_task(arguments.task)
-    names = (arguments.seed_data, arguments.anchor, arguments.evaluation)
-    seed, anchor, evaluation = (contrastive_rows(read_rows(name), task) for name in names)
+    seed, anchor, evaluation = (contrastive_rows(rows, task) for rows in read_sets(arguments))
     name, device = trained_model(arguments), "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
     tokenizer = AutoTokenizer.from_pretrained(name)

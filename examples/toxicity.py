@@ -12,13 +12,14 @@ paper's models and data.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from recipe import Recipe, options, read_rows, run, trained_model
+from recipe import Recipe, options, read_sets, run, small_data, trained_model
 from sklearn.metrics import average_precision_score
 from transformers import (
     AutoModelForSequenceClassification,
@@ -33,7 +34,6 @@ from transformers import (
 
 from hf_fac import features_from_labels, get_task
 
-_DATA = Path(__file__).parent / "data"
 # Learning rate and epochs: the paper's, and those of the embedded model.
 _PAPER = {"lora": (5e-5, 3), "head": (8e-5, 15)}
 _SMALL = {"lora": (5e-4, 3), "head": (5e-3, 3)}
@@ -46,16 +46,27 @@ _TOXIC = (
 
 def main() -> None:
     parser = options(
-        __doc__, seed_data=_DATA / "toxicity_seed.jsonl", anchor=_DATA / "toxicity_anchor.jsonl",
-        evaluation=_DATA / "toxicity_evaluation.jsonl", samples=24, methods="random,pool,two_step",
-        output="runs/toxicity",
+        __doc__, **small_data("toxicity"), samples=24, methods="random,pool,two_step", output="runs/toxicity"
     )  # fmt: skip
     parser.add_argument("--tune", choices=("lora", "head"), default="lora", help="LoRA, or the classification head")
     arguments = parser.parse_args()
-    names = (arguments.seed_data, arguments.anchor, arguments.evaluation)
-    seed, anchor, evaluation = (labelled_rows(read_rows(name)) for name in names)
-    name, tune = trained_model(arguments), arguments.tune
-    learning_rate, epochs = (_SMALL if arguments.model is None else _PAPER)[tune]
+    learning_rate, epochs = (_SMALL if arguments.model is None else _PAPER)[arguments.tune]
+    recipe = toxicity_recipe(
+        arguments, trained_model(arguments), learning_rate=learning_rate, epochs=epochs, tune=arguments.tune
+    )
+    run(recipe, arguments)
+
+
+def toxicity_recipe(
+    arguments: argparse.Namespace, name: str, *, learning_rate: float, epochs: int, tune: str = "lora", **more: Any
+) -> Recipe:
+    """Returns the recipe that adds toxic rows and trains the model of this name as a classifier.
+
+    Args:
+        tune: "lora" or "head", see `classifier`.
+        more: further fields of the recipe.
+    """
+    seed, anchor, evaluation = map(labelled_rows, read_sets(arguments))
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
@@ -80,12 +91,12 @@ def main() -> None:
         return found.ids[found.to_pandas()["effect"] > 0]
 
     task = get_task("toxicity")
-    recipe = Recipe(
+    settings = {"tune": tune, "learning_rate": learning_rate, "epochs": epochs} | more.pop("settings", {})
+    return Recipe(
         task=replace(task, label="toxic", parts={"text": _TOXIC}), unconditional_task=task, seed=seed, anchor=anchor,
         evaluation=evaluation, train_and_evaluate=train_and_evaluate, keep=lambda row: row["label"] == 1,
-        features=toxic_features, settings={"tune": tune, "learning_rate": learning_rate, "epochs": epochs},
+        features=toxic_features, settings=settings, **more,
     )  # fmt: skip
-    run(recipe, arguments)
 
 
 def labelled_rows(rows: Dataset) -> Dataset:
@@ -106,10 +117,8 @@ def classifier(name: str, tokenizer: PreTrainedTokenizerBase, tune: str) -> PreT
         for key, parameter in model.named_parameters():
             parameter.requires_grad = key.startswith("score.")
         return model
-    return get_peft_model(
-        model,
-        LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]),
-    )
+    # PEFT trains the head of a sequence classifier too.
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from datasets import Dataset
-from recipe import read_rows
-from steering import DATA, balanced, contrastive_rows
+from recipe import read_rows, small_data
+from steering import balanced, contrastive_rows
 
 from hf_fac import get_task
 from hf_fac.steering.choices import exchanged
@@ -25,7 +25,7 @@ def test_items_with_letters_become_the_tasks_rows() -> None:
 
 
 def test_a_seed_draws_the_half_of_the_rows_whose_matching_choice_comes_first() -> None:
-    rows = contrastive_rows(read_rows(DATA / "sycophancy_seed.jsonl"), TASK)
+    rows = contrastive_rows(read_rows(small_data("sycophancy")["seed_data"]), TASK)
     draws = [[row["chosen"][0]["content"] for row in balanced(rows, seed)] for seed in (42, 43)]
     assert draws[0] != draws[1]
     assert [draw.count("(A)") for draw in draws] == [5, 5]
@@ -35,8 +35,8 @@ def test_a_seed_draws_the_half_of_the_rows_whose_matching_choice_comes_first() -
 
 def test_the_files_beside_the_examples_have_rows_of_their_own_with_two_choices() -> None:
     questions = []
-    for name in ("seed", "anchor", "evaluation"):
-        rows = contrastive_rows(read_rows(DATA / f"sycophancy_{name}.jsonl"), TASK)
+    for path in small_data("sycophancy").values():
+        rows = contrastive_rows(read_rows(path), TASK)
         questions += [row["prompt"][0]["content"] for row in rows]
         assert all(exchanged(exchanged(row, 0), 0) == row for row in rows)
     assert len(set(questions)) == len(questions) == 58

@@ -7,13 +7,14 @@ import random
 import sys
 
 import pytest
+import toxicity
 import transfer
 from datasets import Dataset
 from tiny import byte_level_tokenizer
 from tiny_models import tiny_model, tiny_sae
 from writing_chat import sentence
 
-from hf_fac import save_sae
+from hf_fac import LocalChat, save_sae
 
 
 @pytest.fixture
@@ -44,9 +45,9 @@ def run(folders, monkeypatch, *more):
 
 def test_one_model_finds_another_writes_and_a_third_learns(folders, monkeypatch, capsys):
     asked = []
-    complete = transfer.LocalChat.complete
+    complete = LocalChat.complete
     monkeypatch.setattr(
-        transfer.LocalChat,
+        LocalChat,
         "complete",
         lambda chat, *args, **kw: (asked.append(chat.model), complete(chat, *args, **kw))[1],
     )
@@ -60,7 +61,8 @@ def test_one_model_finds_another_writes_and_a_third_learns(folders, monkeypatch,
     ]
     assert list(results["arms"]) == ["seed", "pool", "one_step"]
     assert results["arms"]["pool"]["fac_after"] > results["arms"]["pool"]["fac_before"]
-    assert results["arms"]["pool"]["fac_seen"][1] >= results["arms"]["pool"]["fac_seen"][0]
+    before, after = results["arms"]["pool"]["fac_of_trained_model"]
+    assert after >= before
     assert results["arms"]["one_step"]["requests"] > 0
     assert all(0 < arm["runs"]["1"]["figures"]["average precision"] <= 1 for arm in results["arms"].values())
     said = capsys.readouterr().out
@@ -73,6 +75,12 @@ def test_models_that_are_the_same_are_named(folders, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"finds: {folders / 'finds'} (the same model writes)" in said
     assert f"learns: {folders / 'learns'}\n" in said
+
+
+def test_a_second_run_trains_nothing_again(folders, monkeypatch):
+    results = run(folders, monkeypatch, "--methods=random")
+    monkeypatch.delattr(toxicity, "Trainer")
+    assert run(folders, monkeypatch, "--methods=random") == results
 
 
 def test_methods_that_ask_no_second_model_are_refused(folders, monkeypatch, capsys):
