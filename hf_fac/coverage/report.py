@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BeforeValidator, ConfigDict, GetPydanticSchema, NonNegativeInt
-from pydantic_core import core_schema
+from pydantic import ConfigDict, NonNegativeInt
 
 from ..storage.files import write_whole
-from ..storage.validation import WholeMeasurement, checked
+from ..storage.validation import Ids, Interval, Number, WholeMeasurement, checked, from_json
 from .frequency import deficits, frequency_cosine, jensen_shannon
 from .rarefaction import expected_covered, expected_gain, subset_errors
 from .row_shares import ActiveWhen
@@ -41,20 +40,10 @@ _WEIGHTS = ("anchor_support", "anchor_max")
 _TABLES = ("table", "data_only", "over_threshold")
 
 
-def _from_json(kind: Any, make: Callable[[Any], Any]) -> GetPydanticSchema:
-    """How a saved field is read: checked as `kind`, then turned into what the report holds."""
-    return GetPydanticSchema(
-        lambda _, handler: core_schema.no_info_after_validator_function(make, handler.generate_schema(kind))
-    )
-
-
-_Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-_Ids = Annotated[np.ndarray, _from_json(list[NonNegativeInt], lambda ids: np.array(ids, np.int64))]
-_Column = Annotated[np.ndarray, _from_json(list[Any], lambda values: np.array(values, None if values else np.int64))]
-_Delta = Annotated[np.ndarray, _from_json(list[float], np.array)]
-_Interval = tuple[_Number, _Number]
+_Column = Annotated[np.ndarray, from_json(list[Any], lambda values: np.array(values, None if values else np.int64))]
+_Delta = Annotated[np.ndarray, from_json(list[float], np.array)]
 _UNKNOWN = (math.nan, math.nan)
-_Measured = Annotated[dict[str, Any], _from_json(WholeMeasurement, lambda found: found.model_dump(exclude_unset=True))]
+_Measured = Annotated[dict[str, Any], from_json(WholeMeasurement, lambda found: found.model_dump(exclude_unset=True))]
 
 
 class AddedRows(NamedTuple):
@@ -99,42 +88,42 @@ class FACReport:
 
     __pydantic_config__ = ConfigDict(strict=True)
 
-    fac: _Number  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
-    interval: _Interval  # of the mean FAC of such data sets, see `mean_interval`; NaN below 2 rows
+    fac: Number  # |F(D) & F(anchor)| / |F(anchor)|; NaN where F(anchor) is empty
+    interval: Interval  # of the mean FAC of such data sets, see `mean_interval`; NaN below 2 rows
     threshold: float | _Delta  # delta in the SAE's units; float64 [d_sae] with relative=, or where given so
     threshold_source: str
-    features: _Ids | None  # int64, rising: the subset F_task; None for all features
-    covered: _Ids  # int64, rising
-    missing: _Ids  # int64, those with most anchor rows above delta first, then those of larger anchor maximum
-    missing_support: _Ids  # int64: anchor rows above delta of each of missing
+    features: Ids | None  # int64, rising: the subset F_task; None for all features
+    covered: Ids  # int64, rising
+    missing: Ids  # int64, those with most anchor rows above delta first, then those of larger anchor maximum
+    missing_support: Ids  # int64: anchor rows above delta of each of missing
     support_exact: bool  # delta is on FeatureCoverage.grid
-    kl_divergence: _Number  # KL(anchor || data) in nats, see `kl_divergence`
+    kl_divergence: Number  # KL(anchor || data) in nats, see `kl_divergence`
     rows: NonNegativeInt
     rows_without_tokens: NonNegativeInt
     anchor_rows: NonNegativeInt
     anchor_rows_without_tokens: NonNegativeInt
-    active_share: _Number  # features above delta in the median row, of d_sae; NaN where delta is [d_sae]
-    anchor_active_share: _Number
+    active_share: Number  # features above delta in the median row, of d_sae; NaN where delta is [d_sae]
+    anchor_active_share: Number
     measurement: _Measured
     table: dict[str, _Column] = field(default_factory=dict, repr=False)  # see `to_pandas`
     # feature, data_support: what the data activates beyond F(anchor)
     data_only: dict[str, _Column] = field(default_factory=dict, repr=False)
     confidence: float = CONFIDENCE
     # Absent, and NaN, in reports that earlier releases saved:
-    single_interval: _Interval = _UNKNOWN  # of one other such data set, `single_interval`
-    standard_error: _Number = math.nan  # of FAC, by the jackknife over rows
-    saturation: _Number = math.nan  # FAC / what this source would reach without end, which `unseen` bounds from below
+    single_interval: Interval = _UNKNOWN  # of one other such data set, `single_interval`
+    standard_error: Number = math.nan  # of FAC, by the jackknife over rows
+    saturation: Number = math.nan  # FAC / what this source would reach without end, which `unseen` bounds from below
     over_threshold: dict[str, _Column] = field(default_factory=dict, repr=False)  # see `fac_over_threshold`
     # How often features are active beside the anchor (coverage/frequency.py), with intervals of the mean over data and
     # anchor sets of these sizes; fewer rows make the divergences larger.
-    frequency_cosine: _Number = math.nan  # in [0, 1], 1 where the rates are in proportion
-    frequency_cosine_interval: _Interval = _UNKNOWN
-    jensen_shannon: _Number = math.nan  # in nats, in [0, 0.693]
-    jensen_shannon_interval: _Interval = _UNKNOWN
-    kl_interval: _Interval = _UNKNOWN
+    frequency_cosine: Number = math.nan  # in [0, 1], 1 where the rates are in proportion
+    frequency_cosine_interval: Interval = _UNKNOWN
+    jensen_shannon: Number = math.nan  # in nats, in [0, 0.693]
+    jensen_shannon_interval: Interval = _UNKNOWN
+    kl_interval: Interval = _UNKNOWN
     active_features: NonNegativeInt | None = None  # of `features`, those that the data activate
-    mean_tokens: _Number = math.nan  # content tokens a row; NaN where they are not known
-    anchor_mean_tokens: _Number = math.nan
+    mean_tokens: Number = math.nan  # content tokens a row; NaN where they are not known
+    anchor_mean_tokens: Number = math.nan
 
     def to_pandas(self) -> pd.DataFrame:
         """Returns a row for each feature of F(anchor).

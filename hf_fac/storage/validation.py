@@ -8,16 +8,47 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import reprlib
+from collections.abc import Callable
 from numbers import Integral
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    GetPydanticSchema,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails, core_schema
 
 T = TypeVar("T")
 _adapter = functools.cache(TypeAdapter)  # making one takes longer than a check
 Width = Annotated[int, Field(ge=1, le=1 << 24)]  # features: beyond the widest SAE there is, arrays fill the memory
+
+
+def from_json(kind: Any, make: Callable[[Any], Any]) -> GetPydanticSchema:
+    """How a saved field is read: checked as `kind`, then turned into what the record holds."""
+    return GetPydanticSchema(
+        lambda _, handler: core_schema.no_info_after_validator_function(make, handler.generate_schema(kind))
+    )
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else math.inf if value == "Infinity" else value
+
+
+# Fields of records that are saved as JSON, which has neither arrays nor NaN.
+Number = Annotated[float, BeforeValidator(_number)]
+Numbers = Annotated[np.ndarray, from_json(list[Number], np.array)]
+Interval = tuple[Number, Number]
+Ids = Annotated[np.ndarray, from_json(list[NonNegativeInt], lambda ids: np.array(ids, np.int64))]
 
 
 class Strict(BaseModel):

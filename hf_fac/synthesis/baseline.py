@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..storage.validation import Interval, Number
+
 _RESAMPLES = 1000
 
 
@@ -30,13 +32,13 @@ class PermutationBaseline(NamedTuple):
 
     features: int
     texts: int
-    activated: float
-    activated_by_chance: float
-    activated_interval: tuple[float, float]
-    hit_rate: float
-    hit_rate_by_chance: float
-    ratio: float
-    ratio_interval: tuple[float, float]
+    activated: Number
+    activated_by_chance: Number
+    activated_interval: Interval
+    hit_rate: Number
+    hit_rate_by_chance: Number
+    ratio: Number
+    ratio_interval: Interval
 
     def __str__(self) -> str:
         low, high = self.activated_interval

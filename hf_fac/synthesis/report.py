@@ -11,17 +11,18 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from pydantic import ConfigDict
 
 from ..coverage.report import AddedRows, FACReport
 from ..storage.files import try_output, write_whole
 from ..storage.parquet import read_parquet, write_parquet
 from ..storage.terminal import visible
-from ..storage.validation import checked
+from ..storage.validation import Ids, Number, Numbers, checked
 from .baseline import PermutationBaseline, compare_with_permutations
 from .candidates import Candidate, Rejection, Status
 from .settings import METHODS
@@ -41,7 +42,8 @@ _SAMPLES, _DROPPED, _REPORT = "samples.parquet", "dropped.parquet", "report.json
 
 @dataclass(frozen=True, eq=False)
 class SynthesisReport:
-    """What came of writing for features. It is a flat record of results, hence its many fields.
+    """What came of writing for features. It is a flat record of results, hence its many fields; their types say how
+    `SynthesisResult.load` reads them.
 
     features: int64 ids, all that were asked for. activated: those with a sample. exhausted: those for which all rounds
         were tried in vain. The rest was left: something ended the loop, or the dictionary does not describe them.
@@ -64,20 +66,22 @@ class SynthesisReport:
         took no more requests; single texts that it did not write are counted in `dropped`.
     """
 
-    features: np.ndarray
-    activated: np.ndarray
-    exhausted: np.ndarray
+    __pydantic_config__ = ConfigDict(strict=True)
+
+    features: Ids
+    activated: Ids
+    exhausted: Ids
     samples: int
-    fac_before: float
-    fac_after: float
-    covered: np.ndarray
-    curve: np.ndarray
-    kl_before: float
-    kl_after: float
-    frequency_cosine_before: float
-    frequency_cosine_after: float
-    jensen_shannon_before: float
-    jensen_shannon_after: float
+    fac_before: Number
+    fac_after: Number
+    covered: Ids
+    curve: Numbers
+    kl_before: Number
+    kl_after: Number
+    frequency_cosine_before: Number
+    frequency_cosine_after: Number
+    jensen_shannon_before: Number
+    jensen_shannon_after: Number
     methods: dict[str, PermutationBaseline]
     copied: float
     dropped: dict[str, int]
@@ -93,30 +97,6 @@ class SynthesisReport:
         values = vars(self) | {"methods": {name: method._asdict() for name, method in self.methods.items()}}
         text = json.dumps(values, default=np.ndarray.tolist)
         return json.loads(text, parse_constant=lambda name: None if name == "NaN" else name)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Returns the report whose `to_dict` gave these values. Raises: ValueError, with the field, for others."""
-        known = {field.name: field.type for field in fields(cls)}
-        if strange := values.keys() ^ known.keys():
-            raise ValueError(f"the fields of a synthesis report are {', '.join(known)}; {min(strange)!r} is not right")
-        found = dict(values)
-        try:
-            for name, kind in known.items():
-                if kind == "np.ndarray":
-                    found[name] = np.array(
-                        [_number(value) for value in values[name]], None if values[name] else np.int64
-                    )
-                elif kind == "float":
-                    found[name] = _number(values[name])
-            methods = values["methods"].items()
-            found["methods"] = {
-                name: PermutationBaseline(**{key: _number(value) for key, value in method.items()})
-                for name, method in methods
-            }
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"the values of a synthesis report are of other types ({error})") from error
-        return cls(**found)
 
     def __str__(self) -> str:
         lines = [
@@ -173,19 +153,8 @@ class SynthesisResult:
         folder, remedy = Path(folder), "give a folder that SynthesisResult.save or `hf-fac synthesize` wrote"
         if absent := [name for name in (_SAMPLES, _DROPPED, _REPORT) if not (folder / name).is_file()]:
             raise ValueError(f"{folder} has no {absent[0]}: {remedy}.")
-        values = checked(dict[str, Any], (folder / _REPORT).read_bytes(), str(folder / _REPORT), remedy)
-        try:
-            report = SynthesisReport.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{folder / _REPORT}: {error}; {remedy}.") from error
+        report = checked(SynthesisReport, (folder / _REPORT).read_bytes(), str(folder / _REPORT), remedy)
         return cls(read_parquet(folder / _SAMPLES), report, read_parquet(folder / _DROPPED))
-
-
-def _number(value: Any) -> Any:
-    """A number of a report's JSON: None is NaN, "Infinity" infinite."""
-    if isinstance(value, list):
-        return tuple(map(_number, value))
-    return math.nan if value is None else float(value) if isinstance(value, str) else value
 
 
 def make_result(

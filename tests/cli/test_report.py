@@ -60,7 +60,7 @@ def test_a_report_shows_what_features_mean_and_what_was_written(measured, folder
         assert text in page(tmp_path / "new" / "page.html")
     (tmp_path / "out" / "report.json").write_text('{"samples": 2}')
     said = run("report", measured / "report.json", *options, "-o", tmp_path / "page.html", fails=True)
-    assert "report.json: the fields of a synthesis report are features, activated" in said
+    assert "report.json: features: Field required, activated: Field required" in said
 
 
 def test_compare_prints_each_data_set_beside_the_anchor_and_writes_a_page(measured, tmp_path) -> None:
