@@ -26,7 +26,7 @@ import torch
 from alpaca_eval_judge import ALPACA_EVAL, alpaca_eval_rows, judged
 from datasets import Dataset
 from peft import LoraConfig
-from recipe import Recipe, options, read_rows, run, trained_model
+from recipe import Recipe, options, read_rows, run, trained_model, trainer_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -78,9 +78,8 @@ def main() -> None:
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(name),
             args=SFTConfig(
-                output_dir=str(arguments.output / "trainer"), learning_rate=learning_rate, num_train_epochs=epochs,
-                per_device_train_batch_size=4, seed=seed, save_strategy="no", logging_strategy="no", report_to=[],
-                disable_tqdm=True, bf16=torch.cuda.is_available(),
+                **trainer_settings(arguments, seed, learning_rate=learning_rate, epochs=epochs),
+                per_device_train_batch_size=4, bf16=torch.cuda.is_available(),
                 activation_checkpointing=torch.cuda.is_available(),
             ),
             train_dataset=rows,

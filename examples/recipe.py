@@ -148,6 +148,14 @@ def trained_model(arguments: argparse.Namespace) -> str:
     return arguments.model or str(model_folder())
 
 
+def trainer_settings(arguments: argparse.Namespace, seed: int, *, learning_rate: float, epochs: int) -> dict[str, Any]:
+    """Returns what all trainers of the recipes are given: nothing is saved or logged."""
+    return {
+        "output_dir": str(arguments.output / "trainer"), "learning_rate": learning_rate, "num_train_epochs": epochs,
+        "seed": seed, "save_strategy": "no", "logging_strategy": "no", "report_to": [], "disable_tqdm": True,
+    }  # fmt: skip
+
+
 def run(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make each arm, train and evaluate it with each seed, print the table. Returns what results.json holds."""
     if (arguments.model is None) != (arguments.sae is None):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from recipe import Recipe, options, read_rows, run, trained_model
+from recipe import Recipe, options, read_rows, run, trained_model, trainer_settings
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -82,9 +82,8 @@ def main() -> None:
         trainer = RewardTrainer(
             model,
             args=RewardConfig(
-                output_dir=str(arguments.output / "trainer"), learning_rate=learning_rate, num_train_epochs=epochs,
-                per_device_train_batch_size=4, seed=seed, save_strategy="no", logging_strategy="no", report_to=[],
-                disable_tqdm=True, bf16=torch.cuda.is_available(),
+                **trainer_settings(arguments, seed, learning_rate=learning_rate, epochs=epochs),
+                per_device_train_batch_size=4, bf16=torch.cuda.is_available(),
                 activation_checkpointing=torch.cuda.is_available(),
             ),
             train_dataset=rows,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from recipe import Recipe, options, read_sets, run, small_data, trained_model
+from recipe import Recipe, options, read_sets, run, small_data, trained_model, trainer_settings
 from sklearn.metrics import average_precision_score
 from transformers import (
     AutoModelForSequenceClassification,
@@ -75,9 +75,8 @@ def toxicity_recipe(
         trainer = Trainer(
             classifier(name, tokenizer, tune),
             args=TrainingArguments(
-                output_dir=str(arguments.output / "trainer"), learning_rate=learning_rate, num_train_epochs=epochs,
-                per_device_train_batch_size=8, per_device_eval_batch_size=32, seed=seed, save_strategy="no",
-                logging_strategy="no", report_to=[], disable_tqdm=True,
+                **trainer_settings(arguments, seed, learning_rate=learning_rate, epochs=epochs),
+                per_device_train_batch_size=8, per_device_eval_batch_size=32,
             ),
             train_dataset=tokenized(rows, tokenizer),
             data_collator=DataCollatorWithPadding(tokenizer),
