@@ -6,9 +6,9 @@
 By default the embedded model learns how people put requests, from the package's narrow ones. The metric is the
 log-likelihood of a token (the negative loss) of 40 broad requests that no arm has.
 
-The answers of each trained model are written as AlpacaEval 2 reads them: answers/<hash of the arm's rows>-<seed>.json
-in --output. With a judge the metric is AlpacaEval's win rate over the `output` of the evaluation rows, or over the
-answers of the untrained model where these have none.
+The answers of each trained model are written as AlpacaEval 2 reads them: answers/<method>-<seed>.json in --output.
+With a judge the metric is AlpacaEval's win rate over the `output` of the evaluation rows, or over the answers of the
+untrained model where these have none.
 
 Rows have messages, or prompt and completion, or AlpacaEval's instruction and output. docs/recipes.md has the paper's
 models and data.
@@ -33,7 +33,6 @@ from trl import SFTConfig, SFTTrainer
 from hf_fac import LocalChat, get_task
 from hf_fac.embedded.loader import load_anchor, load_seed
 from hf_fac.storage.files import write_whole
-from hf_fac.storage.parquet import rows_digest
 
 # Learning rate and epochs: the paper's, and those of the embedded model.
 _PAPER = (1e-4, 5)
@@ -73,7 +72,7 @@ def main() -> None:
         arguments.answer_tokens,
     )  # fmt: skip
 
-    def train_and_evaluate(rows: Dataset, seed: int) -> dict[str, float]:
+    def train_and_evaluate(rows: Dataset, seed: int, arm: str) -> dict[str, float]:
         set_seed(seed)
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(name),
@@ -89,8 +88,7 @@ def main() -> None:
         )  # fmt: skip
         trainer.train()
         figures = {"log-likelihood": -trainer.evaluate()["eval_loss"]}
-        path = answers.of(trainer.model.merge_and_unload(), f"{rows_digest(rows)}-{seed}")
-        print(f"answers: {path}")
+        path = answers.of(trainer.model.merge_and_unload(), f"{arm}-{seed}")
         if arguments.judge is None:
             return figures
         return judged(

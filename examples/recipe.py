@@ -83,7 +83,7 @@ class Recipe:
 
     task: of the rows. seed, anchor: rows with the task's columns; other columns are left out.
     evaluation: rows of any type, which no written row may nearly repeat.
-    train_and_evaluate: from an arm's rows and a seed to figures by name, of which the first is the metric.
+    train_and_evaluate: from an arm's rows, a seed and the arm's name to figures by name; the first is the metric.
     keep: which rows a method may add, of the anchor set and of those written; "full" adds all.
     write_model: Hub id or folder of the model that syntheses write with. None: the one that measures.
     features: from the anchor set with the columns of `FACScorer` to F_task. None: all features, or those that the
@@ -96,7 +96,7 @@ class Recipe:
     seed: Dataset
     anchor: Dataset
     evaluation: Dataset
-    train_and_evaluate: Callable[[Dataset, int], dict[str, float]]
+    train_and_evaluate: Callable[[Dataset, int, str], dict[str, float]]
     keep: Callable[[Mapping[str, Any]], bool] = lambda row: True
     write_model: str | None = None
     features: Callable[[Dataset], ArrayLike] | None = None
@@ -174,7 +174,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
             if str(seed) in arm["runs"]:
                 continue
             start = time.monotonic()
-            figures = recipe.train_and_evaluate(rows, seed)
+            figures = recipe.train_and_evaluate(rows, seed, name)
             arm["runs"][str(seed)] = {"figures": figures, "seconds": round(time.monotonic() - start, 1)}
             _write_results(path, results)
             print(f"{name}, seed {seed}: {', '.join(f'{key} {value:.4f}' for key, value in figures.items())}")

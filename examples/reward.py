@@ -71,7 +71,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     evaluation = read_rows(arguments.evaluation)
 
-    def train_and_evaluate(rows: Dataset, seed: int) -> dict[str, float]:
+    def train_and_evaluate(rows: Dataset, seed: int, arm: str) -> dict[str, float]:
         set_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
         if tune == "head":

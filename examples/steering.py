@@ -41,7 +41,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     layer = model.config.get_text_config().num_hidden_layers // 2 if arguments.layer is None else arguments.layer
 
-    def control_rate(rows: Dataset, seed: int) -> dict[str, float]:
+    def control_rate(rows: Dataset, seed: int, arm: str) -> dict[str, float]:
         vector = SteeringVector.from_rows(model, tokenizer, balanced(rows, seed), layer=layer)
         result = evaluate_steering(model, tokenizer, vector, evaluation, multiplier=arguments.multiplier)
         low, high = result.interval

@@ -70,7 +70,7 @@ def toxicity_recipe(
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-    def train_and_evaluate(rows: Dataset, seed: int) -> dict[str, float]:
+    def train_and_evaluate(rows: Dataset, seed: int, arm: str) -> dict[str, float]:
         set_seed(seed)
         trainer = Trainer(
             classifier(name, tokenizer, tune),

@@ -42,12 +42,13 @@ class Training:
     """The metric is the number of rows and the seed; `dies_at` is the run that fails."""
 
     def __init__(self, dies_at=None):
-        self.runs, self.dies_at = [], dies_at
+        self.runs, self.arms, self.dies_at = [], [], dies_at
 
-    def __call__(self, rows, seed):
+    def __call__(self, rows, seed, arm):
         if len(self.runs) == self.dies_at:
             raise KeyboardInterrupt
         self.runs.append((rows, seed))
+        self.arms.append(arm)
         return {"size": float(len(rows) + seed), "second": 0.0}
 
 
@@ -96,6 +97,7 @@ def test_a_stopped_recipe_goes_on_where_it_was(model, tmp_path):
     third = Training()
     assert run(recipe_of(third), arguments_of(model, tmp_path, "random,pool")) == results
     assert not third.runs
+    assert second.arms == ["random", "pool", "pool"]
     run(recipe_of(third), arguments_of(model, tmp_path, "pool,full", "--seeds=3,8"))
     assert [(len(rows), seed) for rows, seed in third.runs] == [(4, 8), (6, 8), (44, 3), (44, 8)]
 
