@@ -195,7 +195,7 @@ class FACSynthesizer:
         Args:
             missing: a `FACReport`, whose figures are brought up to date, or ids of features. `wanted` returns the
                 features of a report that are written for.
-            features: ids; write for those of the features that are among them.
+            features: ids, or `RelevantFeatures`: of the features of `missing` write only for these, in their order.
             anchor: rows that a dictionary is built from when the synthesizer has none.
             cache_dir: a folder where answers and measurements are kept as they come. The same call after a kill asks
                 for nothing again; other settings and bounds use what they share with it.
@@ -206,9 +206,9 @@ class FACSynthesizer:
                 bounds on samples or completions gives the same samples; a higher bound continues.
             processes: how processes share this call, used by the trainer's callback; all return the same samples.
 
-        A warning tells of texts that the chat did not write. The same call asks for them again, except for answers
-        without text that the cache of an `EndpointChat` keeps. Where the chat takes no more requests at all
-        (`report.chat_failed`), the samples made until then are returned.
+        A warning tells of texts that the chat did not write. The same call asks for them again. Answers without text
+        (refusals) stay in the cache of an `EndpointChat`; another `seed` asks for new ones. Where the chat takes no
+        more requests at all (`report.chat_failed`), the samples made until then are returned.
 
         Raises: ValueError for features out of range, bounds below 1, a FACReport or pool measured with another
             featurizer, a report with a higher delta than the threshold, no threshold or dictionary; ChatError when the
@@ -269,8 +269,11 @@ class FACSynthesizer:
             problem = f"The chat did not write {source.lost:,} texts (the first: {source.first_loss})"
         else:
             return
-        remedy = "except for answers without text in an endpoint's cache: another seed asks for others"
-        warnings.warn(visible(f"{problem}. The same call asks for what is missing, {remedy}."), stacklevel=3)
+        remedy = (
+            "The same call asks for the missing texts again. An EndpointChat keeps answers without text (refusals) in "
+            "its cache: another seed asks for new ones."
+        )
+        warnings.warn(visible(f"{problem}. {remedy}"), stacklevel=3)
 
     def wanted(self, missing: FACReport | ArrayLike) -> np.ndarray:
         """Returns the features of a report that `synthesize` writes for, or the ids given: int64, the first are the

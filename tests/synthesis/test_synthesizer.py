@@ -492,7 +492,7 @@ def test_a_chat_at_its_end_is_asked_again_by_the_same_call(featurizer, dictionar
     whole = synthesizer(featurizer, dictionary, report, prompt_format=form).synthesize(report)
     for at_most in (0, 30, 150, whole.report.requests - 200):
         chat = WritingChat(at_most=at_most)
-        with pytest.warns(UserWarning, match="asks for what is missing"):
+        with pytest.warns(UserWarning, match="asks for the missing texts"):
             result = synthesizer(featurizer, dictionary, report, prompt_format=form, chat=chat).synthesize(
                 report, cache_dir=tmp_path
             )
@@ -565,7 +565,7 @@ def test_an_answer_without_text_is_paid_for_once_and_another_seed_asks_for_anoth
         for seed in (0, 0, 1):
             chat = EndpointChat("m", base_url=server.url)
             made = synthesizer(featurizer, dictionary, report, chat=chat, rounds=0, prompt_format="text", seed=seed)
-            with pytest.warns(UserWarning, match=r"except for answers without text.*another seed"):
+            with pytest.warns(UserWarning, match=r"answers without text.*another seed"):
                 made.synthesize(report.missing[:2], cache_dir=tmp_path)
             sent.append(server.came.total())
     assert sent == [8, 8, 16]
