@@ -165,6 +165,11 @@ def default_batch_tokens(device: torch.device) -> int:
     return 2048 if device.type == "cpu" else 65536
 
 
+def most_logit_tokens(model: PreTrainedModel) -> int:
+    """Returns for how many tokens the logits fit into 256 MB in float32, at least 1."""
+    return max(1, 2**26 // model.config.get_text_config().vocab_size)
+
+
 def pack(lengths: Sequence[int], batch_tokens: int, past: np.ndarray | None = None) -> list[np.ndarray]:
     """Returns the indices of pieces, longest first, cut into batches whose padded size is at most `batch_tokens`.
 

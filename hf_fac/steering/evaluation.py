@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..inputs.additions import PromptCache, addition
-from ..inputs.hidden_states import evaluation_mode
+from ..inputs.hidden_states import evaluation_mode, most_logit_tokens
 from ..inputs.rows import as_rows
 from .choices import LetterPair, exchanged, letter_pairs
 from .vectors import SteeringVector
@@ -20,8 +20,6 @@ from .vectors import SteeringVector
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_MAX_LOGITS = 2**26  # elements of [tokens, vocabulary] in memory at one time: 256 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +97,7 @@ def evaluate_steering(
     vectors = torch.outer(torch.tensor([-multiplier, 0.0, multiplier]), vector.vector)
     log_odds = np.empty((3, len(pairs)))
     with evaluation_mode(model):
-        for batch in _equal_sizes(pairs, _MAX_LOGITS // model.config.get_text_config().vocab_size):
+        for batch in _equal_sizes(pairs, most_logit_tokens(model)):
             log_odds[:, batch] = _log_odds(model, [pairs[i] for i in batch], vector.layer, vectors)
     return SteeringEvaluation(multiplier, log_odds.reshape(3, len(rows), 2))
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..chat.base import Completion
 from ..chat.local import LocalChat, Steering
 from ..features.calibration import mean_content_norm
-from ..inputs.hidden_states import check_layer, evaluation_mode, pack
+from ..inputs.hidden_states import check_layer, evaluation_mode, most_logit_tokens, pack
 from ..sae.loading import check_sae
 from ..storage.feature_ids import check_feature_ids
 from .vectors import feature_directions
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PLACEHOLDER = "hf_fac"  # rendered in place of a user's message
-_MAX_LOGITS = 2**26  # elements of [tokens, vocabulary] in memory at one time: 256 MB in float32
 
 
 class UnconditionalPrompt(NamedTuple):
@@ -141,7 +140,7 @@ class SteeredChat:
         bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
         pieces = [(bos + piece)[:context] if len(piece) > 1 else [] for piece in ids]
         perplexities = np.full(len(pieces), np.nan)
-        budget = max(1, min(self.chat.batch_tokens, _MAX_LOGITS // model.config.get_text_config().vocab_size))
+        budget = min(self.chat.batch_tokens, most_logit_tokens(model))
         with evaluation_mode(model):
             for batch in pack([len(piece) for piece in pieces], budget):
                 # Padding stands on the right, where causal attention does not see it, so no mask is needed.
