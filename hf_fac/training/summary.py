@@ -21,10 +21,13 @@ def model_card_section(summary: dict[str, float]) -> str:
     """Returns a section of the model card, in Markdown."""
     numbers = {name.removeprefix("fac/"): value for name, value in summary.items()}
     trained_on = numbers["new_rows"] - numbers["dropped"]
-    text = f"{trained_on:,} rows of the training set were synthesized for features that it did not activate"
+    text = (
+        f"{trained_on:,} rows of the training set were synthesized for features that its other rows activate "
+        "too seldom or not at all"
+    )
     if numbers["dropped"]:
         text += f" ({numbers['dropped']:,} more were dropped by the trainer's own filters)"
-    parts = ["## FAC Synthesis", ""]
+    figures = []
     if "before" in numbers:
         text += (
             ". Feature Activation Coverage (FAC), the share of an anchor set's features that the training set "
@@ -38,12 +41,11 @@ def model_card_section(summary: dict[str, float]) -> str:
             "rows written": numbers["new_rows"],
             "completions asked for": numbers["requests"],
         }
-        parts += [
+        figures = [
             table(("figure", "value"), rows.items()),
             "FAC says what the training set activates in the model, not how good the trained model is.",
         ]
-    parts[1] = f"{text} ([arXiv 2602.10388]({PAPER}), hf-fac)."
-    return "\n\n".join(parts)
+    return "\n\n".join(["## FAC Synthesis", f"{text} ([arXiv 2602.10388]({PAPER}), hf-fac).", *figures])
 
 
 def log_table(rows: Dataset, report_to: list[str]) -> None:
