@@ -17,8 +17,7 @@ import os
 import statistics
 
 import torch
-from bare_pass import seconds
-from datasets import Dataset
+from bare_pass import activation_store, seconds
 
 from hf_fac.embedded.loader import LAYER, load_anchor, load_embedded_sae, load_model
 from hf_fac.features.featurizer import SAEFeaturizer
@@ -52,32 +51,17 @@ def in_batches(size: int) -> list[torch.Tensor]:
     return maxima
 
 
-class Store:
-    """SAELens' store over the texts. Its model wrapper hooks every module, so it is made for a copy of the model."""
-
-    def __init__(self) -> None:
-        from sae_lens.load_model import HookedProxyLM
-        from sae_lens.training.activations_store import ActivationsStore
-
-        proxy = HookedProxyLM(load_model(device=options.device)[0], tokenizer, [f"model.layers.{LAYER - 1}"])
-        self.store = ActivationsStore(
-            model=proxy, dataset=Dataset.from_dict({"text": texts * 50}), streaming=False,
-            hook_name=f"model.layers.{LAYER - 1}", hook_head_index=None, context_size=CONTEXT, d_in=sae.cfg.d_in,
-            n_batches_in_buffer=2, total_training_tokens=10**9, store_batch_size_prompts=BATCH,
-            train_batch_size_tokens=4096, prepend_bos=False, normalize_activations="none",
-            device=torch.device(options.device), dtype="float32",
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        for _ in range(round(n_tokens / (CONTEXT * BATCH))):
-            tokens = self.store.get_batch_tokens()
-            sae.encode(self.store.get_activations(tokens).reshape(-1, sae.cfg.d_in))
+@torch.no_grad()
+def from_store(store) -> None:
+    for _ in range(round(n_tokens / (CONTEXT * BATCH))):
+        tokens = store.get_batch_tokens()
+        sae.encode(store.get_activations(tokens).reshape(-1, sae.cfg.d_in))
 
 
 def main() -> None:
+    store = activation_store(texts, context=CONTEXT, batch=BATCH, device=options.device)
     others = {"batches": lambda: in_batches(BATCH), "one at a time": lambda: in_batches(1),
-              "SAELens' activation store": Store()}  # fmt: skip
+              "SAELens' activation store": lambda: from_store(store)}  # fmt: skip
     featurizer(rows[:20])
     ratios: dict[str, list[float]] = {name: [] for name in others}
     for run in range(options.runs):

@@ -1,4 +1,5 @@
-"""What scoring is held against: the forward pass of a plain script, stopped at the SAE's layer, and times in pairs."""
+"""What scoring and training are held against: the forward pass of a plain script, stopped at the SAE's layer, and
+SAELens' activation store; and times in pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hf_fac.embedded.loader import LAYER
+from hf_fac.embedded.loader import LAYER, load_model
 
 
 class Stop(Exception):
@@ -34,6 +35,24 @@ def bare_pass(model, tokenizer, pieces: list[list[int]], budget: int) -> Iterato
             except Stop as stop:
                 yield stop.args[0], padded["attention_mask"].bool()
     handle.remove()
+
+
+def activation_store(texts: list[str], *, context: int, batch: int, device: str = "cpu"):
+    """SAELens' store over the texts, which it joins. Its model wrapper hooks every module, so it gets a model of its
+    own."""
+    from datasets import Dataset
+    from sae_lens.load_model import HookedProxyLM
+    from sae_lens.training.activations_store import ActivationsStore
+
+    model, tokenizer = load_model(device=device)
+    hook = f"model.layers.{LAYER - 1}"
+    return ActivationsStore(
+        model=HookedProxyLM(model, tokenizer, [hook]), dataset=Dataset.from_dict({"text": texts * 50}), streaming=False,
+        hook_name=hook, hook_head_index=None, context_size=context, d_in=model.config.hidden_size,
+        n_batches_in_buffer=8, total_training_tokens=10**9, store_batch_size_prompts=batch,
+        train_batch_size_tokens=1024, prepend_bos=False, normalize_activations="none", device=torch.device(device),
+        dtype="float32",
+    )  # fmt: skip
 
 
 def seconds(job: Callable[[], object]) -> float:
