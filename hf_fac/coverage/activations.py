@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,9 @@ def read_activations(scored: Dataset) -> tuple[csr_array, dict[str, Any]]:
     """
     from scipy.sparse import csr_array
 
-    text, measurement, ids, values, sizes = None, {}, [], [], [np.zeros(1, np.int64)]
+    measurement, ids, values, sizes = {}, [], [], [np.zeros(1, np.int64)]
     for part in scored_batches(scored, batch_size=_BATCH):
-        for row, other in part.measurements:
-            found = read_measurement(other, f"row {row:,} and after: fac_measurement", REMEDY)
-            measurement = measurement or found
-            if text not in (None, other) and (differs := differences(measurement, found)):
-                raise ValueError(f"row {row:,} and after: measured differently ({differs}): {REMEDY}")
-            text = other
+        measurement = measurement_of(part, measurement)
         check_scored(part, d_sae=measurement["d_sae"], keep_above=measurement["keep_above"])
         ids.append(part.features)
         values.append(part.activations)
@@ -45,6 +41,31 @@ def read_activations(scored: Dataset) -> tuple[csr_array, dict[str, Any]]:
     starts = starts.astype(np.int32 if starts[-1] < 2**31 else np.int64)
     shape = (len(starts) - 1, measurement["d_sae"])
     return csr_array((np.concatenate(values), np.concatenate(ids), starts), shape=shape), measurement
+
+
+def measurement_of(
+    rows: ScoredRows, expected: dict[str, Any] | None, *, problem: str = "{}: measured differently"
+) -> dict[str, Any]:
+    """Returns how the rows were measured: the same as `expected`, where that is known.
+
+    Args:
+        problem: what the error says of rows measured differently; {} stands for the rows.
+    Raises: ValueError, with row and remedy, for what is no measurement and for rows measured differently.
+    """
+    for row, text in rows.measurements:
+        place = f"row {row:,} and after"
+        found = read_measurement(text, f"{place}: fac_measurement", REMEDY)
+        expected = agreed(expected, found, problem.format(place)) if expected else found
+    return expected
+
+
+def agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:
+    """Returns the measurement that two equal ones stand for. Raises: ValueError, with what differs, for others."""
+    if found := differences(one, other):
+        raise ValueError(f"{problem} ({found}): score all rows with the same FACScorer")
+    # Equal measurements may name the model differently: keep the alphabetically first, so that merging is independent
+    # of order.
+    return min(one, other, key=lambda each: json.dumps(each, sort_keys=True))
 
 
 def parts_of(rows: ScoredRows, *, most: int) -> Iterator[ScoredRows]:

@@ -36,6 +36,6 @@ def row_contributions(dataset: Dataset | IterableDataset, report: FACReport) -> 
         dataset: a scored data set, as a rule the one that the report is of; a stream must be readable twice.
         report: its threshold, covered and missing features count.
 
-    Raises: ValueError, with row and remedy, for rows that are not scored or were measured otherwise than the report's.
+    Raises: ValueError, with row and remedy, for rows that are not scored or measured differently from the report's.
     """
     return row_shares(dataset, active_when(report))

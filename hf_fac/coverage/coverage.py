@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, Json, NonNegativeInt
 
-from ..storage.differences import differences
 from ..storage.files import whole_file
 from ..storage.scored_rows import REMEDY, ScoredRows, parquet_batches, scored_batches
-from ..storage.validation import Measurement, checked, read_measurement
-from .activations import check_scored, matrix_rows, parts_of
+from ..storage.validation import Measurement, checked
+from .activations import agreed, check_scored, matrix_rows, measurement_of, parts_of
 from .frequency import Frequencies, frequency_match
 from .grid import ActivationGrid
 from .rarefaction import unseen
@@ -129,12 +128,9 @@ class FeatureCoverage:
     @classmethod
     def _with_rows(cls, coverage: Self | None, batches: Iterable[ScoredRows]) -> Self | None:
         for rows in batches:
-            for row, text in rows.measurements:
-                found = read_measurement(text, f"row {row:,} and after: fac_measurement", REMEDY)
-                coverage = coverage or cls(found)
-                coverage.measurement = _agreed(
-                    coverage.measurement, found, f"row {row:,} and after: measured differently"
-                )
+            measurement = measurement_of(rows, None if coverage is None else coverage.measurement)
+            coverage = cls(measurement) if coverage is None else coverage
+            coverage.measurement = measurement
             coverage._add(rows)
         return coverage
 
@@ -211,8 +207,8 @@ class FeatureCoverage:
         self.maximum[i] = np.maximum(old, maximum)  # last, as a slice makes old a view of it
 
     def __or__(self, other: FeatureCoverage) -> FeatureCoverage:
-        agreed = _agreed(self.measurement, other.measurement, "parts measured differently do not merge")
-        merged = FeatureCoverage(agreed)
+        measurement = agreed(self.measurement, other.measurement, "parts measured differently do not merge")
+        merged = FeatureCoverage(measurement)
         for part in (self, other):
             merged._raise_maxima(slice(None), part.maximum, part.second_maximum, part.maximum_row_hash)
         for name in ("rows", "rows_without_tokens", "group_counts", "group_rows", "active_counts"):
@@ -307,7 +303,7 @@ class FeatureCoverage:
         """
         if not isinstance(anchor, FeatureCoverage):
             raise TypeError(f"anchor is a {type(anchor).__name__}: pass FeatureCoverage.from_dataset(anchor)")
-        _agreed(self.measurement, anchor.measurement, "data and anchor were measured differently")
+        agreed(self.measurement, anchor.measurement, "data and anchor were measured differently")
         if features is not None:
             features = chosen_ids(features, self.measurement)
         delta, source = choose_threshold(
@@ -420,14 +416,6 @@ def _require_rows(coverage: FeatureCoverage | None) -> FeatureCoverage:
     if coverage is None:
         raise ValueError("an empty data set does not say how it was measured: pass measurement=")
     return coverage
-
-
-def _agreed(one: dict[str, Any], other: dict[str, Any], problem: str) -> dict[str, Any]:
-    if found := differences(one, other):
-        raise ValueError(f"{problem} ({found}): score all rows with the same FACScorer")
-    # Equal measurements may name the model differently: keep the alphabetically first, so that merging is independent
-    # of order.
-    return min(one, other, key=lambda each: json.dumps(each, sort_keys=True))
 
 
 def _top_two_by_feature(

@@ -341,7 +341,7 @@ class FACReport:
             data: the scored data set, for the rows that bring most and those that are redundant.
             anchor: the scored anchor set, for texts of features that the dictionary has no spans of.
 
-        Raises: ValueError, with row and remedy, for rows that are not scored or were measured otherwise than the
+        Raises: ValueError, with row and remedy, for rows that are not scored or measured differently from the
             report's; for a dictionary of another model or SAE.
         """
         from ..report.page import report_page

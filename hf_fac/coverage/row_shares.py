@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..storage.differences import differences
-from ..storage.scored_rows import REMEDY, scored_batches
-from ..storage.validation import read_measurement
-from .activations import check_scored
+from ..storage.scored_rows import scored_batches
+from .activations import check_scored, measurement_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,16 +69,10 @@ def row_shares(dataset: Dataset | IterableDataset, when: ActiveWhen) -> pd.DataF
 def active_features(dataset: Dataset | IterableDataset, when: ActiveWhen) -> Iterator[ActiveFeatures]:
     """Yields what the rows activate, some rows at a time.
 
-    Raises: ValueError, with row and remedy, for rows that are not scored or were measured otherwise.
+    Raises: ValueError, with row and remedy, for rows that are not scored or were measured differently.
     """
     for rows in scored_batches(dataset, batch_size=_BATCH):
-        for row, text in rows.measurements:
-            found = read_measurement(text, f"row {row:,} and after: fac_measurement", REMEDY)
-            if differs := differences(found, when.measurement):
-                raise ValueError(
-                    f"row {row:,} and after: measured otherwise than the report's rows ({differs}): score all rows "
-                    "with the same FACScorer"
-                )
+        measurement_of(rows, when.measurement, problem="the report's rows and {} were measured differently")
         index = np.repeat(np.arange(len(rows.tokens)), np.diff(rows.starts))
         check_scored(rows, d_sae=len(when.delta), keep_above=when.measurement["keep_above"])
         is_above = rows.activations > when.delta[rows.features]

@@ -61,12 +61,12 @@ def test_rows_that_do_not_fit_the_report_are_refused():
     rng = np.random.default_rng(0)
     rows = random_rows(rng)
     report = quiet(FeatureCoverage.from_dataset(scored(rows)), cover(rows), threshold=1.0)
-    with pytest.raises(ValueError, match=r"row 0 and after: measured otherwise .*layer: 9 and 1.*same FACScorer"):
+    with pytest.raises(ValueError, match=r"report's rows and row 0 and after .*layer: 1 and 9.*same FACScorer"):
         row_contributions(scored(rows, layer=9), report)
     with pytest.raises(ValueError, match="no column 'fac_features'"):
         row_contributions(scored(rows).select_columns(["text"]), report)
     with pytest.raises(TypeError, match="DatasetDict: pass one split"):
         row_contributions(datasets.DatasetDict(train=scored(rows)), report)
     wide = scored(rows).map(lambda row: {"fac_measurement": json.dumps({"d_sae": 40, "keep_above": 0.0})})
-    with pytest.raises(ValueError, match="measured otherwise"):
+    with pytest.raises(ValueError, match="measured differently"):
         row_contributions(wide, report)
