@@ -103,7 +103,6 @@ class Comparison:
                     interval=report.interval,
                     single_interval=report.single_interval,
                     n_covered=len(report.covered),
-                    n_missing=len(report.missing),
                     alone=int(table.loc[name, "alone"]),
                     saturation=report.saturation,
                     frequency_cosine=report.frequency_cosine,

@@ -110,7 +110,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Synthesis:
-    """What a synthesis brought. report: its `to_dict()`. methods: hit rates beside chance, by method.
+    """What a synthesis brought. report: that of the synthesis, by `to_dict()`. curve: FAC after each sample.
     dropped: examples of rejected texts, (reason, feature, text)."""
 
     report: dict[str, Any]
@@ -160,7 +160,6 @@ class ComparedSet(NamedTuple):
     interval: Interval
     single_interval: Interval
     n_covered: int
-    n_missing: int
     alone: int
     saturation: float
     frequency_cosine: float
