@@ -26,7 +26,7 @@ from ..storage.files import try_output, whole_folder
 from ..storage.parquet import rows_digest
 from ..storage.validation import check_counts
 from .evaluation import content_states, evaluate_sae
-from .formats import SAELENS_WEIGHTS
+from .formats import SAELENS_WEIGHTS, hook_of_layer
 from .loading import fold_input_scale, inference_parts, save_sae
 
 if TYPE_CHECKING:
@@ -89,8 +89,6 @@ def train_sae(
         sink_norm, training_data, training_tokens, seed, and the figures of `SAEMetrics` on the held-out rows.
     Raises: ValueError for settings that cannot be, RowError for a row that cannot be read; before any work, OSError
         when output_dir cannot be written to or another process trains an SAE there.
-
-    It is longer than a screen for its arguments; its body is the run from the first row to the saved SAE.
     """
     check_layer(model, layer)
     d_in = model.config.get_text_config().hidden_size
@@ -159,7 +157,8 @@ def _new_sae(model: PreTrainedModel, layer: int, architecture: str, options: dic
     has_k = "k" in config_class.__dataclass_fields__
     config = config_class(**{"device": str(model.device), **({"k": k} if has_k else {}), **options})
     config.metadata.model_name = model.config._name_or_path or type(model).__name__
-    config.metadata.hook_name = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+    # With learned positions hook_embed is another place: they are added after it.
+    config.metadata.hook_name = hook_of_layer(layer) if layer else "blocks.0.hook_resid_pre"
     config.metadata.prepend_bos = False
     return sae_class(config)
 
