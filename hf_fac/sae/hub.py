@@ -24,7 +24,7 @@ _FIGURES = {
 }
 _TRAINING = {
     "training_data": "training data",
-    "training_tokens": "training samples",
+    "training_tokens": "training tokens",
     "sink_norm": "tokens with a larger norm are sinks, and left out",
     "seed": "seed",
 }

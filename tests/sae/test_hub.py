@@ -119,7 +119,7 @@ for sae, sae_id in ((one, None), (two, "two"), (one, None)):
     assert "| reads | org/model, layer 5 (0 is the embedding; `blocks.4.hook_resid_post`) |" in text
     assert "| architecture | topk, 32 features of width 8, k = 4 |" in text
     assert "| training data | rows \\| of ours |" in text
-    assert "| training samples | 12,345 |" in text
+    assert "| training tokens | 12,345 |" in text
     assert "| fraction of variance unexplained | 0.125 |" in text
 
 
