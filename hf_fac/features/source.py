@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -145,17 +144,17 @@ class PretrainedSource(Source):
         return None if None in parts.values() else parts
 
     def _sae_contents(self, token: str | None) -> dict[str, Any] | None:
-        # As load_sae reads a name.
-        name, sae_id = self.sae, self.sae_id
-        if sae_id is None and ":" in name and not Path(name).expanduser().exists():
-            name, sae_id = name.split(":", 1)
+        from ..hub.cards import is_repo_id
+        from ..sae.formats import split_name
+
+        name, sae_id = split_name(self.sae, self.sae_id)
         path = Path(name).expanduser()
         if path.exists():
             place = path / (sae_id or "")
             files = hashes_of_files(place.iterdir() if place.is_dir() else [place])
             return {"files": files} if files else None
         # A release of SAELens has no slash; its files are found with SAELens alone.
-        return _commit(name, self.sae_revision, token) if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) else None
+        return _commit(name, self.sae_revision, token) if is_repo_id(name) else None
 
     def load(
         self, device: str, *, token: str | None, contents: Mapping[str, Any] | None

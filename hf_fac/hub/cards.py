@@ -36,8 +36,12 @@ def merge_card(text: str, *, metadata: Mapping[str, Any], section: str, body: st
 def base_model(name: str | None) -> list[str] | None:
     """A card's `base_model` for a model's name; None for what is no repo id (a local folder, say)."""
     # The Hub refuses a card whose base model is not a repo id, and a local folder's name means nothing there.
-    is_repo = name is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists()
-    return [name] if is_repo else None
+    return [name] if name is not None and is_repo_id(name) and not Path(name).exists() else None
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name has the form of a repo's, "user/repo"."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def cell(value: Any) -> str:

@@ -80,6 +80,13 @@ class _Checkpoint(Strict):
     weight: dict[str, Any]
 
 
+def split_name(name: str, sae_id: str | None) -> tuple[str, str | None]:
+    """Returns an SAE's name and id: "a:b" without an id is a with the id b, unless it is a local path."""
+    if sae_id is None and ":" in name and not Path(name).expanduser().exists():
+        name, sae_id = name.split(":", 1)
+    return name, sae_id
+
+
 def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
     """The SAE of a folder or .pth file. Raises: FileNotFoundError, ValueError."""
     from sae_lens import SAE

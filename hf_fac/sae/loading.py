@@ -28,6 +28,7 @@ from .formats import (
     pull_sae,
     read_sae,
     some,
+    split_name,
 )
 
 if TYPE_CHECKING:
@@ -88,12 +89,13 @@ def load_sae(
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     from sae_lens.util import dtype_to_str, str_to_dtype
 
-    name, options = os.fspath(name), {"device": str(device), "dtype": dtype_to_str(str_to_dtype(dtype))}
-    if sae_id is None and ":" in name and not Path(name).expanduser().exists():
-        name, sae_id = name.split(":", 1)
+    from ..hub.cards import is_repo_id
+
+    options = {"device": str(device), "dtype": dtype_to_str(str_to_dtype(dtype))}
+    name, sae_id = split_name(os.fspath(name), sae_id)
     path, label = Path(name).expanduser(), f"{name}:{sae_id}" if sae_id else name
     releases = {} if path.exists() else get_pretrained_saes_directory()
-    is_repo = not path.exists() and name not in releases and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    is_repo = not path.exists() and name not in releases and is_repo_id(name)
     if revision is not None and not is_repo:
         raise ValueError(f"revision={revision!r} is for a Hub repository, which {name!r} is not: leave it out.")
 
