@@ -29,8 +29,9 @@ def push_coverage_to_hub(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """The URL of the commit that puts the figures of a report, or of a coverage without an anchor set, into the card of
-    a data set's repo. One section per model and layer: a later report of the same replaces it.
+    """Puts the figures of a report, or of a coverage without an anchor set, into the card of a data set's repo.
+
+    There is one section for each model and layer: a later report of the same replaces it. Returns the commit's URL.
 
     Args:
         anchor: the anchor set's name on the card, for example that of a Hub data set.

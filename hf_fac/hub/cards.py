@@ -18,7 +18,7 @@ _BOOLEAN = "tag:yaml.org,2002:bool"
 
 
 def merge_card(text: str, *, metadata: Mapping[str, Any], section: str, body: str) -> str:
-    """The card with our metadata and our section in it; the rest is unchanged.
+    """Returns the card with our metadata and our section in it; the rest is unchanged.
 
     Metadata: lists are united (an entry replaces one with the same `config_name`), other values are replaced; None
     leaves a value as it is. Body: the text between `<!-- hf_fac:SECTION start -->` and
@@ -34,37 +34,37 @@ def merge_card(text: str, *, metadata: Mapping[str, Any], section: str, body: st
 
 
 def base_model(name: str | None) -> list[str] | None:
-    """A card's `base_model` for a model's name; None for what is no repo id (a local folder, say)."""
+    """Returns a card's `base_model` for a model's name; None for what is no repo id (a local folder, say)."""
     # The Hub refuses a card whose base model is not a repo id, and a local folder's name means nothing there.
     return [name] if name is not None and is_repo_id(name) and not Path(name).exists() else None
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name has the form of a repo's, "user/repo"."""
+    """Returns whether a name has the form of a repo's, "user/repo"."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def cell(value: Any) -> str:
-    """A value as one cell of a Markdown table: whole numbers with commas, others with four digits."""
+    """Returns a value as one cell of a Markdown table: whole numbers with commas, others with four digits."""
     text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     return " ".join(text.replace("|", "\\|").split())
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table, its values as `cell` writes them."""
+    """Returns a Markdown table, its values as `cell` writes them."""
     lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def literal(text: str, *, most: int = 200) -> str:
-    """A text on one line in which no character is Markdown or HTML; after `most` characters comes an ellipsis."""
+    """Returns a text on one line without Markdown or HTML; after `most` characters comes an ellipsis."""
     line = re.sub(r"\s+", " ", visible(text))
     line = line[:most] + "…" * (len(line) > most)
     return "".join(c if c.isalnum() or c in " ,.;:'?-…" or ord(c) > 127 else f"&#{ord(c)};" for c in line)
 
 
 def folded(title: str, body: str) -> str:
-    """Markdown that opens when a reader clicks on the title."""
+    """Returns Markdown that opens when a reader clicks on the title."""
     return f"<details>\n<summary>{title}</summary>\n\n{body}\n\n</details>"
 
 

@@ -62,7 +62,7 @@ class HubRequest:
 
 
 def with_retries(attempt: Callable[[], T], request: HubRequest) -> T:
-    """What `attempt` returns. Transient failures are retried up to `ATTEMPTS` times.
+    """Returns what `attempt` returns. Transient failures are retried up to `ATTEMPTS` times.
 
     The Hub's client retries most single requests, but not a commit. So `attempt` runs again as a whole, and must read
     again what it builds upon.

@@ -12,10 +12,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, errors, g
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-from hf_fac.hub.cards import merge_card
-from hf_fac.hub.errors import HubError, HubRequest, with_retries
-
-__all__ = ["HubError", "Pulled", "list_files", "pull_folder", "push_folder", "update_card"]
+from .cards import merge_card
+from .errors import HubRequest, with_retries
 
 
 class Pulled(NamedTuple):
@@ -39,8 +37,10 @@ def push_folder(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """The URL of the one commit (or pull request) with all files of a folder and the card; of the last one if nothing
-    changed. A push that failed has changed no file and can be repeated; uploaded files are not uploaded again.
+    """Pushes all files of a folder and the card in one commit, and returns its URL, or that of the pull request.
+
+    Where nothing changed it is the URL of the last commit. A push that failed has changed no file and can be repeated;
+    uploaded files are not uploaded again.
 
     Args:
         folder: everything below it is pushed, except `.git` and `.cache/huggingface`.
@@ -86,8 +86,9 @@ def update_card(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """The URL of the commit (or pull request) that puts a section into an existing repo's card, see `cards.merge_card`;
-    of the last commit if nothing changed.
+    """Puts a section into an existing repo's card (`cards.merge_card`), and returns the URL of the commit.
+
+    For a pull request it is the URL of that; where nothing changed, of the last commit.
 
     Raises:
         HubError: as `push_folder`, and when the repo or the revision does not exist.
@@ -100,8 +101,9 @@ def update_card(
 def list_files(
     repo_id: str, *, repo_type: str = "model", revision: str | None = None, token: str | bool | None = None
 ) -> tuple[str, dict[str, int]]:
-    """The commit (40 hex digits) that a revision means, and the size in bytes of each of its files by path. Without a
-    network the cache answers, if it holds the listing.
+    """Returns the commit (40 hex digits) that a revision means, and the size in bytes of each of its files by path.
+
+    Without a network the cache answers, if it holds the listing.
 
     Raises:
         HubError: no such repo or revision, no right to read, or no network and no listing in the cache.
@@ -124,8 +126,9 @@ def pull_folder(
     allow_patterns: str | list[str] | None = None,
     max_bytes: int | None = None,
 ) -> Pulled:
-    """A local snapshot of a repo's files and its commit. It is the cache's own: do not write to it. Without a network
-    the cache answers.
+    """Returns a local snapshot of a repo's files and its commit. It is the cache's own: do not write to it.
+
+    Without a network the cache answers.
 
     Args:
         allow_patterns: shell patterns of paths; None is everything.

@@ -88,7 +88,7 @@ def split_name(name: str, sae_id: str | None) -> tuple[str, str | None]:
 
 
 def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
-    """The SAE of a folder or .pth file. Raises: FileNotFoundError, ValueError."""
+    """Returns the SAE of a folder or .pth file. Raises: FileNotFoundError, ValueError."""
     from sae_lens import SAE
     from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
     from safetensors import SafetensorError
@@ -115,7 +115,7 @@ def read_sae(path: Path, label: str, options: dict[str, str]) -> SAE[Any]:
 
 
 def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | bool | None) -> Path:
-    """The folder or .pth file of an SAE in a local snapshot of a Hub repository.
+    """Returns the folder or .pth file of an SAE in a local snapshot of a Hub repository.
 
     Without `sae_id` it is the SAE at the top, or the only one. The weights are fetched after the config, and only when
     they are no larger than it says.
@@ -123,7 +123,8 @@ def pull_sae(repo: str, sae_id: str | None, revision: str | None, token: str | b
     Raises: FileNotFoundError where there is no such SAE, or several; HubError when the repository cannot be read or the
         weights are too large; ValueError for a config without widths.
     """
-    from ..hub.repo import HubError, list_files, pull_folder
+    from ..hub.errors import HubError
+    from ..hub.repo import list_files, pull_folder
 
     cached = None
     try:
@@ -198,12 +199,12 @@ def _no_sae(label: str, files: list[str]) -> FileNotFoundError:
 
 
 def some(names: list[str]) -> str:
-    """The first few names, for a message."""
+    """Returns the first few names, for a message."""
     return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "nothing"
 
 
 def layer_of_hook(hook: str) -> int:
-    """The layer that a hook's name means. Raises: ValueError for other places than the residual stream."""
+    """Returns the layer that a hook's name means. Raises: ValueError for other places than the residual stream."""
     if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook):
         return int(match[1]) + (match[2] == "post")
     if match := re.fullmatch(r"(?:.*\.)?(?:layers|layer|h|blocks)\.(\d+)(?:\.output)?", hook):
@@ -214,7 +215,7 @@ def layer_of_hook(hook: str) -> int:
 
 
 def hook_of_layer(layer: int) -> str:
-    """TransformerLens' name for a layer."""
+    """Returns TransformerLens' name for a layer."""
     return f"blocks.{layer - 1}.hook_resid_post" if layer else "hook_embed"
 
 

@@ -42,7 +42,8 @@ def push_sae_to_hub(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """The URL of the commit that puts an SAE and its part of the model card into a repo, which may hold several:
+    """Puts an SAE and its section of the model card into a repo, which may hold several. Returns the commit's URL.
+
     `SAE.from_pretrained(repo_id, sae_id)` of SAELens and `load_sae(f"{repo_id}:{sae_id}")` open it.
 
     Args:

@@ -41,7 +41,7 @@ def test_a_report_and_a_coverage_have_their_sections_and_replace_their_own(tmp_p
 from hf_fac.coverage.coverage import FeatureCoverage
 from hf_fac.coverage.card import push_coverage_to_hub
 from hf_fac.coverage.report import FACReport
-from hf_fac.hub.repo import HubError
+from hf_fac.hub.errors import HubError
 
 def refusal(repo, **options):
     try:

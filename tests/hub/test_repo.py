@@ -16,7 +16,8 @@ from hub_server import NO_RIGHTS_TOKEN, READ_TOKEN, UNKNOWN_TOKEN, WRITE_TOKEN, 
 PRELUDE = """
 import json, time
 from pathlib import Path
-from hf_fac.hub.repo import HubError, pull_folder, push_folder, update_card
+from hf_fac.hub.errors import HubError
+from hf_fac.hub.repo import pull_folder, push_folder, update_card
 
 slept = []
 time.sleep = slept.append

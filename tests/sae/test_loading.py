@@ -32,7 +32,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 
 import hf_fac.sae.loading
-from hf_fac.hub.repo import HubError
+from hf_fac.hub.errors import HubError
 from hf_fac.sae.loading import check_sae, find_sae, fold_input_scale, fvu, load_sae, read_settings, save_sae
 
 D_IN, D_SAE, K = 8, 24, 3
