@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 VERSION = "3"  # of the files of coverages
-_DENSE = "2"  # the version that has group_counts as it is
 _ARRAYS = ("grid", "maximum", "second_maximum", "maximum_row_hash", "group_counts", "group_rows", "active_counts")
 _METADATA = ("measurement", "rows", "rows_without_tokens", "tokens")
 _GROUPS = 10  # of rows, for intervals: more would narrow them little and take more memory
@@ -247,7 +246,7 @@ class FeatureCoverage:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}): save the coverage again") from error
-        if (found := metadata.pop("hf_fac.coverage", None)) not in (VERSION, _DENSE):
+        if (found := metadata.pop("hf_fac.coverage", None)) != VERSION:
             raise ValueError(
                 f"{path}: expected a coverage of version {VERSION}, found {found}: make it of the scored rows again "
                 "(FeatureCoverage.from_dataset), and save it"
@@ -255,8 +254,7 @@ class FeatureCoverage:
         remedy = "save the coverage again"
         saved = checked(_Saved, metadata, os.fspath(path), remedy)
         coverage = cls(json.loads(metadata["measurement"]))
-        if found == VERSION:
-            arrays["group_counts"] = coverage._counts_of(arrays.pop("cells", None), arrays.pop("counts", None))
+        arrays["group_counts"] = coverage._counts_of(arrays.pop("cells", None), arrays.pop("counts", None))
         for name in _ARRAYS:
             held, array = getattr(coverage, name), arrays.get(name)
             if array is None or (array.shape, array.dtype) != (held.shape, held.dtype):

@@ -378,18 +378,6 @@ def test_a_saved_coverage_takes_no_space_for_what_no_row_activates(tmp_path):
     assert (tmp_path / "coverage.safetensors").stat().st_size < 0.05 * coverage.group_counts.nbytes
 
 
-def test_a_coverage_of_the_version_before_is_read(tmp_path):
-    from safetensors.numpy import save_file
-
-    coverage = cover(random_rows(np.random.default_rng(0)))
-    names = ("grid", "maximum", "second_maximum", "maximum_row_hash", "group_counts", "group_rows", "active_counts")
-    numbers = {
-        name: json.dumps(getattr(coverage, name)) for name in ("measurement", "rows", "rows_without_tokens", "tokens")
-    }
-    save_file({name: getattr(coverage, name) for name in names}, tmp_path / "old", {"hf_fac.coverage": "2"} | numbers)
-    assert FeatureCoverage.load(tmp_path / "old") == coverage
-
-
 def test_loading_refuses_other_files_and_versions(tmp_path, monkeypatch):
     from safetensors.numpy import save_file
 
