@@ -9,6 +9,7 @@ import pytest
 from coverages import GRID, cover, quiet, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t
 
 from hf_fac.coverage.rarefaction import expected_covered, expected_gain, unseen
 from hf_fac.coverage.report import FACReport
@@ -139,6 +140,21 @@ def test_a_source_that_is_exhausted_is_saturated_and_an_empty_one_is_undefined()
     nothing = quiet(anchor, cover(np.zeros((2, 4), np.float32)), threshold=0.5)
     assert nothing.rarefaction([1])["fac"].isna().all()
     assert len(nothing.fac_over_threshold()) == 0
+
+
+def test_the_single_interval_is_as_it_is_defined():
+    rng = np.random.default_rng(3)
+    data, anchor = random_rows(rng, n=30, density=0.05), random_rows(rng, n=50)
+    report = quiet(cover(data), cover(anchor), threshold=0.5)
+    active = data[:, (anchor > 0.5).any(axis=0)] > 0.5
+    support = active.sum(axis=0)
+    u = active[:, support == 1].sum(axis=1)
+    s = math.sqrt(29 / 30 * (np.sum(u**2) - np.sum(u) ** 2 / 30)) / len(support)
+    r = 2 * np.sum(support == 2) / np.sum(support == 1)
+    quantile = t.ppf(0.975, 2 * np.sum(u**2) ** 2 / np.sum(u**4))
+    half = quantile * math.sqrt(2) * s * ((1 - math.exp(-r)) / r) ** 0.25
+    assert 0 < report.fac - half < report.fac + half < 1
+    assert report.single_interval == pytest.approx((report.fac - half, report.fac + half))
 
 
 @pytest.mark.parametrize("n", [25, 100])
