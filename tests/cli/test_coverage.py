@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from command_line import main, model_options, run
 from datasets import Dataset
+from processes import forked
 from scipy.sparse import csr_array
 from tiny import CORPUS
 
@@ -325,15 +325,12 @@ def test_a_killed_run_resumes_and_scores_nothing_twice(folders, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": " ".join(words[i % 40 : i % 40 + 20])}) for i in range(3000)))
     command = ["score", data, "-o", tmp_path / "out", "--shard-rows", 100, *model_options(folders)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from hf_fac.cli import main; main()", *map(str, command)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = forked(run, *command)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("*.parquet"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").glob("*.parquet")}
     assert 3 <= len(before) < 30
     run(*command)

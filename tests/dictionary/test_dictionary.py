@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
-import subprocess
-import sys
 from fractions import Fraction
 from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +21,7 @@ from hand_made import MEASUREMENT, by_hand, row_of
 from hub_server import WRITE_TOKEN, HubServer, run_with_hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import exit_code_of
 from scipy.sparse import csr_array
 from tiny import CORPUS, byte_level_tokenizer
 from tiny_models import tiny_model, tiny_sae
@@ -228,38 +227,22 @@ def test_rows_are_read_in_batches_that_fit_the_width_of_the_sae(featurizer, monk
     assert sizes == [10, 10, 5, 10, 10]
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = sys.argv[1].split(":")
-from test_dictionary import make_featurizer, make_rows
-from hf_fac.dictionary.build import build_dictionary
-from hf_fac.dictionary.top_spans import TopSpans
+def build_until_killed(rows, folder) -> None:
+    save, saved = TopSpans.save, []
 
-save, saved = TopSpans.save, []
-def save_then_die(self, *arguments):
-    save(self, *arguments)
-    saved.append(1)
-    if len(saved) == 3:
-        open(arguments[0].with_suffix(".1.partial"), "wb").write(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-TopSpans.save = save_then_die
-build_dictionary(make_featurizer(), make_rows(60), shard_rows=10, output_dir=sys.argv[2])
-"""
+    def save_then_die(self, *arguments):
+        save(self, *arguments)
+        saved.append(1)
+        if len(saved) == 3:
+            arguments[0].with_suffix(".1.partial").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    TopSpans.save = save_then_die
+    build_dictionary(make_featurizer(), rows, shard_rows=10, output_dir=folder)
 
 
 def test_a_killed_pass_resumes_after_the_last_shard(featurizer, rows, tmp_path, monkeypatch) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            KILLED,
-            f"{Path(__file__).parent}:{Path(__file__).parents[1] / 'support'}",
-            str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert exit_code_of(build_until_killed, rows, tmp_path) == -signal.SIGKILL
     read, seen = SAEFeaturizer.read, []
     monkeypatch.setattr(SAEFeaturizer, "read", lambda self, part, **o: seen.extend(part) or read(self, part, **o))
     resumed = build_dictionary(featurizer, rows, shard_rows=10, output_dir=tmp_path)

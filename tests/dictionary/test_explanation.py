@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from flaky_server import FlakyServer
 from hand_made import by_hand, relevant, row_of
+from processes import exit_code_of
 
 from hf_fac.chat.base import ChatError, Completion
 from hf_fac.chat.endpoint import EndpointChat
@@ -295,17 +294,6 @@ def test_what_was_answered_before_the_chat_gave_up_is_kept(tmp_path) -> None:
     assert [asked[1] for asked in chat.asked if asked[0] == "explain"] == [3, 4, 5, 6]
 
 
-KILLED = """
-import sys
-sys.path[:0] = sys.argv[1].split(":")
-from test_explanation import ScriptedChat, make_dictionary, run_all
-
-chat = ScriptedChat({("explain", 1): ["half", '{"expl']})
-chat.dies_after = int(sys.argv[3])
-run_all(chat, sys.argv[2])
-"""
-
-
 def run_all(chat: ScriptedChat, folder: str | Path) -> FeatureDictionary:
     found = explain(make_dictionary(), chat, cache_dir=folder, batch_size=2, held_out=2)
     return rate(found, task="toxicity", chat=chat, cache_dir=folder, batch_size=2)
@@ -320,11 +308,10 @@ def test_a_killed_run_repeats_nothing_that_was_answered(tmp_path) -> None:
     script = {("explain", 1): ["half", '{"expl']}
     whole = ScriptedChat(script)
     expected = run_all(whole, tmp_path / "whole")
-    support = f"{Path(__file__).parent}:{Path(__file__).parents[1] / 'support'}"
     for dies_after, least in ((9, 8), (30, 38)):  # while verifying, while rating
-        command = [sys.executable, "-c", KILLED, support, str(tmp_path), str(dies_after)]
-        killed = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        chat = ScriptedChat(script)
+        chat.dies_after = dies_after
+        assert exit_code_of(run_all, chat, tmp_path) == -signal.SIGKILL
         done = answers_kept(tmp_path)
         assert done >= least
     chat = ScriptedChat(script)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -209,19 +209,13 @@ def test_what_others_put_into_the_folder_stays(model, tokenizer, rows, tmp_path,
 def test_a_second_run_in_the_same_folder_says_so_before_any_work(model, tokenizer, rows, tmp_path, monkeypatch):
     from sae_lens.training.sae_trainer import SAETrainer
 
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    second = (
-        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
-        "from hf_fac.sae.training import train_sae; m, f = sys.argv[1:]; "
-        "train_sae(M.from_pretrained(m), T.from_pretrained(m), None, layer=1, output_dir=f)"
-    )
-    command = [sys.executable, "-c", second, str(tmp_path / "model"), str(tmp_path / "sae")]
     original, told = SAETrainer.step, []
 
     def step(self, batch):
         if not told:
-            told.append(subprocess.run(command, capture_output=True, text=True).stderr)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+                second = pool.submit(train_sae, model, tokenizer, None, layer=1, output_dir=tmp_path / "sae")
+                told.append(str(second.exception()))
         return original(self, batch)
 
     monkeypatch.setattr(SAETrainer, "step", step)

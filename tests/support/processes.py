@@ -1,4 +1,4 @@
-"""Programs in processes of their own, for tests that kill and interrupt them."""
+"""Programs and functions in processes of their own, for tests that kill and interrupt them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,29 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 HF_FAC = Path(sys.executable).with_name("hf-fac")
 # What the commands import takes longer than what they do here: it is imported once, and each process is forked off.
 _IMPORTED_ONCE = ["torch", "transformers", "datasets", "sae_lens", "trl", "hf_fac.cli.commands", "trainer_runs"]
 _FORKED = multiprocessing.get_context("forkserver")
+
+
+def forked(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """Returns a running copy of this process that calls the function. It has imported all that this one has."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def exit_code_of(function: Callable[..., Any], *arguments: Any) -> int:
+    """Calls the function in a fork of this process; returns the exit code, negative for a signal that ended it."""
+    process = forked(function, *arguments)
+    process.join()
+    return process.exitcode
 
 
 def start(
