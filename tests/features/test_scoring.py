@@ -1,13 +1,10 @@
 import json
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from peft import LoraConfig, get_peft_model
 from tiny import byte_level_tokenizer
@@ -170,38 +167,6 @@ def test_map_without_batched_is_refused(featurizer, dataset):
 
 
 # The cache of map
-
-
-def in_a_new_process(code, *arguments):
-    """What the last line of a program says that starts from nothing."""
-    here = Path(__file__).parents[1] / "support"
-    program = f"import sys; sys.path.insert(0, {str(here)!r})\n" + code
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip().splitlines()[-1]
-
-
-def test_a_new_process_finds_what_another_has_computed(folders, featurizer, dataset, tmp_path, monkeypatch):
-    dataset.save_to_disk(tmp_path / "rows")
-    scored = load_from_disk(tmp_path / "rows").map(FACScorer(featurizer), batched=True)
-    said = in_a_new_process(
-        "from datasets import load_from_disk\n"
-        "from datasets.fingerprint import Hasher\n"
-        "from hf_fac.features.featurizer import SAEFeaturizer\n"
-        "from hf_fac.features.scoring import FACScorer\n"
-        "root, rows = sys.argv[1:]\n"
-        "featurizer = SAEFeaturizer.from_pretrained(root + '/model', sae=root + '/sae')\n"
-        "scorer = FACScorer(featurizer)\n"
-        "call, calls = FACScorer.__call__, []\n"
-        "FACScorer.__call__ = lambda self, batch: calls.append(1) or call(self, batch)\n"
-        "scored = load_from_disk(rows).map(scorer, batched=True)\n"
-        "other = load_from_disk(rows).map(FACScorer(SAEFeaturizer.from_pretrained(\n"
-        "    root + '/model', sae=root + '/sae', activation='relu')), batched=True)\n"
-        "print(featurizer.fingerprint(), Hasher.hash(scorer), scored._fingerprint, len(calls))",
-        str(folders),
-        str(tmp_path / "rows"),
-    )
-    # One call: that of the other setting.
-    assert said.split() == [featurizer.fingerprint(), Hasher.hash(FACScorer(featurizer)), scored._fingerprint, "1"]
 
 
 def hashes(change=None, **settings):
