@@ -34,6 +34,7 @@ def train_sae(
     from ..sae.training import train_sae as train
 
     try_output(output, folder=True)
+    dataset = reading.load(data)
     if model is None:
         from ..embedded.loader import load_model
 
@@ -46,7 +47,7 @@ def train_sae(
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device)
         tokenizer = AutoTokenizer.from_pretrained(model)
     sae = train(
-        loaded, tokenizer, reading.load(data), layer=layer, architecture=architecture, d_sae=d_sae, k=k,
+        loaded, tokenizer, dataset, layer=layer, architecture=architecture, d_sae=d_sae, k=k,
         epochs=epochs, training_tokens=training_tokens, batch_size=batch_size, learning_rate=learning_rate,
         max_length=max_length, seed=seed, output_dir=output,
     )  # fmt: skip
