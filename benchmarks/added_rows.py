@@ -70,9 +70,11 @@ class Choices:
     def _facility_location(self, seed: np.ndarray, pool: np.ndarray, n: int) -> np.ndarray:
         similar = self.rows.units[self.anchor] @ self.rows.units[pool].T
         best = (self.rows.units[self.anchor] @ self.rows.units[seed].T).max(1)
-        chosen = []
+        chosen: list[int] = []
         for _ in range(n):
-            chosen.append(int(np.maximum(similar, best[:, None]).sum(0).argmax()))
+            covered = np.maximum(similar, best[:, None]).sum(0)
+            covered[chosen] = -np.inf
+            chosen.append(int(covered.argmax()))
             best = np.maximum(best, similar[:, chosen[-1]])
         return pool[chosen]
 

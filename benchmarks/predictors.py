@@ -76,8 +76,8 @@ def ways(rows: Rows, among: np.ndarray) -> Iterator[tuple[str, str, Draw]]:
         return rng.choice(of, n, replace=len(of) < n)
 
     def of_clusters(k: int, cluster: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        size = np.bincount(cluster, minlength=CLUSTERS)
-        return some(rng, among[np.isin(cluster, rng.choice(np.flatnonzero(size >= 5), k, replace=False))])
+        large = np.flatnonzero(np.bincount(cluster) >= 5)
+        return some(rng, among[np.isin(cluster, rng.choice(large, min(k, len(large)), replace=False))])
 
     def repeated(k: int, rng: np.random.Generator) -> np.ndarray:
         return np.resize(some(rng, among, k), SIZE)
