@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 from study import POSITIVE, Performance, Rows, add_all_written, followed, read_rows, study_options
@@ -47,6 +48,7 @@ BREADTHS = (1, 2, 3, 4, 6, 8, 12)
 CLUSTERS = 16
 ACTIVE_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)  # of the live features, in the median anchor row: sets delta
 RELEVANT = 128
+SHOWN = ("FAC", "frequency cosine", "mean pairwise distance")  # in the figure
 
 Draw = Callable[[np.random.Generator], np.ndarray]
 
@@ -246,14 +248,14 @@ def correlations(sets: list[dict], values: np.ndarray) -> dict[str, float | list
     performance = np.array([one["performance"] for one in sets])
     way = np.array([one["way"] for one in sets])
     names = list(dict.fromkeys(way))
-    x, y = (np.array([column[way == name].mean() for name in names]) for column in (values, performance))
+    x, y, r = of_ways(sets, values)
     within_x = values - x[[names.index(name) for name in way]]
     within_y = performance - y[[names.index(name) for name in way]]
     broad = np.array([next(o["family"] for o in sets if o["way"] == name) == "breadth" for name in names])
     rng = np.random.default_rng(0)
     resampled = [pearson(x[i], y[i]) for i in rng.integers(0, len(x), (2000, len(x)))]
     return {
-        "r": pearson(x, y), "interval": np.nanquantile(resampled, [0.025, 0.975]).tolist(),
+        "r": r, "interval": np.nanquantile(resampled, [0.025, 0.975]).tolist(),
         "rho": float(spearmanr(x, y).statistic), "r of sets": pearson(values, performance),
         "r within": pearson(within_x, within_y), "r of breadth": pearson(x[broad], y[broad]),
         "r without breadth": pearson(x[~broad], y[~broad]),
@@ -279,7 +281,7 @@ def ceiling(sets: list[dict]) -> float:
 def measured(options: argparse.Namespace, half: str, rows: Rows) -> tuple[list[dict], dict]:
     """The sets of one half with their performance, and the values of all predictors, [sets] each."""
     task, draws = options.task, options.draws
-    kept = options.output / f"{task}-{half.replace(' ', '-')}-{draws}.json"
+    kept = options.output / f"{task}-{half.replace(' ', '-')}-{draws}.json"  # performances, the costly part
     written = add_all_written(task, rows, options.written)
     performance = Performance(task, rows)
     done = json.loads(kept.read_text()) if kept.exists() else []
@@ -303,47 +305,67 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=12)
     options = parser.parse_args()
     halves = read_rows(options.task, options.data, options.output, limit=options.limit)
-    results = {}
-    for half, rows in halves.items():
-        results[half] = measured(options, half, rows)
-    sets, values = results["development"]
-    chosen: dict[str, str] = {}
-    for name, variant in values:
-        best = chosen.get(name)
-        if best is None or r_of_ways(sets, values[name, variant]) > r_of_ways(sets, values[name, best]):
-            chosen[name] = variant
+    results = {half: measured(options, half, rows) for half, rows in halves.items()}
+    (sets, values), (held_sets, held_values) = results["development"], results["held out"]
+    by_name: dict[str, dict[str, float]] = {}
+    for (name, variant), column in values.items():
+        by_name.setdefault(name, {})[variant] = of_ways(sets, column)[2]
     lines = []
-    for name, variant in chosen.items():
-        held = correlations(results["held out"][0], results["held out"][1][name, variant])
-        before = r_of_ways(sets, values[name, variant])
-        lines.append({"predictor": name, "variant": variant, "sees": sees(name), "development": before, **held})
+    for name, found in by_name.items():
+        variant = max(found, key=lambda variant: -1.0 if np.isnan(found[variant]) else found[variant])
+        held = correlations(held_sets, held_values[name, variant])
+        others = {other: of_ways(held_sets, held_values[name, other])[2] for other in found}
+        lines.append({"predictor": name, "variant": variant, "sees": sees(name), "development": found[variant], **held,
+                      "r of variants": others})  # fmt: skip
     lines.sort(key=lambda line: -line["r"])
-    write(options, lines, {half: ceiling(found[0]) for half, found in results.items()})
+    path = options.output / f"{options.task}-{options.draws}"
+    path.with_suffix(".json").write_text(json.dumps(lines, indent=1))
+    text = f"ceiling {ceiling(sets):.2f} / {ceiling(held_sets):.2f}\n\n{table(lines)}"
+    path.with_suffix(".md").write_text(text)
+    print(text)
+    draw_shown(options.task, held_sets, held_values, lines, path.with_suffix(".png"))
 
 
-def r_of_ways(sets: list[dict], values: np.ndarray) -> float:
+def of_ways(sets: list[dict], values: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean values and mean performances, [ways] each, and their r."""
     way = np.array([one["way"] for one in sets])
     performance = np.array([one["performance"] for one in sets])
-    names = list(dict.fromkeys(way))
-    x, y = (np.array([column[way == name].mean() for name in names]) for column in (values, performance))
-    r = pearson(x, y)
-    return -1.0 if np.isnan(r) else r
+    x, y = (np.array([column[way == name].mean() for name in dict.fromkeys(way)]) for column in (values, performance))
+    return x, y, pearson(x, y)
 
 
-def write(options: argparse.Namespace, lines: list[dict], ceilings: dict[str, float]) -> None:
+def table(lines: list[dict]) -> str:
     head = ["predictor", "variant", "sees", "r dev.", "r held out", "95 % interval", "rho", "r of sets", "r within",
             "r breadth", "r others"]  # fmt: skip
-    text = [f"ceiling {ceilings['development']:.2f} / {ceilings['held out']:.2f}", "",
-            "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]  # fmt: skip
+    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
         low, high = line["interval"]
         cells = [line["predictor"], line["variant"], line["sees"], f"{line['development']:.2f}", f"{line['r']:.2f}",
                  f"{low:.2f} to {high:.2f}"]  # fmt: skip
         cells += [f"{line[key]:.2f}" for key in ("rho", "r of sets", "r within", "r of breadth", "r without breadth")]
         text.append("| " + " | ".join(cells) + " |")
-    print("\n".join(text))
-    (options.output / f"{options.task}-{options.draws}.md").write_text("\n".join(text) + "\n")
-    (options.output / f"{options.task}-{options.draws}-lines.json").write_text(json.dumps(lines, indent=1))
+    return "\n".join(text) + "\n"
+
+
+def draw_shown(task: str, sets: list[dict], values: dict, lines: list[dict], path: Path) -> None:
+    """A panel for each predictor of SHOWN, a point for each way."""
+    from matplotlib.figure import Figure
+
+    families = {one["way"]: one["family"] for one in sets}
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(SHOWN), sharey=True)
+    for axes, name in zip(panels, SHOWN, strict=True):
+        variant = next(line["variant"] for line in lines if line["predictor"] == name)
+        x, y, r = of_ways(sets, values[name, variant])
+        for family, marker in zip(dict.fromkeys(families.values()), "osDv^PX*d", strict=False):
+            of = [each == family for each in families.values()]
+            axes.plot(x[of], y[of], marker, label=family)
+        axes.set(xlabel=name, title=f"{name}: r = {r:.2f}")
+    panels[0].set_ylabel(f"performance ({task})")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=8, frameon=False
+    )
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

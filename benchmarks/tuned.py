@@ -88,7 +88,7 @@ def main() -> None:
         print(f"{one['way']}: {found[-1]:.3f} with LoRA, {alone[-1]:.3f} with a head", flush=True)
     print(f"\nr of LoRA and head: {pearson(np.array(found), np.array(alone)):.2f}\n")
     print("| predictor | variant | r, LoRA | rho, LoRA | r, head |\n|---|---|---|---|---|")
-    for line in json.loads((options.output / f"{options.task}-12-lines.json").read_text()):
+    for line in json.loads((options.output / f"{options.task}-12.json").read_text()):
         name, variant = line["predictor"], line["variant"]
         column = np.array([row[name, variant] for row in values])
         r, rho = pearson(column, np.array(found)), spearmanr(column, found).statistic
