@@ -26,8 +26,9 @@ docs: .venv/installed
 
 # The speed table: ratios within one run on the embedded model. About an hour on two idle cores.
 benchmark: .venv/installed
-	for name in scoring alternatives prefixes sae_training spans callback coverage caches memory; do \
+	for name in scoring alternatives prefixes sae_training spans callback coverage report caches memory; do \
 	  $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/synthesis.py speed
 
 # Train the embedded SAE again; DATA is described in benchmarks/embedded_sae.py.
 sae: .venv/installed
