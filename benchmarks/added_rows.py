@@ -1,13 +1,14 @@
 """What rows added to a narrow training set are worth, by the way in which they were chosen or written (RQ1 of arXiv
 2602.10388).
 
-    python benchmarks/added_rows.py --task toxicity --data toxicity.jsonl [--seeds 40] [--written NAME=FILE]
+    python benchmarks/added_rows.py --task toxicity --data toxicity.jsonl [--seeds 40] [--sizes 20 50 100]
+        [--written NAME=FILE]
 
-A seed set of 100 rows comes from two of sixteen clusters of hidden states. To it are added 20, 50 or 100 rows of a pool
-that is like the test rows, or of one in which most clusters are rare: at random, of the lengths that coverage picks, by
-greedy coverage of all features or of the label-relevant ones, by deficits, by facility location; and rows that
-written_rows.py wrote (--written, a file a way, of which each seed takes a random part). Toxicity: all of this is about
-positive rows, and as many negative ones, drawn at random and the same for all ways, are in the seed set and added.
+A seed set of up to 100 rows comes from two of sixteen clusters of hidden states. To it are added 20, 50 or 100 rows of
+a pool that is like the test rows, or of one in which most clusters are rare: at random, of the lengths that coverage
+picks, by greedy coverage of all features or of the label-relevant ones, by deficits, by facility location; and rows
+that written_rows.py wrote (--written, a file a way, of which each seed takes a random part). Toxicity: all of this is
+about positive rows; as many random negative ones, the same for all ways, are in the seed set and added.
 
 Printed are the mean performance less that of the seed set, and the difference from random rows with a 95 % interval and
 the p-value of the paired t-test over seeds, Holm-corrected within a table; the mean number of tokens, for long rows
@@ -26,7 +27,6 @@ from study import Performance, Rows, add_all_written, followed, read_rows, study
 from hf_fac.coverage.selection import select
 
 SEED_ROWS, SEED_CLUSTERS = 100, 2
-SIZES = (20, 50, 100)
 SHARE = 0.01  # delta: the median anchor row activates 1 % of the live features, as `compare` calibrates it
 
 
@@ -109,6 +109,7 @@ def seed_and_pools(rows: Rows, every: np.ndarray, rng: np.random.Generator, clus
 def main() -> None:
     parser = study_options(__doc__)
     parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[20, 50, 100])
     options = parser.parse_args()
     rows = read_rows(options.task, options.data, options.output, limit=options.limit)["held out"]
     written = add_all_written(options.task, rows, options.written)
@@ -123,7 +124,7 @@ def main() -> None:
         others = rng.permutation(negative)
         before = performance(np.r_[seed, others[: len(seed)]])
         for pool_name, pool in pools.items():
-            for n in SIZES:
+            for n in options.sizes:
                 added = choices.all_ways(seed, pool, n, rng)
                 added |= {name: rng.choice(new, min(n, len(new)), replace=False) for name, new in written.items()}
                 for way, new in added.items():
@@ -142,7 +143,7 @@ def tables(lines: list[dict]) -> str:
     text = ["| pool | n | way | gain | over random | 95 % | p (Holm) | gain per sample | tokens | FAC |",
             "|" + "---|" * 10]  # fmt: skip
     for pool in dict.fromkeys(line["pool"] for line in lines):
-        for n in SIZES:
+        for n in dict.fromkeys(line["n"] for line in lines):
             here = [line for line in lines if (line["pool"], line["n"]) == (pool, n)]
             by_way: dict[str, np.ndarray] = {
                 way: np.array([line["gain"] for line in here if line["way"] == way])

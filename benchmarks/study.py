@@ -29,7 +29,7 @@ SPLIT = {"pool": 0.5, "anchor": 0.15, "test": 0.35}
 TASKS = ("toxicity", "preference", "instructions")
 MAX_TOKENS = {"toxicity": 96, "preference": 320, "instructions": 160}
 COMPLETION_TOKENS = 48
-STEPS, STEP_TOKENS, TEST_ROWS = 30, 256, 240  # of the instructions task
+STEPS, STEP_TOKENS, TEST_ROWS = 20, 256, 240  # of the instructions task
 
 
 @dataclass
