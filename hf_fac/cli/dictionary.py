@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -79,9 +80,9 @@ def interpret(
     summary = print_summary(dictionary, output)
     if shuffled:
         found = detect(dictionary, chat, held_out=held_out, shuffled=True, **asked)
-        scores = [one.score for one in found.values() if one.score is not None]
-        console.print(f"Detection by another feature's explanation: {_mean(scores)}.")
-        summary |= {"shuffled_detection": sum(scores) / len(scores) if scores else None}
+        mean, words = _mean_score([one.score for one in found.values()])
+        console.print(f"Detection by another feature's explanation: {words}.")
+        summary |= {"shuffled_detection": mean}
     answered = summary["explained"] + summary["cannot tell"]
     return summary | {"complete": answered > 0 or not summary["failed"]}
 
@@ -198,13 +199,16 @@ def print_summary(dictionary: FeatureDictionary, folder: Path) -> dict[str, Any]
     """Prints how many features a dictionary has in which state, and returns it."""
     summary = dictionary.summary()
     counts = ", ".join(f"{count:,} {name}" for name, count in summary.items() if name != "features")
-    scores = [score for score in dictionary.dataset["detection"] if score is not None]
-    detection = f"; detection {_mean(scores)}" if scores else ""
+    mean, words = _mean_score(dictionary.dataset["detection"])
+    detection = "" if mean is None else f"; detection {words}"
     console.print(f"{len(dictionary):,} features in {folder}: {counts}{detection}.")
-    return summary | {"detection": sum(scores) / len(scores) if scores else None, "output": folder}
+    return summary | {"detection": mean, "output": folder}
 
 
-def _mean(scores: list[float]) -> str:
-    import numpy as np
-
-    return f"{np.mean(scores):.3f} (mean of {len(scores):,}, 0.5 is chance)" if scores else "without any score"
+def _mean_score(scores: Iterable[float | None]) -> tuple[float | None, str]:
+    """The mean of the detection scores that there are, as a number and in words."""
+    known = [score for score in scores if score is not None]
+    if not known:
+        return None, "without any score"
+    mean = sum(known) / len(known)
+    return mean, f"{mean:.3f} (mean of {len(known):,}, 0.5 is chance)"
