@@ -14,7 +14,7 @@ from ..storage.files import try_output, whole_file
 from ..storage.ranks import rank_and_world_size
 from ..storage.scored_rows import COLUMNS, is_scored
 from . import options as opt
-from .data import DataOptions, check_measured, measure, print_left_out, scored
+from .data import DataOptions, check_measured, coverage_name, measure, print_left_out, scored
 from .features import FeatureOptions
 from .options import FeaturizerOptions, MeasuringOptions, ThresholdOptions
 from .output import console, marked_text, one_line
@@ -44,9 +44,7 @@ def score(
     featurizer = measuring.featurizer()
     files = score_shards(featurizer, dataset, output, shard_rows=shard_rows)
     coverage = FeatureCoverage.from_parquet(files, measurement=featurizer.measurement)
-    rank, world_size = rank_and_world_size()
-    part = f"-{rank:05d}-of-{world_size:05d}" if world_size > 1 else ""
-    coverage.save(output / f"coverage{part}.safetensors")
+    coverage.save(output / coverage_name(*rank_and_world_size()))
     print_left_out(featurizer, "data set", coverage.rows)
     return print_coverage(coverage, output)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,19 @@ if TYPE_CHECKING:
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COVERAGE = ".safetensors"
+_RANK = re.compile(rf"coverage-(\d+)-of-(\d+){re.escape(COVERAGE)}")
 EMBEDDED = "embedded"
+
+
+def coverage_name(rank: int = 0, world_size: int = 1) -> str:
+    """Returns the name of the file in which a process saves its coverage."""
+    return f"coverage-{rank:05d}-of-{world_size:05d}{COVERAGE}" if world_size > 1 else f"coverage{COVERAGE}"
+
+
+def rank_of_coverage(file: Path) -> tuple[int, int] | None:
+    """Returns rank and world size in the name that `coverage_name` gave a file; None for other names."""
+    found = _RANK.fullmatch(file.name)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True)

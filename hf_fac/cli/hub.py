@@ -9,6 +9,7 @@ import typer
 
 from ..storage.files import try_output
 from . import options as opt
+from .data import COVERAGE
 from .dictionary import FILE_NAME, print_summary
 from .output import console
 
@@ -31,7 +32,7 @@ def push(
         from ..coverage.coverage import FeatureCoverage
         from ..coverage.report import FACReport
 
-        is_coverage = path.suffix == ".safetensors"
+        is_coverage = path.suffix == COVERAGE
         found = FeatureCoverage.load(path) if is_coverage else FACReport.load(path)
         url = push_coverage_to_hub(found, repo_id, anchor=anchor, sae=sae, **hub)
     elif (path / FILE_NAME).exists():

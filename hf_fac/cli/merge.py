@@ -12,12 +12,11 @@ import typer
 
 from ..storage.files import try_output
 from .coverage import print_coverage
+from .data import COVERAGE, coverage_name, rank_of_coverage
 from .dictionary import FILE_NAME, print_summary
 
 if TYPE_CHECKING:
     from ..coverage.coverage import FeatureCoverage
-
-_RANK = re.compile(r"coverage-(\d+)-of-(\d+)\.safetensors")
 
 
 def merge(
@@ -57,8 +56,8 @@ def _merge_dictionaries(output: Path, parts: list[Path]) -> dict[str, Any]:
 
 
 def _merge_coverages(output: Path, parts: list[Path]) -> dict[str, Any]:
-    if output.suffix != ".safetensors":
-        raise typer.BadParameter(f"{output}: expected a name ending in .safetensors for the merged coverage.")
+    if output.suffix != COVERAGE:
+        raise typer.BadParameter(f"{output}: expected a name ending in {COVERAGE} for the merged coverage.")
     files_of = [_files(part) for part in parts]
     files = [file for of_part in files_of for file in of_part]
     _refuse_repeated(files)
@@ -83,9 +82,9 @@ def _files(part: Path) -> list[Path]:
     """The coverages of a part, or the Parquet files of its scored rows where it has no coverage."""
     if part.is_file():
         return [part]
-    if (part / "coverage.safetensors").exists():
-        return [part / "coverage.safetensors"]
-    coverages = sorted(file for file in part.iterdir() if _RANK.fullmatch(file.name))
+    if (whole := part / coverage_name()).exists():
+        return [whole]
+    coverages = sorted(filter(rank_of_coverage, part.iterdir()))
     rows = sorted(part.rglob("*.parquet"))
     shard = re.fullmatch(r"shard-\d+-of-(\d+)", rows[0].stem) if rows else None
     if not coverages and shard and (n := int(shard[1])) > len(rows):
@@ -102,7 +101,7 @@ def _refuse_repeated(files: list[Path]) -> None:
     real = [file.resolve() for file in files]
     if repeated := [file for file, n in Counter(real).items() if n > 1]:
         raise typer.BadParameter(f"{repeated[0]} is given twice: its rows would count twice.")
-    coverage_in = {file.parent: file for file in real if file.suffix == ".safetensors"}
+    coverage_in = {file.parent: file for file in real if file.suffix == COVERAGE}
     for file in real:
         if file.suffix == ".parquet" and file.parent in coverage_in:
             raise typer.BadParameter(
@@ -112,21 +111,21 @@ def _refuse_repeated(files: list[Path]) -> None:
 
 def _refuse_missing_ranks(files: list[Path]) -> None:
     """A set of coverages that several processes wrote is whole only with that of every process."""
-    found = [tuple(map(int, match.groups())) for file in files if (match := _RANK.fullmatch(file.name))]
+    found = list(filter(None, map(rank_of_coverage, files)))
     for world_size in {of for _, of in found}:
         counts = Counter(rank for rank, of in found if of == world_size)
         absent = [rank for rank in range(world_size) if counts[rank] < max(counts.values())]
         if absent:
-            names = ", ".join(f"coverage-{rank:05d}-of-{world_size:05d}.safetensors" for rank in absent[:3])
+            names = ", ".join(coverage_name(rank, world_size) for rank in absent[:3])
             raise typer.BadParameter(f"The parts of {world_size} processes are not whole; absent: {names}.")
 
 
 def _coverages(files: list[Path]) -> Iterator[FeatureCoverage]:
     from ..coverage.coverage import FeatureCoverage
 
-    if files[0].suffix == ".safetensors":
+    if files[0].suffix == COVERAGE:
         yield from map(FeatureCoverage.load, files)
     elif files[0].suffix == ".parquet":
         yield FeatureCoverage.from_parquet(files)
     else:
-        raise typer.BadParameter(f"{files[0]}: expected a coverage (.safetensors) or scored rows (.parquet).")
+        raise typer.BadParameter(f"{files[0]}: expected a coverage ({COVERAGE}) or scored rows (.parquet).")
