@@ -147,12 +147,15 @@ def select(
 def print_report(report: FACReport, anchor: Dataset | None, featurizer: SAEFeaturizer | None, top: int) -> None:
     """Prints FAC and the strongest missing features, each with the row of the scored anchor set that activates it most,
     where there are rows. Without a featurizer the token is not marked."""
+    from ..coverage.report import active_when
+    from ..coverage.row_shares import strongest_rows
+
     console.print()
     console.print(f"[bold]{report.headline()}[/bold]", markup=True, highlight=False)
     for line in report.facts():
         console.print(line, highlight=False)
-    shown = report.missing[:top].tolist()
-    if not shown:
+    shown = report.missing[:top]
+    if not len(shown):
         return
     table = Table(title="Strongest missing features", title_justify="left", show_lines=False)
     table.add_column("feature", justify="right")
@@ -162,7 +165,8 @@ def print_report(report: FACReport, anchor: Dataset | None, featurizer: SAEFeatu
     texts = [[] for _ in shown]
     if anchor is not None:
         table.add_column("anchor text that activates it most", overflow="fold")
-        texts = [[_strongest_text(anchor, feature, row, featurizer)] for feature, row in strongest_rows(anchor, shown)]
+        strongest = strongest_rows(anchor, shown, active_when(report))
+        texts = [[_strongest_text(anchor, i, strongest[i].row, featurizer)] for i in shown.tolist()]
     for one, text in zip(figures.itertuples(), texts, strict=True):
         table.add_row(str(one.Index), f"{one.anchor_support:,}", f"{one.anchor_max:.1f}", *text)
     console.print(table, soft_wrap=False)
@@ -195,16 +199,3 @@ def print_rows(report: FACReport, data: Dataset, top: int = 5) -> None:
 def row_line(row: dict[str, Any]) -> str:
     """Returns the start of what a row's columns of text hold, on one line."""
     return one_line(row_text(row).strip())[:120]
-
-
-def strongest_rows(scored: Dataset, features: list[int]) -> list[tuple[int, int]]:
-    """Returns each feature with the row of a scored data set that activates it most."""
-    import numpy as np
-
-    best = dict.fromkeys(features, (-1, 0.0))
-    for number, row in enumerate(scored.select_columns(["fac_features", "fac_activations"]).with_format("numpy")):
-        for place in np.flatnonzero(np.isin(row["fac_features"], features)):
-            feature, activation = int(row["fac_features"][place]), float(row["fac_activations"][place])
-            if activation > best[feature][1]:
-                best[feature] = (number, activation)
-    return [(feature, row) for feature, (row, _) in best.items()]

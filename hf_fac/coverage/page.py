@@ -18,7 +18,7 @@ import numpy as np
 from ..inputs.rows import row_text
 from ..report.content import Curve, FeatureEntry, RowEntry, Rows, Sample, Synthesis, TextSpan
 from ..storage.differences import differences
-from .row_shares import ActiveWhen, active_features, row_shares
+from .row_shares import ActiveWhen, row_shares, strongest_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ def feature_entries(
     """
     known = {i: dictionary[i] for i in table["feature"].tolist() if dictionary is not None and i in dictionary}
     without = [i for i in table["feature"].tolist() if not known.get(i, {}).get("spans")]
-    rows = {} if anchor is None or not without else _strongest_rows(anchor, np.array(without), when)
+    rows = {} if anchor is None or not without else _strongest_texts(anchor, np.array(without), when)
     return [
         FeatureEntry(
             feature=row.feature,
@@ -134,19 +134,11 @@ def synthesis_content(result: SynthesisOutcome, dictionary: Dictionary | None) -
     )
 
 
-def _strongest_rows(anchor: Dataset, features: np.ndarray, when: ActiveWhen) -> dict[int, tuple[TextSpan, ...]]:
+def _strongest_texts(anchor: Dataset, features: np.ndarray, when: ActiveWhen) -> dict[int, tuple[TextSpan, ...]]:
     """For each feature the text of the row of a scored data set that activates it most."""
-    best = np.zeros((len(when.delta), 2))  # activation, row
-    for part in active_features(anchor, when):
-        order = np.argsort(part.activations, kind="stable")  # of several rows of a feature the last is kept
-        ids, activations, rows = part.ids[order], part.activations[order], part.first_row + part.row[order]
-        found = np.zeros_like(best)
-        found[ids] = np.stack([activations, rows], axis=1)
-        best = np.where((found[:, 0] > best[:, 0])[:, None], found, best)
     return {
-        i: (TextSpan(_one_line(row_text(anchor[int(row)]))[:_MOST_TEXT], activation=float(activation)),)
-        for i, (activation, row) in zip(features.tolist(), best[features], strict=True)
-        if activation > 0
+        i: (TextSpan(_one_line(row_text(anchor[row]))[:_MOST_TEXT], activation=activation),)
+        for i, (row, activation) in strongest_rows(anchor, features, when).items()
     }
 
 

@@ -1,7 +1,8 @@
-"""What each row of a data set adds, from the rows' activations and what counts as active.
+"""What each row of a data set adds, and which row activates a feature most.
 
-In: a scored data set, delta of each feature and F(anchor). Out: a data frame, which `row_contributions` explains. The
-data set is read twice, a few rows at a time: once to count the rows of each feature, once for the figures.
+In: a scored data set, and what counts as active: delta of each feature and F(anchor). Out: a data frame, which
+`row_contributions` explains; the strongest row by feature. The data set is read a few rows at a time, for the data
+frame twice: once to count the rows of each feature, once for the figures.
 """
 
 from __future__ import annotations
@@ -43,6 +44,13 @@ class ActiveFeatures(NamedTuple):
     tokens: np.ndarray
 
 
+class Strongest(NamedTuple):
+    """The row that activates a feature most: its number, and the activation."""
+
+    row: int
+    activation: float
+
+
 def row_shares(dataset: Dataset | IterableDataset, when: ActiveWhen) -> pd.DataFrame:
     """Returns the table of `row_contributions`. Raises: ValueError as `active_features` does."""
     import pandas as pd
@@ -64,6 +72,21 @@ def row_shares(dataset: Dataset | IterableDataset, when: ActiveWhen) -> pd.DataF
         columns["share"].append(np.bincount(part.row, weights=credit[part.ids], minlength=n))
     table = pd.DataFrame({name: np.concatenate(parts) if parts else [] for name, parts in columns.items()})
     return table.assign(redundancy=1 - table["share"] / table["anchor_features"].where(table["anchor_features"] > 0))
+
+
+def strongest_rows(dataset: Dataset | IterableDataset, features: np.ndarray, when: ActiveWhen) -> dict[int, Strongest]:
+    """Returns, by feature, the row that activates it most, of several such rows the first. Features that no row
+    activates are left out. Raises: ValueError as `active_features` does."""
+    row, activation = np.zeros(len(when.delta), np.int64), np.zeros(len(when.delta))
+    for part in active_features(dataset, when):
+        order = np.lexsort((-part.row, part.activations))  # of several entries of a feature the last is kept
+        ids, rows = part.ids[order], part.first_row + part.row[order]
+        its_activation, its_row = np.zeros_like(activation), np.zeros_like(row)
+        its_activation[ids], its_row[ids] = part.activations[order], rows
+        is_stronger = its_activation > activation
+        row[is_stronger], activation[is_stronger] = its_row[is_stronger], its_activation[is_stronger]
+    active = features[activation[features] > 0]
+    return {i: Strongest(int(row[i]), float(activation[i])) for i in active.tolist()}
 
 
 def active_features(dataset: Dataset | IterableDataset, when: ActiveWhen) -> Iterator[ActiveFeatures]:

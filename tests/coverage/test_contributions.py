@@ -9,6 +9,8 @@ import pytest
 from coverages import GRID, cover, quiet, random_rows, scored
 
 from hf_fac import FeatureCoverage, row_contributions
+from hf_fac.coverage.report import active_when
+from hf_fac.coverage.row_shares import strongest_rows
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -37,6 +39,16 @@ def test_a_rows_figures_follow_their_definitions(seed, options, features):
     assert table["share"].sum() == pytest.approx(len(report.covered))
     assert table["unique"].any()
     assert table["tokens"].tolist() == ds["fac_tokens"][:]
+
+
+def test_a_features_strongest_row_is_the_first_of_those_that_activate_it_most_above_delta():
+    rng = np.random.default_rng(0)
+    first, last = (random_rows(rng, n=500, density=0.01) for _ in range(2))
+    rows = np.concatenate([first, first, last])  # the second of two batches has rows of `last` alone
+    report = quiet(cover(random_rows(rng)), cover(rows), threshold=2.5)
+    found = strongest_rows(scored(rows, shuffle=rng), np.arange(39, -1, -1), active_when(report))
+    assert list(found) == [i for i in range(39, -1, -1) if rows[:, i].max() > 2.5]
+    assert {i: (rows[:, i].argmax(), rows[:, i].max()) for i in found} == found
 
 
 def test_fac_falls_by_a_rows_unique_features_without_it():
