@@ -89,3 +89,7 @@ def test_the_architecture_names_every_module() -> None:
     for path in (ROOT / "hf_fac").glob("*/*.py"):
         if path.stem != "__init__":
             assert f"`{path.stem}`" in rows[path.parent.name], path
+
+
+def test_the_api_page_has_every_public_name_once() -> None:
+    assert sorted(re.findall(r"^::: hf_fac\.(\w+)$", TEXT["api.md"], re.MULTILINE)) == sorted(hf_fac.__all__)
