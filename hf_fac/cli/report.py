@@ -54,6 +54,8 @@ def report(
         raise typer.BadParameter(
             f"{source} is no report of hf-fac missing: give its --anchor, or give a saved report with its --data."
         )
+    if is_saved and (delta.threshold is not None or delta.relative is not None):
+        raise typer.BadParameter(f"{source} has its delta: give --threshold and --relative to hf-fac missing.")
     written = None if synthesis is None else SynthesisResult.load(synthesis)
     names = {"data set": data if is_saved else source, "anchor set": anchor}
     measured, _ = measure({title: name for title, name in names.items() if name is not None}, reading, measuring)

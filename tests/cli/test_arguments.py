@@ -41,6 +41,7 @@ WRONG = [
     ("missing {data} {data} --task wisdom", "no task 'wisdom'"),
     ("compare {data} {data} --anchor {data}", "is given twice"),
     ("report {data} -o {tmp}/x.html", "is no report of hf-fac missing: give its --anchor"),
+    ("report {tmp}/saved.json -o {tmp}/x.html --threshold 1", "saved.json has its delta: give --threshold"),
     ("report {tmp}/none.json -o {tmp}/x.html --anchor {data}", "none.json does not exist"),
     ("report {data} -o {tmp}/x.html --anchor {data} --synthesis {tmp}", "has no samples.parquet"),
     ("diversity {data} --label-column kind", "has no column 'kind'"),
@@ -66,7 +67,8 @@ def places(folders, dictionary_folder, tmp_path) -> dict[str, Path]:
     Dataset.from_list([{"a": "x", "b": "y"}]).to_csv(tmp_path / "two.csv")
     files = {
         "rows.txt": "text", "empty.csv": "text\n", "far.json": "[64]", "words.json": '["a"]', "broken.yaml": "a: [",
-        "broken.safetensors": "x", "list.yaml": "- a", "key.yaml": "data: d\nanchor: a\nmodell: m",
+        "broken.safetensors": "x", "saved.json": '{"hf_fac": "0.1.0"}', "list.yaml": "- a",
+        "key.yaml": "data: d\nanchor: a\nmodell: m",
         "section.yaml": "data: d\nanchor: a\nsynthesize: {max_sample: 1}",
         "value.yaml": "data: d\nanchor: a\nmissing: {threshold: high}",
     }  # fmt: skip
