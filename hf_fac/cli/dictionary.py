@@ -24,7 +24,7 @@ FILE_NAME = "dictionary.parquet"
 _PROGRESS, _CACHE = "progress", "cache"
 
 AnswerFormat = Annotated[Literal["json", "text"], typer.Option(help="text: for a chat too small to write JSON.")]
-SampleSize = Annotated[int | None, typer.Option(help="Ask about so many features only, drawn at random.")]
+SampleSize = Annotated[int | None, typer.Option(help="Ask only about this many features, drawn at random.")]
 
 
 def interpret(
@@ -35,7 +35,7 @@ def interpret(
     data: Annotated[str | None, typer.Argument(help="Rows to collect spans from; not needed to resume.")] = None,
     spans: Annotated[int, typer.Option(min=1, help="The most spans of a feature.")] = 10,
     held_out: Annotated[
-        int, typer.Option(min=0, help="The most spans for the detection score; with 0 two questions a feature.")
+        int, typer.Option(min=0, help="The most spans that test an explanation; 0: no test, two questions a feature.")
     ] = 5,
     prompt_format: AnswerFormat = "json",
     features: opt.Features = None,
@@ -44,7 +44,9 @@ def interpret(
         typer.Option(help="Take spans and explanations of MODEL/SOURCE there; 'auto': of the source that --sae names."),
     ] = None,
     sample: SampleSize = None,
-    shuffled: Annotated[bool, typer.Option("--shuffled", help="Also score other features' explanations.")] = False,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="Also score each feature by another's explanation, as a baseline.")
+    ] = False,
     seed: opt.Seed = 0,
 ) -> dict[str, Any]:
     """Collect the strongest spans of every feature that a data set activates. Run it again to resume.

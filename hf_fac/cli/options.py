@@ -118,7 +118,13 @@ Anchor = Annotated[
         help="The reference data set: large and diverse, with rows of the same types; 'embedded': the package's own."
     ),
 ]
-Device = Annotated[str | None, typer.Option(callback=_check_device, help="cpu, cuda, cuda:1, ...; by default a GPU.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        callback=_check_device,
+        help="cpu, cuda, cuda:1, ...; by default a GPU if there is one, for the embedded model the CPU.",
+    ),
+]
 Features = Annotated[
     Path | None,
     typer.Option(
@@ -175,7 +181,7 @@ class FeaturizerOptions:
     on_error: Annotated[Literal["raise", "skip"], typer.Option(help="What to do with an unreadable row.")] = "raise"
     preset: Annotated[Literal["paper"] | None, typer.Option(help="Measure as the paper's released code does.")] = None
     stride: Annotated[
-        int | None, typer.Option(help="Read longer rows in windows that share so many tokens, instead of cutting them.")
+        int | None, typer.Option(help="Read longer rows in windows that overlap by this many tokens; none is cut.")
     ] = None
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None
     dtype: Annotated[str, typer.Option(help="The model's: auto, float32, bfloat16, ...")] = "auto"
@@ -201,9 +207,9 @@ class FeaturizerOptions:
             return SAEFeaturizer.from_pretrained(**names, **settings)
         from ..embedded.loader import load_featurizer
 
-        unknown = {field.name: field.default for field in fields(FeaturizerOptions)}
+        defaults = {field.name: field.default for field in fields(FeaturizerOptions)}
         for field, value in names.items():
-            if value != unknown[field]:
+            if value != defaults[field]:
                 option = f"--{field.replace('_', '-')}"
                 raise typer.BadParameter(f"{option} needs --model and --sae: the embedded model and SAE are known.")
         settings["device"] = settings["device"] or "cpu"
@@ -212,7 +218,7 @@ class FeaturizerOptions:
 
 @dataclass(frozen=True)
 class MeasuringOptions(FeaturizerOptions):
-    """What is measured, too."""
+    """What measures, and what of a row is measured."""
 
     title: ClassVar[str] = "What measures"
     activation: Annotated[Literal["native", "relu"], typer.Option(help="relu: without the SAE's top-k.")] = "native"
@@ -232,7 +238,9 @@ class ChatOptions:
     base_url: Annotated[str | None, typer.Option(help="Server of chat completions, up to and including /v1.")] = None
     key_env: Annotated[str | None, typer.Option(help="Name of the environment variable with the server's key.")] = None
     timeout: Annotated[float, typer.Option(help="The most seconds that one request to the server may take.")] = 120.0
-    max_tokens: Annotated[int | None, typer.Option(help="Ask no more after so many tokens, prompts included.")] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop asking the server after this many tokens, prompts included.")
+    ] = None
 
     @property
     def given(self) -> bool:

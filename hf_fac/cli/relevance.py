@@ -28,7 +28,7 @@ def relevant(
     threshold: Annotated[
         float | None, typer.Option(help="delta with --background; by default calibrated on the data.")
     ] = None,
-    fdr: Annotated[float, typer.Option(help="The most to expect of false features among the selected.")] = 0.05,
+    fdr: Annotated[float, typer.Option(help="The largest expected share of false features among the selected.")] = 0.05,
     seed: opt.Seed = 0,
 ) -> dict[str, Any]:
     """Find the features that matter for a task, by labels, by scores, or beside a background set.

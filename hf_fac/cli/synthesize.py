@@ -35,9 +35,7 @@ class WritingOptions:
     ] = None
     candidates: Annotated[int, typer.Option(min=1, help="Texts asked for at a time for each feature.")] = 4
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the second step.")] = 3
-    temperature: Annotated[float, typer.Option(help="Of a method's first round; each further one is 0.15 hotter.")] = (
-        0.8
-    )
+    temperature: Annotated[float, typer.Option(help="Of a method's first round; each further round adds 0.15.")] = 0.8
     seed: opt.Seed = 0
 
 
@@ -48,7 +46,7 @@ class BoundOptions:
     title: ClassVar[str] = "Bounds"
     max_samples: Annotated[int | None, typer.Option(min=1, help="The most samples.")] = None
     max_requests: Annotated[int | None, typer.Option(min=1, help="The most completions asked for.")] = None
-    max_seconds: Annotated[float | None, typer.Option(help="Start nothing new after so many seconds.")] = None
+    max_seconds: Annotated[float | None, typer.Option(help="Start nothing new after this many seconds.")] = None
 
 
 def synthesize(
