@@ -374,7 +374,8 @@ class FACReport:
             page.check_dictionary(dictionary, self.measurement)
         when = active_when(self)
         short, n_rare = self._short_features(page.MOST_MISSING, page.MOST_RARE)
-        gains = [(n, self.expected_gain(n)) for n in (self.rows, math.inf)] if self.table and self.rows > 1 else []
+        says_more = self.table and self.rows > 1
+        gains = (self.expected_gain(self.rows), self.expected_gain(math.inf)) if says_more else None
         return ReportContent(
             title=title,
             fac=self.fac,

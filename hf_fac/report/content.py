@@ -121,9 +121,10 @@ class Synthesis:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportContent:
-    """A report. The match of frequencies: by name its value and interval. gains: (further rows, expected features).
+    """A report. The match of frequencies: by name its value and interval. settings: by name, in words.
 
-    n_missing, n_rare: how many there are of the two kinds of entries in `features`. settings: by name, in words.
+    gains: how many missing features as many further rows, and further rows without end, are expected to cover.
+    n_missing, n_rare: how many there are of the two kinds of entries in `features`, which may hold fewer.
     """
 
     title: str
@@ -143,7 +144,7 @@ class ReportContent:
     problems: list[str]
     support_exact: bool
     charts: Charts
-    gains: list[tuple[float, float]]
+    gains: tuple[float, float] | None
     features: list[FeatureEntry]
     row_figures: Rows | None
     synthesis: Synthesis | None
