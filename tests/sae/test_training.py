@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from processes import exit_code_of
 from sae_lens import SAE
 from tiny import CORPUS, byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -209,18 +208,22 @@ def test_what_others_put_into_the_folder_stays(model, tokenizer, rows, tmp_path,
 def test_a_second_run_in_the_same_folder_says_so_before_any_work(model, tokenizer, rows, tmp_path, monkeypatch):
     from sae_lens.training.sae_trainer import SAETrainer
 
-    original, told = SAETrainer.step, []
+    original, told = SAETrainer.step, tmp_path / "told"
+
+    def second_run():
+        try:
+            train_sae(model, tokenizer, None, layer=1, output_dir=tmp_path / "sae")
+        except Exception as error:
+            told.write_text(str(error))
 
     def step(self, batch):
-        if not told:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-                second = pool.submit(train_sae, model, tokenizer, None, layer=1, output_dir=tmp_path / "sae")
-                told.append(str(second.exception()))
+        if not told.exists():
+            exit_code_of(second_run)
         return original(self, batch)
 
     monkeypatch.setattr(SAETrainer, "step", step)
     train_sae(model, tokenizer, Dataset.from_list(rows), output_dir=tmp_path / "sae", **options(epochs=1))
-    assert f"Another process is training an SAE into {tmp_path / 'sae'}" in told[0]
+    assert f"Another process is training an SAE into {tmp_path / 'sae'}" in told.read_text()
     assert not (tmp_path / "sae" / "sae-training").exists()
 
 
