@@ -1,4 +1,4 @@
-"""What rows added to a narrow training set are worth, by the way in which they were chosen or written (RQ1 of arXiv
+"""What rows added to a narrow training set bring, by the way in which they were chosen or written (RQ1 of arXiv
 2602.10388).
 
     python benchmarks/added_rows.py --task toxicity --data toxicity.jsonl [--seeds 40] [--sizes 20 50 100]
@@ -22,7 +22,7 @@ import json
 import numpy as np
 from predictors import CLUSTERS, Predictors, clusters_of
 from scipy import stats
-from study import Performance, Rows, add_all_written, followed, read_rows, study_options
+from study import WRITTEN, Performance, Rows, add_all_written, followed, read_rows, study_options
 
 from hf_fac.coverage.selection import select
 
@@ -109,6 +109,7 @@ def seed_and_pools(rows: Rows, every: np.ndarray, rng: np.random.Generator, clus
 def main() -> None:
     parser = study_options(__doc__)
     parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--written", **WRITTEN)
     parser.add_argument("--sizes", type=int, nargs="+", default=[20, 50, 100])
     options = parser.parse_args()
     rows = read_rows(options.task, options.data, options.output, limit=options.limit)["held out"]

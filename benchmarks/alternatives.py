@@ -17,7 +17,7 @@ import os
 import statistics
 
 import torch
-from bare_pass import activation_store, seconds
+from bare_pass import activation_store, times_of_first
 
 from hf_fac.embedded.loader import LAYER, load_anchor, load_embedded_sae, load_model
 from hf_fac.features.featurizer import SAEFeaturizer
@@ -59,17 +59,11 @@ def from_store(store) -> None:
 
 
 def main() -> None:
+    featurizer(rows[:20])
     store = activation_store(texts, context=CONTEXT, batch=BATCH, device=options.device)
     others = {"batches": lambda: in_batches(BATCH), "one at a time": lambda: in_batches(1),
               "SAELens' activation store": lambda: from_store(store)}  # fmt: skip
-    featurizer(rows[:20])
-    ratios: dict[str, list[float]] = {name: [] for name in others}
-    for run in range(options.runs):
-        jobs = {"hf-fac": lambda: featurizer(rows), **others}
-        order = list(jobs) if run % 2 == 0 else list(jobs)[::-1]
-        times = {name: seconds(jobs[name]) for name in order}
-        for name in others:
-            ratios[name].append(times[name] / times["hf-fac"])
+    ratios = times_of_first({"hf-fac": lambda: featurizer(rows), **others}, options.runs)
     print(f"{len(rows)} rows, {n_tokens} tokens, {options.device}, load {os.getloadavg()[0]:.1f}")
     for name, found in ratios.items():
         print(f"{name}: {statistics.median(found):.2f} x the time ({min(found):.2f} to {max(found):.2f})")

@@ -76,6 +76,16 @@ def in_pairs(one: Callable[[], object], other: Callable[[], object], pairs: int)
     return times
 
 
+def times_of_first(jobs: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Runs all jobs one after the other, in alternating order. Returns for each other job its time in each run, as a
+    multiple of the first one's."""
+    names, ratios = list(jobs), []
+    for run in range(runs):
+        times = {name: seconds(jobs[name]) for name in (names if run % 2 == 0 else names[::-1])}
+        ratios.append([times[name] / times[names[0]] for name in names[1:]])
+    return dict(zip(names[1:], map(list, zip(*ratios, strict=True)), strict=True))
+
+
 def best_budget(job: Callable[[int], object], device: str) -> int:
     """Returns the token budget with which the job is fastest."""
     budgets = (1024, 2048, 4096) if device == "cpu" else (16384, 65536, 131072)

@@ -26,7 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from study import POSITIVE, Performance, Rows, add_all_written, followed, read_rows, study_options
+from study import POSITIVE, WRITTEN, Performance, Rows, add_all_written, followed, read_rows, study_options
 
 from hf_fac.coverage.association import rank_tests
 from hf_fac.coverage.frequency import frequency_cosine, jensen_shannon
@@ -281,18 +281,20 @@ def ceiling(sets: list[dict]) -> float:
 def measured(options: argparse.Namespace, half: str, rows: Rows) -> tuple[list[dict], dict]:
     """The sets of one half with their performance, and the values of all predictors, [sets] each."""
     task, draws = options.task, options.draws
-    kept = options.output / f"{task}-{half.replace(' ', '-')}-{draws}.json"  # performances, the costly part
+    # Performances, the costly part; those of written rows are not kept, as files of one name can change.
+    kept = options.output / f"{task}-{half.replace(' ', '-')}-{draws}.json"
     written = add_all_written(task, rows, options.written)
     performance = Performance(task, rows)
     done = json.loads(kept.read_text()) if kept.exists() else []
     sets = list(training_sets(task, rows, draws, written))
+    n_kept = sum(one["family"] != "written" for one in sets)  # the written ones are the last
     for number, one in enumerate(sets):
         if number >= len(done):
             done.append(performance(one["rows"]))
             if number % 20 == 0:
-                kept.write_text(json.dumps(done))
+                kept.write_text(json.dumps(done[:n_kept]))
         one["performance"] = done[number]
-    kept.write_text(json.dumps(done))
+    kept.write_text(json.dumps(done[:n_kept]))
     predictors = Predictors(task, rows)
     table = [predictors(one) for one in sets]
     print(f"{half}: {len(sets)} sets of {len({o['way'] for o in sets})} ways, performance "
@@ -303,6 +305,7 @@ def measured(options: argparse.Namespace, half: str, rows: Rows) -> tuple[list[d
 def main() -> None:
     parser = study_options(__doc__)
     parser.add_argument("--draws", type=int, default=12)
+    parser.add_argument("--written", **WRITTEN)
     options = parser.parse_args()
     halves = read_rows(options.task, options.data, options.output, limit=options.limit)
     results = {half: measured(options, half, rows) for half, rows in halves.items()}

@@ -20,7 +20,7 @@ import tempfile
 from importlib.util import find_spec
 
 import torch
-from bare_pass import activation_store, seconds
+from bare_pass import activation_store, times_of_first
 from datasets import Dataset
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
@@ -72,11 +72,7 @@ def parts() -> None:
     steps_on(torch.randn(steps, STEP, 576))
 
 
-def saelens() -> None:
-    steps_on(activation_store(texts, context=CONTEXT, batch=STEP // CONTEXT))
-
-
-def sparsify() -> None:
+def sparsify(other_model) -> None:
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
     from sparsify.data import chunk_and_tokenize
 
@@ -87,20 +83,19 @@ def sparsify() -> None:
         SparseCoderConfig(num_latents=D_SAE, k=K), batch_size=STEP // CONTEXT, layers=[LAYER - 1], log_to_wandb=False,
         save_dir=tempfile.mkdtemp(),
     )  # fmt: skip
-    Trainer(config, data, load_model()[0]).fit()
+    Trainer(config, data, other_model).fit()
 
 
 def main() -> None:
-    others = {"parts": parts, "SAELens": saelens} | ({"sparsify": sparsify} if find_spec("sparsify") else {})
-    ratios: dict[str, list[float]] = {name: [] for name in others}
+    store = activation_store(texts, context=CONTEXT, batch=STEP // CONTEXT)
+    others = {"parts": parts, "SAELens": lambda: steps_on(store)}
+    if find_spec("sparsify"):
+        other_model = load_model()[0]
+        others["sparsify"] = lambda: sparsify(other_model)
     parts()
-    for run in range(options.runs):
-        jobs = {"train_sae": ours, **others}
-        order = list(jobs) if run % 2 == 0 else list(jobs)[::-1]
-        times = {name: seconds(jobs[name]) for name in order}
-        for name in others:
-            ratios[name].append(times[name] / times["train_sae"])
-    print(f"{tokens} tokens, {steps} steps, load {os.getloadavg()[0]:.1f}; times of train_sae's:")
+    ratios = times_of_first({"train_sae": ours, **others}, options.runs)
+    print(f"{tokens} tokens of content in {steps} steps, {sum(map(len, pieces.ids))} tokens read by train_sae")
+    print(f"load {os.getloadavg()[0]:.1f}; times of train_sae's:")
     for name, found in ratios.items():
         print(f"{name}: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
 

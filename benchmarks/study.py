@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +67,14 @@ class Rows:
         return [row.get("text") or row.get("chosen") or f"{row['prompt']}\n{row['completion']}" for row in self.records]
 
 
-def study_options(description: str) -> argparse.ArgumentParser:
+WRITTEN = {"action": "append", "default": [], "metavar": "NAME=FILE", "help": "rows of written_rows.py, a way more"}
+
+
+def study_options(description: str, tasks: tuple[str, ...] = TASKS) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=tasks, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int, help="read so many rows only")
-    parser.add_argument("--written", action="append", default=[], metavar="NAME=FILE", help="rows of written_rows.py")
     parser.add_argument("--output", type=Path, default=Path("runs/predictors"), help="folder of what was read, results")
     return parser
 
@@ -82,7 +85,7 @@ def read_rows(task: str, data: Path, folder: Path, *, limit: int | None = None) 
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     order = np.random.default_rng(0).permutation(len(rows))[:limit]
     rows = [rows[i] for i in order]
-    kept = folder / f"{task}-{len(rows)}.npz"
+    kept = folder / f"{task}-{len(rows)}-{zlib.crc32(data.read_bytes()):08x}.npz"
     if not kept.exists():
         start = time.perf_counter()
         arrays = _read(task, rows)
@@ -227,8 +230,17 @@ def add_all_written(task: str, rows: Rows, files: list[str]) -> dict[str, np.nda
     return {name: add_written(task, rows, Path(file)) for name, file in named.items()}
 
 
+def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Average precision as it would be where 10 % of the rows are positive."""
+    from sklearn.metrics import average_precision_score
+
+    share = labels.mean()
+    weights = np.where(labels == POSITIVE, PREVALENCE / share, (1 - PREVALENCE) / (1 - share))
+    return float(average_precision_score(labels, scores, sample_weight=weights))
+
+
 class Performance:
-    """What a training set of a task is worth: `Performance(task, rows)(indices)`, higher is better."""
+    """What a training set of a task brings: `Performance(task, rows)(indices)`, higher is better."""
 
     def __init__(self, task: str, rows: Rows):
         self.task, self.rows = task, rows
@@ -242,14 +254,10 @@ class Performance:
 
     def _toxicity(self, indices: np.ndarray) -> float:
         from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import average_precision_score
 
         inputs = (self.rows.inputs[indices] - self.mean) / self.scale
         head = LogisticRegression(C=0.01, max_iter=200).fit(inputs, self.rows.labels[indices])
-        share = self.test_labels.mean()
-        weights = np.where(self.test_labels == POSITIVE, PREVALENCE / share, (1 - PREVALENCE) / (1 - share))
-        scores = head.decision_function(self.test_inputs)
-        return float(average_precision_score(self.test_labels, scores, sample_weight=weights))
+        return average_precision(self.test_labels, head.decision_function(self.test_inputs))
 
     def _preference(self, indices: np.ndarray) -> float:
         from sklearn.linear_model import LogisticRegression

@@ -18,8 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from predictors import Predictors, pearson, training_sets
 from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score
-from study import MAX_TOKENS, POSITIVE, PREVALENCE, Performance, Rows, read_rows, study_options
+from study import MAX_TOKENS, Performance, Rows, average_precision, read_rows, study_options
 
 from hf_fac.embedded import LAYER, load_model
 
@@ -27,7 +26,7 @@ EPOCHS, BATCH, TEST_ROWS = 2, 10, 400
 
 
 class Tuned:
-    """What a training set is worth to LoRA and a head: average precision at 10 % prevalence."""
+    """What a training set brings LoRA and a head: average precision at 10 % prevalence."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -61,10 +60,7 @@ class Tuned:
         with torch.no_grad():
             batches = np.array_split(test[np.argsort(self.rows.tokens[test])], TEST_ROWS // 40)
             scores = torch.cat([self._logits(model, head, batch) for batch in batches]).numpy()
-        labels = self.rows.labels[np.concatenate(batches)]
-        share = labels.mean()
-        weights = np.where(labels == POSITIVE, PREVALENCE / share, (1 - PREVALENCE) / (1 - share))
-        return float(average_precision_score(labels, scores, sample_weight=weights))
+        return average_precision(self.rows.labels[np.concatenate(batches)], scores)
 
     def _logits(self, model: torch.nn.Module, head: torch.nn.Module, batch: np.ndarray) -> torch.Tensor:
         texts = [self.rows.records[i]["text"] for i in batch]
@@ -77,7 +73,7 @@ class Tuned:
 
 
 def main() -> None:
-    options = study_options(__doc__).parse_args()
+    options = study_options(__doc__, ("toxicity",)).parse_args()
     rows = read_rows(options.task, options.data, options.output, limit=options.limit)["held out"]
     sets = list(training_sets(options.task, rows, 1, {}))[::2]
     tuned, head, predictors = Tuned(rows), Performance(options.task, rows), Predictors(options.task, rows)

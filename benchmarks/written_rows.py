@@ -56,7 +56,7 @@ def as_row(task: str, made: dict) -> dict:
 
 
 def main() -> None:
-    parser = study_options(__doc__)
+    parser = study_options(__doc__, ("toxicity", "instructions"))
     parser.add_argument("--method", choices=METHODS, default="two_step")
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -69,9 +69,7 @@ def main() -> None:
     predictors = Predictors(options.task, rows)
     features = often_missed(options.task, rows, predictors, options.share)
     delta = predictors.delta(options.share)
-    anchor = [
-        conversation(options.task, rows.records[i]) for i in predictors.anchors.get("positive", rows.parts["anchor"])
-    ]
+    anchor = [conversation(options.task, rows.records[i]) for i in predictors.followed_anchor]
     featurizer = load_featurizer(max_length=MAX_TOKENS[options.task])
     synthesizer = FACSynthesizer(
         LocalChat(featurizer.model, featurizer.tokenizer, batch_size=96), featurizer, task=task_of(options.task),
