@@ -29,10 +29,10 @@ from hf_fac.storage.scored_rows import arrow_schema
 SHARD_ROWS, FEATURES, D_SAE = 5_000, 600, 65_536
 
 
-def make_shards(folder: Path, rows: int, features: int, d_sae: int) -> list[str]:
+def make_shards(folder: Path, rows: int, features: int, d_sae: int, *, seed: int = 0) -> list[str]:
     """A feature from each of `features` bands of ids that widen; rare towards a band's end."""
     folder.mkdir(parents=True)
-    rng, files = np.random.default_rng(0), []
+    rng, files = np.random.default_rng(seed), []
     edges = np.arange(features + 1) + ((d_sae - features) * (np.arange(features + 1) / features) ** 3).astype(int)
     first, size = edges[:-1].astype(np.int32), np.diff(edges).astype(np.float32)
     measurement = json.dumps({"d_sae": d_sae, "keep_above": 0.0})

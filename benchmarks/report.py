@@ -47,7 +47,10 @@ def run(data_files: list[str], anchor_files: list[str], folder: Path) -> dict[st
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as root:
-        data, anchor = (make_shards(Path(root) / name, options.rows, FEATURES, D_SAE) for name in ("data", "anchor"))
+        data, anchor = (
+            make_shards(Path(root) / name, options.rows, FEATURES, D_SAE, seed=seed)
+            for seed, name in enumerate(("data", "anchor"))
+        )
         times = [run(data, anchor, Path(root)) for _ in range(options.runs)]
     print(f"two sets of {options.rows:,} rows, {options.runs} runs, load {os.getloadavg()[0]:.1f}")
     for name in times[0]:
