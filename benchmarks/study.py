@@ -163,8 +163,13 @@ def _completion_states(featurizer, rows: list[dict]) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
+def _table(arrays: dict[str, np.ndarray], side: str = "") -> sp.csr_array:
+    """The activations among the arrays; those of the rejected side with "r_"."""
+    parts = (arrays[side + "data"], arrays[side + "indices"], arrays[side + "indptr"])
+    return sp.csr_array(parts, shape=arrays["shape"])
+
+
 def _half(task: str, rows: list[dict], arrays: dict, chosen: np.ndarray) -> Rows:
-    activations = sp.csr_array((arrays["data"], arrays["indices"], arrays["indptr"]), shape=arrays["shape"])
     usable = np.flatnonzero(arrays["units"].any(1) & arrays["inputs"].any(1))
     chosen = np.intersect1d(chosen, usable)
     units = arrays["units"][chosen]
@@ -175,15 +180,14 @@ def _half(task: str, rows: list[dict], arrays: dict, chosen: np.ndarray) -> Rows
         records=[rows[i] for i in chosen],
         labels=np.array([rows[i].get("label", 0) for i in chosen]),
         groups=np.array(groups),
-        activations=activations[chosen],
+        activations=_table(arrays)[chosen],
         tokens=arrays["tokens"][chosen],
         units=units / np.linalg.norm(units, axis=1, keepdims=True),
         inputs=arrays["inputs"][chosen],
         parts={name: np.sort(part) for name, part in zip(SPLIT, np.split(order, cuts), strict=True)},
     )
     if "r_data" in arrays:
-        rejected = (arrays["r_data"], arrays["r_indices"], arrays["r_indptr"])
-        made.rejected = sp.csr_array(rejected, shape=arrays["shape"])[chosen]
+        made.rejected = _table(arrays, "r_")[chosen]
     if "states" in arrays:
         inside = np.isin(arrays["owners"], chosen)
         made.vocabulary, made.head = arrays["vocabulary"], arrays["head"]
@@ -202,20 +206,21 @@ def followed(task: str, rows: Rows) -> np.ndarray:
 
 
 def add_written(task: str, rows: Rows, file: Path) -> np.ndarray:
-    """Adds rows that were written for a toxicity or instructions task to `rows`; returns their numbers."""
+    """Adds rows that were written for a task to `rows`; returns their numbers."""
     new = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     arrays = _read(task, new)
     if not (arrays["units"].any(1) & arrays["inputs"].any(1)).all():
         raise SystemExit(f"{file} has rows that cannot be read.")
     first, units = len(rows.records), arrays["units"]
-    activations = sp.csr_array((arrays["data"], arrays["indices"], arrays["indptr"]), shape=arrays["shape"])
     rows.records += new
     rows.labels = np.r_[rows.labels, [row.get("label", 0) for row in new]]
     rows.groups = np.r_[rows.groups, np.full(len(new), "written")]
-    rows.activations = sp.vstack([rows.activations, activations], format="csr")
+    rows.activations = sp.vstack([rows.activations, _table(arrays)], format="csr")
     rows.tokens = np.r_[rows.tokens, arrays["tokens"]]
     rows.units = np.concatenate([rows.units, units / np.linalg.norm(units, axis=1, keepdims=True)])
     rows.inputs = np.concatenate([rows.inputs, arrays["inputs"]])
+    if rows.rejected is not None:
+        rows.rejected = sp.vstack([rows.rejected, _table(arrays, "r_")], format="csr")
     if rows.vocabulary is not None:  # a token that the data does not have cannot be learned
         known = np.isin(arrays["targets"], rows.vocabulary)
         rows.states = np.concatenate([rows.states, arrays["states"][known]])

@@ -34,7 +34,7 @@ TWEET = "an insulting, threatening or contemptuous tweet, as people write it whe
 def task_of(name: str) -> Task:
     if name == "toxicity":
         return replace(get_task("toxicity"), pool_over="all", label="toxic", parts={"text": TWEET})
-    return replace(get_task("instruction_following"), pool_over="all")
+    return replace(get_task("helpfulness" if name == "preference" else "instruction_following"), pool_over="all")
 
 
 def often_missed(task: str, rows: Rows, predictors: Predictors, share: float) -> np.ndarray:
@@ -52,11 +52,14 @@ def as_row(task: str, made: dict) -> dict:
     """A written row, with the columns of the data."""
     if task == "toxicity":
         return {"text": made["text"], "label": made["label"]}
-    return {part: made[part][-1]["content"] for part in ("prompt", "completion")}
+    texts = {part: made[part][-1]["content"] for part in task_of(task).parts}
+    if task == "instructions":
+        return texts
+    return {side: f"Human: {texts['prompt']}\n\nAssistant: {texts[side]}" for side in ("chosen", "rejected")}
 
 
 def main() -> None:
-    parser = study_options(__doc__, ("toxicity", "instructions"))
+    parser = study_options(__doc__)
     parser.add_argument("--method", choices=METHODS, default="two_step")
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8)
