@@ -24,7 +24,7 @@ lint: .venv/installed
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# The speed table: ratios within one run on the embedded model. About an hour on two idle cores.
+# The speed table: ratios within one run on the embedded model. One to three hours on two idle cores.
 benchmark: .venv/installed
 	for name in scoring alternatives prefixes sae_training spans callback coverage report caches memory; do \
 	  $(BIN)/python benchmarks/$$name.py || exit 1; done
